@@ -1,0 +1,42 @@
+"""Spectral norm regularization (Yoshida & Miyato, 2017) for every array framework."""
+
+from .errors import (
+    ArgumentError,
+    DeviceError,
+    DTypeError,
+    NamesError,
+    ShapeError,
+    SpectralError,
+)
+from .estimate import SpectralNorm, spectral_norm
+from .layout import Layout, as_matrix, from_matrix
+from .penalty import penalty, penalty_at, rank_one
+from .power import PowerIteration, power_iteration, start_vector
+from .regularizer import SpectralState, add_gradient, add_gradient_, init, iterate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "DTypeError",
+    "DeviceError",
+    "Layout",
+    "NamesError",
+    "PowerIteration",
+    "ShapeError",
+    "SpectralError",
+    "SpectralNorm",
+    "SpectralState",
+    "add_gradient",
+    "add_gradient_",
+    "as_matrix",
+    "from_matrix",
+    "init",
+    "iterate",
+    "penalty",
+    "penalty_at",
+    "power_iteration",
+    "rank_one",
+    "spectral_norm",
+    "start_vector",
+]

@@ -1,0 +1,215 @@
+"""The penalty (λ/2)·Σσ² of the paper's equation (1), and its gradient λ·σ·u·vᴴ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import inf
+from numbers import Real
+from typing import TypeAlias
+
+from array_api_compat import is_writeable_array
+
+from ._arrays import Array, Namespace, array_namespace, cast, conj, squared
+from .errors import ArgumentError, DeviceError, NamesError
+from .layout import Layout, plan_of, spread
+from .patterns import by_name
+from .power import PowerIteration, rmatvec
+
+Factor: TypeAlias = "float | Array | Mapping[str, float | Array]"
+OuterUpdate: TypeAlias = Callable[[Array, Array, Array], object]
+
+
+def penalty(sigma: Array | Mapping[str, Array], *, factor: Factor = 0.01) -> Array:
+    """(factor/2)·Σσ², the term that the regularizer adds to the loss (paper, equation 1).
+
+    Parameters
+    ----------
+    sigma : array or mapping of name to array
+        Singular values; every entry counts.
+    factor : float, array or mapping of name or pattern to either
+        λ. A mapping needs a mapping of sigma.
+
+    Returns
+    -------
+    array, shape ()
+
+    Raises
+    ------
+    ArgumentError
+        If ``factor`` is negative or not finite.
+    NamesError
+        If a mapping of factors does not cover the names.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import spectral_core as sc
+    >>> round(float(sc.penalty({"a": np.array(2.0), "b": np.array([1.0, 3.0])}, factor=0.1)), 4)
+    0.7
+    """
+    if not isinstance(sigma, Mapping):
+        xp = array_namespace(sigma)
+        return check_factor(factor) * xp.sum(sigma * sigma) / 2
+    factors = factors_of(factor, sigma)
+    return sum(penalty(value, factor=factors[name]) for name, value in sigma.items())
+
+
+def penalty_at(W: Array, u: Array, *, factor: float | Array = 0.01) -> Array:
+    """(factor/2)·Σ‖Wᴴu‖²: the penalty as a function of W, to differentiate.
+
+    With u from `power_iteration` and held constant, its gradient in W is exactly `rank_one`; it
+    is smooth at W = 0 too, where σ itself is not.
+
+    Parameters
+    ----------
+    W : array, shape (..., m, n)
+    u : array, shape (..., m)
+        Unit vector, in the dtype of the iteration.
+    factor : float or array of shape ()
+        λ.
+
+    Returns
+    -------
+    array, shape ()
+
+    Raises
+    ------
+    ArgumentError
+        If ``factor`` is negative or not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import spectral_core as sc
+    >>> float(sc.penalty_at(np.array([[3.0, 4.0]]), np.array([1.0]), factor=2.0))
+    25.0
+    """
+    xp = array_namespace(W, u)
+    WHu = rmatvec(cast(W, u.dtype, xp), u, xp)
+    return check_factor(factor) * xp.sum(squared(WHu, xp)) / 2
+
+
+def rank_one(sigma: Array, u: Array, v: Array, *, factor: float | Array = 0.01) -> Array:
+    """factor·σ·u·vᴴ, the gradient of the penalty (paper, equation 3).
+
+    Parameters
+    ----------
+    sigma : array, shape (...)
+    u : array, shape (..., m)
+        Unit vector.
+    v : array, shape (..., n)
+        Unit vector.
+    factor : float or array of shape ()
+        λ.
+
+    Returns
+    -------
+    array, shape (..., m, n)
+
+    Raises
+    ------
+    ArgumentError
+        If ``factor`` is negative or not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import spectral_core as sc
+    >>> W = np.diag([2.0, 1.0])
+    >>> sigma, u, v = sc.power_iteration(W, np.array([1.0, 0.0]))
+    >>> sc.rank_one(sigma, u, v, factor=0.5)
+    array([[1., 0.],
+           [0., 0.]])
+    """
+    xp = array_namespace(sigma, u, v)
+    return _scaled(sigma, u, check_factor(factor))[..., None] * conj(v, xp)[..., None, :]
+
+
+def add_rank_one(
+    grad: Array, triple: PowerIteration, layout: Layout, factor: float | Array
+) -> Array:
+    """``grad`` plus the gradient of the penalty, a new array of the dtype of ``grad``."""
+    xp = array_namespace(grad)
+    u, v, split = _outer_factors(grad, triple, layout, factor, xp)
+    total = cast(_reshaped(grad, split, xp) + u * v, grad.dtype, xp)
+    return _reshaped(total, grad.shape, xp)
+
+
+def add_rank_one_(
+    grad: Array,
+    triple: PowerIteration,
+    layout: Layout,
+    factor: float | Array,
+    add_outer_: OuterUpdate,
+) -> Array:
+    """The same, in place."""
+    xp = array_namespace(grad)
+    u, v, split = _outer_factors(grad, triple, layout, factor, xp)
+    # Splitting an axis in two never needs a copy, so this is still the caller's memory.
+    add_outer_(_reshaped(grad, split, xp), u, v)
+    return grad
+
+
+def add_outer_(grad: Array, u: Array, v: Array) -> None:
+    """``grad += u * v``, u and v broadcasting to it: where a backend's faster path plugs in."""
+    addcmul_ = getattr(grad, "addcmul_", None)
+    if addcmul_ is not None:  # PyTorch: one pass over grad, and no temporary of its size
+        addcmul_(u, v)
+    elif grad.dtype == u.dtype:
+        grad += u * v
+    else:
+        grad[...] = array_namespace(grad).astype(grad + u * v, grad.dtype)
+
+
+def check_factor(factor: Factor, name: str = "factor") -> float | Array:
+    """``factor`` if it is an array of shape () or a finite number ≥ 0, or `ArgumentError`.
+
+    The value of an array is not looked at: that would wait for the device, or fail in a trace.
+    """
+    if isinstance(factor, Real) and not isinstance(factor, bool):
+        if 0 <= float(factor) < inf:
+            return factor
+    elif getattr(factor, "shape", None) == ():
+        return factor
+    raise ArgumentError(
+        f"{name} must be a finite number ≥ 0 or an array of shape (), not {factor!r}"
+    )
+
+
+def factors_of(factor: Factor, names: Mapping[str, Array]) -> dict[str, float | Array]:
+    """The factor of each name, checked."""
+    if not isinstance(factor, Mapping):
+        return dict.fromkeys(names, check_factor(factor))
+    found = by_name(factor, names, "factor")
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise NamesError(f"factor has no entry for {missing}: add one, or a '*' for all others")
+    return {name: check_factor(value, f"factor[{name!r}]") for name, value in found.items()}
+
+
+def check_writeable(grad: Array, name: str) -> None:
+    """Raise `DeviceError` if ``grad`` cannot be written to."""
+    flags = getattr(grad, "flags", None)
+    if not is_writeable_array(grad) or not getattr(flags, "writeable", True):
+        raise DeviceError(
+            f"the gradient of {name!r} cannot be written in place ({type(grad).__name__}): "
+            "use add_gradient, which returns new arrays"
+        )
+
+
+def _scaled(sigma: Array, u: Array, factor: float | Array) -> Array:
+    return (factor * sigma)[..., None] * u
+
+
+def _outer_factors(
+    grad: Array, triple: PowerIteration, layout: Layout, factor: float | Array, xp: Namespace
+) -> tuple[Array, Array, tuple[int, ...]]:
+    """Two arrays whose product, broadcast, is the term in the (split) axes of ``grad``."""
+    plan = plan_of(layout, grad.shape, "gradient")
+    u = _scaled(triple.sigma, triple.u, factor)
+    u, v = spread(u, conj(triple.v, xp), plan, xp)
+    return u, v, plan.split
+
+
+def _reshaped(x: Array, shape: tuple[int, ...], xp: Namespace) -> Array:
+    return x if tuple(x.shape) == tuple(shape) else xp.reshape(x, shape)
