@@ -26,15 +26,16 @@ def by_name(settings: Mapping[str, T], names: Iterable[str], what: str) -> dict[
     """
     names = list(names)
     for pattern in settings:
-        if not any(_matches(pattern, name) for name in names):
+        if not any(matches(pattern, name) for name in names):
             raise NamesError(f"{what}: {pattern!r} matches none of the names {names}")
     found: dict[str, T] = {}
     for name in names:
-        hits = [pattern for pattern in settings if _matches(pattern, name)]
+        hits = [pattern for pattern in settings if matches(pattern, name)]
         if hits:
             found[name] = settings[name if name in settings else hits[0]]
     return found
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` is the name, or a shell pattern of it."""
     return pattern == name or fnmatchcase(name, pattern)

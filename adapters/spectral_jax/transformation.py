@@ -1,0 +1,176 @@
+"""Algorithm 1 as an optax transformation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import spectral_core as sc
+
+from .selection import choose, named_leaves
+
+
+class SpectralNormState(NamedTuple):
+    """What the transformation carries: the step's number; v and σ of each weight by its path."""
+
+    count: jax.Array  # type: ignore[assignment]
+    v: dict[str, jax.Array]
+    sigma: dict[str, jax.Array]
+
+
+def add_spectral_norm_regularization(
+    factor: Any = 0.01,
+    *,
+    n_iter: int = 1,
+    mask: Any | Callable[[Any], Any] | None = None,
+    layouts: Mapping[str, sc.Layout | str] | None = None,
+    seed: int = 0,
+) -> optax.GradientTransformation:
+    r"""Add λσuvᴴ to the update of every weight matrix.
+
+    .. math:: g ← g + λ\,σ\,u v^H, \quad
+              \text{the gradient of } \frac{λ}{2} \sum_ℓ σ(W^ℓ)^2
+
+    Algorithm 1 of `Yoshida & Miyato, 2017 <https://arxiv.org/abs/1705.10941>`_: a power iteration
+    a step, from the v of the step before. Put it where `optax.add_decayed_weights` would stand:
+    before what scales by the learning rate.
+
+    Parameters
+    ----------
+    factor : float, array of shape (), schedule, or mapping of name or pattern to the first two
+        λ. A schedule is called with the number of the step.
+    n_iter : int
+        Power iterations a step.
+    mask : pytree of bool or callable, optional
+        As in `optax.masked`: exactly the leaves that it marks are regularized. By default the
+        weights of dense, convolution and recurrent layers of Flax (NNX and Linen), Haiku and
+        Equinox, and of hand-written trees the leaves with two axes or more; not embeddings, norms,
+        scales and biases.
+    layouts : mapping of path or pattern to `spectral_core.Layout` or str, optional
+        What the axes of a weight are, where its name and its number of axes do not tell: a Flax
+        kernel under ``scan`` is ``"sio"``, one of a grouped convolution
+        ``Layout("hwi(go)", groups)``. Paths read ``"encoder/layers/0/kernel"``. A leaf named here
+        is regularized if the default would leave it out.
+    seed : int
+        Of the start vectors, which depend on it and on the paths alone.
+
+    Returns
+    -------
+    optax.GradientTransformation
+        Its state is a `SpectralNormState`, or with a mask an `optax.MaskedState` of one.
+
+    Raises
+    ------
+    spectral_core.SpectralError
+        From ``init`` or ``update``: a leaf that has no matrix, a layout that does not fit, a
+        factor out of its range.
+    ValueError
+        From ``update`` if it gets no params.
+
+    Notes
+    -----
+    To schedule λ by `optax.inject_hyperparams`, with a mask, say that it is none to be
+    scheduled: ``static_args=("mask",)``.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp, optax, spectral_jax
+    >>> params = {"dense": {"kernel": jnp.array([[3.0, 0.0], [3.0, 3.0]]), "bias": jnp.zeros(2)}}
+    >>> tx = optax.chain(
+    ...     spectral_jax.add_spectral_norm_regularization(0.01),
+    ...     optax.sgd(0.1, 0.9, nesterov=True),
+    ... )
+    >>> state = tx.init(params)
+    >>> grads = jax.tree.map(jnp.zeros_like, params)
+    >>> for _ in range(10):
+    ...     updates, state = tx.update(grads, state, params)
+    >>> {name: round(float(sigma), 3) for name, sigma in spectral_jax.sigmas(state).items()}
+    {'dense/kernel': 4.854}
+    """
+    everything = mask is not None
+
+    def init(params: Any) -> SpectralNormState:
+        weights, chosen = choose(params, layouts, everything)
+        with jax.default_matmul_precision("highest"):
+            start = sc.init(weights, seed=seed, layouts=chosen)
+        return SpectralNormState(jnp.zeros([], jnp.int32), dict(start.v), dict(start.sigma))
+
+    def update(
+        updates: Any, state: SpectralNormState, params: Any = None
+    ) -> tuple[Any, SpectralNormState]:
+        if params is None:
+            raise ValueError("add_spectral_norm_regularization: pass params to update")
+        weights, chosen = choose(params, layouts, everything)
+        leaves, structure = named_leaves(updates)
+        grads = {**dict.fromkeys(weights), **{name: leaf for name, _, leaf in leaves}}
+        before = sc.SpectralState(state.v, state.sigma, chosen)
+        # float32 means float32: the default on GPU and TPU may round the products' operands.
+        with jax.default_matmul_precision("highest"):
+            before, last = _all_but_last(weights, before, n_iter)
+            grads, after = sc.add_gradient(
+                weights,
+                grads,
+                before,
+                factor=factor(state.count) if callable(factor) else factor,
+                n_iter=last,
+            )
+        count = optax.safe_increment(state.count)
+        new_state = SpectralNormState(count, dict(after.v), dict(after.sigma))
+        return jax.tree.unflatten(structure, [grads[name] for name, _, _ in leaves]), new_state
+
+    transformation = optax.GradientTransformation(init, update)
+    return optax.masked(transformation, mask) if everything else transformation
+
+
+def sigmas(state: Any) -> dict[str, jax.Array]:
+    """The newest estimate of each weight's largest singular value.
+
+    Parameters
+    ----------
+    state : pytree
+        The state of an optimizer in which `add_spectral_norm_regularization` takes part.
+
+    Returns
+    -------
+    dict of path to array, shape (*stack,)
+
+    Raises
+    ------
+    spectral_core.NamesError
+        If there is no such state in it.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, spectral_jax
+    >>> tx = spectral_jax.add_spectral_norm_regularization(0.01)
+    >>> state = tx.init({"w": jnp.array([[3.0, 4.0]])})
+    >>> float(spectral_jax.sigmas(state)["w"])
+    5.0
+    """
+
+    def is_ours(node: Any) -> bool:
+        return isinstance(node, SpectralNormState)
+
+    found = [node for node in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(node)]
+    if not found:
+        raise sc.NamesError("this optimizer state holds no SpectralNormState")
+    return {name: sigma for node in found for name, sigma in node.sigma.items()}
+
+
+def _all_but_last(
+    weights: Mapping[str, jax.Array], state: sc.SpectralState, n_iter: Any
+) -> tuple[sc.SpectralState, int]:
+    """What `add_gradient` is to do, where `optax.inject_hyperparams` has made ``n_iter`` traced."""
+    if not isinstance(n_iter, jax.core.Tracer):
+        return state, n_iter
+
+    def one(_: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        after = sc.iterate(weights, sc.SpectralState(*carry, state.layouts))
+        return dict(after.v), dict(after.sigma)
+
+    v, sigma = jax.lax.fori_loop(1, n_iter, one, (dict(state.v), dict(state.sigma)))
+    return sc.SpectralState(v, sigma, state.layouts), 1

@@ -1,0 +1,7 @@
+"""Spectral norm regularization for PyTorch: an optimizer hook over `spectral_core`."""
+
+from spectral_core import Layout
+
+from .regularizer import SpectralNormRegularizer
+
+__all__ = ["Layout", "SpectralNormRegularizer"]

@@ -1,0 +1,359 @@
+"""Algorithm 1 beside a PyTorch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+import spectral_core as sc
+from spectral_core.penalty import Factor, factors_of
+from spectral_core.regularizer import triple_of
+
+from .selection import Choice, Model, choose
+
+
+class SpectralNormRegularizer:
+    r"""Add λσuvᵀ to the gradient of every weight matrix before the optimizer steps.
+
+    Minimizes :math:`L + \frac{λ}{2} \sum_ℓ σ(W^ℓ)^2` by Algorithm 1 of Yoshida & Miyato (2017).
+
+    Parameters
+    ----------
+    model : torch.nn.Module, mapping or iterable of (name, parameter)
+        What to regularize. Of a module, the weights of its linear, bilinear, convolution,
+        recurrent and attention layers, not embeddings, norms and biases; of a parametrized
+        layer, the original. Of names and parameters, all with two axes or more.
+    factor : float, tensor of shape (), or mapping of name or pattern to either
+        λ. May be set anew at any time, as a schedule does: ``reg.factor = 0.02``.
+    n_iter : int
+        Power iterations a step.
+    warmup_iters : int
+        Power iterations now, so that the first steps see good vectors. 0 is the paper's choice.
+    include : str, iterable of str, or callable, optional
+        Names or shell patterns (``"encoder.*"``) of the parameters to regularize instead of the
+        default ones, or ``include(name, parameter) -> bool``.
+    exclude : str, iterable of str, or callable, optional
+        Of those, the ones to leave out.
+    seed : int
+        Of the start vectors, which depend on it and on the names alone: they are the same on
+        every rank.
+    layouts : mapping of name or pattern to `spectral_core.Layout` or str, optional
+        What the axes of a parameter are where its module does not tell, or tells otherwise.
+
+    Raises
+    ------
+    spectral_core.NamesError
+        If a pattern matches nothing, or nothing is left to regularize.
+    spectral_core.ArgumentError
+        If a number is out of its range or a parameter is lazy.
+
+    Notes
+    -----
+    A weight whose gradient is None, or that does not require one, is left out of a step. A tied
+    weight counts once. A grouped convolution is a stack of matrices, each with its own σ. Nothing
+    in a step waits for the device.
+
+    Gradients are clipped before the optimizer steps, and so before this adds to them.
+
+    Examples
+    --------
+    >>> import torch, spectral_torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    >>> reg = spectral_torch.SpectralNormRegularizer(model, factor=0.01).attach(optimizer)
+    >>> model(torch.ones(1, 4)).sum().backward()
+    >>> optimizer.step()  # with the regularizer's term
+    >>> sorted(reg.sigmas())
+    ['0.weight', '2.weight']
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        factor: Factor = 0.01,
+        n_iter: int = 1,
+        warmup_iters: int = 15,
+        include: Choice | None = None,
+        exclude: Choice | None = None,
+        seed: int = 0,
+        layouts: Mapping[str, sc.Layout | str] | None = None,
+    ) -> None:
+        self._parameters, chosen = choose(model, include, exclude, layouts)
+        self._handles: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
+        self._state = sc.init(self._parameters, seed=seed, layouts=chosen)
+        self.factor = factor
+        self.n_iter = n_iter
+        if warmup_iters != 0:
+            self._state = sc.iterate(self._parameters, self._state, n_iter=warmup_iters)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(factor={self.factor!r}, n_iter={self.n_iter}, "
+            f"weights={list(self._parameters)})"
+        )
+
+    @property
+    def factor(self) -> Factor:
+        """λ: checked when it is set."""
+        return self._factor
+
+    @factor.setter
+    def factor(self, factor: Factor) -> None:
+        factors_of(factor, self._parameters)
+        self._factor = factor
+
+    def attach(self, optimizer: Optimizer) -> SpectralNormRegularizer:
+        """Add the term before each step of ``optimizer``, to the weights that it holds.
+
+        Attaching twice is the same as once. Of a model with several optimizers, attach to each.
+        Where ``optimizer.step`` is given a closure, the term is added each time the closure has
+        computed gradients, and the penalty to the loss it returns, as a line search needs.
+        A `torch.amp.GradScaler` may be in use, with optimizers that unscale in their step too.
+
+        Parameters
+        ----------
+        optimizer : torch.optim.Optimizer
+
+        Returns
+        -------
+        SpectralNormRegularizer
+            Itself.
+
+        Raises
+        ------
+        spectral_core.ArgumentError
+            If ``optimizer`` has no step hooks, or holds none of the weights.
+        """
+        if not hasattr(optimizer, "register_step_pre_hook"):
+            raise sc.ArgumentError(
+                f"{type(optimizer).__name__} has no register_step_pre_hook: attach the optimizer "
+                "that it wraps, or call add_gradients_() before its step"
+            )
+        if not self._held_by(optimizer):
+            raise sc.ArgumentError(
+                f"this {type(optimizer).__name__} holds none of the weights "
+                f"{list(self._parameters)}: was it made from another model?"
+            )
+        if optimizer not in self._handles:
+            self._handles[optimizer] = optimizer.register_step_pre_hook(self._before_step)
+        return self
+
+    def detach(self, optimizer: Optimizer | None = None) -> None:
+        """Undo `attach`, for one optimizer or for all."""
+        for attached in list(self._handles) if optimizer is None else [optimizer]:
+            handle = self._handles.pop(attached, None)
+            if handle is not None:
+                handle.remove()
+
+    def add_gradients_(self, *, scale: float | Tensor | None = None) -> None:
+        """Run one step of Algorithm 1: for a loop whose optimizer takes no hooks.
+
+        Parameters
+        ----------
+        scale : float or tensor of one element, optional
+            What the gradients are still multiplied by, where they have not been unscaled.
+        """
+        self._add_gradients_(self._parameters, scale)
+
+    def iterate_(self, n_iter: int = 1) -> None:
+        """Improve v and σ, and leave the gradients alone.
+
+        Parameters
+        ----------
+        n_iter : int
+            Power iterations.
+        """
+        self._follow()
+        self._state = sc.iterate(self._parameters, self._state, n_iter=n_iter)
+
+    def sigmas(self) -> dict[str, Tensor]:
+        """The newest estimate of each weight's largest singular value, on its device.
+
+        Returns
+        -------
+        dict of name to tensor, shape (*stack,)
+            As of the last step, before the optimizer moved the weights.
+        """
+        return dict(self._state.sigma)
+
+    def penalty(self, *, differentiable: bool = False) -> Tensor:
+        """(λ/2)·Σσ² of the weights as they are now (paper, equation 1).
+
+        Parameters
+        ----------
+        differentiable : bool
+            Whether to build a graph: the gradient of the value is what a step would add. To train
+            with it in the loss instead of the hook, call `iterate_` each step.
+
+        Returns
+        -------
+        torch.Tensor, shape ()
+        """
+        self._follow()
+        factors = factors_of(self.factor, self._parameters)
+        terms = []
+        for name, parameter in self._parameters.items():
+            with torch.no_grad():
+                u = triple_of(name, parameter, self._state, n_iter=1).u
+            with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+                W = sc.as_matrix(parameter, self._state.layouts[name], name=name)
+                terms.append(sc.penalty_at(W, u, factor=factors[name]))
+        return _sum(terms)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that a training run needs to go on, as a flat dict of tensors.
+
+        Returns
+        -------
+        dict of str to tensor
+            ``"<name>.v"`` and ``"<name>.sigma"`` of each weight.
+        """
+        return {
+            f"{name}.{field}": values[name]
+            for name in self._parameters
+            for field, values in (("v", self._state.v), ("sigma", self._state.sigma))
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave; all of it or, after an error, nothing.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to tensor
+
+        Raises
+        ------
+        spectral_core.NamesError
+            If it is of another model: the message lists what is missing, unexpected and of
+            another shape.
+        """
+        own = self.state_dict()
+        missing = [key for key in own if key not in state_dict]
+        unexpected = [key for key in state_dict if key not in own]
+        misfits = [
+            f"{key} ({tuple(state_dict[key].shape)}, not {tuple(value.shape)})"
+            for key, value in own.items()
+            if key in state_dict and state_dict[key].shape != value.shape
+        ]
+        if missing or unexpected or misfits:
+            raise sc.NamesError(
+                f"the state is of another model: missing {missing}, unexpected {unexpected}, "
+                f"of another shape {misfits}"
+            )
+        loaded = {
+            key: state_dict[key].detach().to(value.device, value.dtype, copy=True)
+            for key, value in own.items()
+        }
+        self._state = sc.SpectralState(
+            v={name: loaded[f"{name}.v"] for name in self._parameters},
+            sigma={name: loaded[f"{name}.sigma"] for name in self._parameters},
+            layouts=self._state.layouts,
+        )
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if kwargs.get("grad_scaler") is not None:
+            raise sc.ArgumentError(
+                f"{type(optimizer).__name__} takes the GradScaler itself: detach the regularizer, "
+                "and between scaler.unscale_(optimizer) and the step call add_gradients_()"
+            )
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._add_held(optimizer)
+            return None
+        kwargs = {**kwargs, "closure": self._with_term(closure, optimizer)}
+        return args[:1] + args[2:], kwargs
+
+    def _with_term(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
+        def closure_with_term() -> Any:
+            loss = closure()
+            held = self._add_held(optimizer)
+            if loss is None:
+                return None
+            factors = factors_of(self.factor, self._parameters)
+            sigma = self._state.sigma
+            terms = [sc.penalty(sigma[name], factor=factors[name]) for name in held]
+            return loss + _sum(terms).to(loss.device) if terms else loss
+
+        return closure_with_term
+
+    def _add_held(self, optimizer: Optimizer) -> list[str]:
+        """Add the term to what ``optimizer`` holds and has a gradient, and say what that is."""
+        before, held = self._state, self._held_by(optimizer)
+        # Set by GradScaler on optimizers that unscale within their step: the gradients are
+        # still scaled, and where one of them is not finite, the step will change no weight.
+        scale, found_inf = (getattr(optimizer, key, None) for key in ("grad_scale", "found_inf"))
+        self._add_gradients_(held, scale)
+        if found_inf is not None:
+            self._state = _unless(found_inf, self._state, before)
+        return [name for name in held if self._takes_part(name)]
+
+    def _held_by(self, optimizer: Optimizer) -> list[str]:
+        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [name for name, parameter in self._parameters.items() if id(parameter) in ids]
+
+    def _takes_part(self, name: str) -> bool:
+        parameter = self._parameters[name]
+        return parameter.requires_grad and parameter.grad is not None
+
+    @torch.no_grad()
+    def _add_gradients_(self, names: Collection[str], scale: float | Tensor | None) -> None:
+        self._follow()
+        grads: dict[str, Tensor | None] = dict.fromkeys(self._parameters)
+        for name in names:
+            if self._takes_part(name):
+                grads[name] = grad = self._parameters[name].grad
+                if grad is not None and grad.layout != torch.strided:
+                    raise sc.DTypeError(
+                        f"the gradient of {name!r} is {grad.layout}: a rank-1 term has no sparse "
+                        "form, so exclude the weight or make its gradient dense (sparse=False)"
+                    )
+        factor = self.factor if scale is None else self._scaled(scale)
+        self._state = sc.add_gradient_(
+            self._parameters, grads, self._state, factor=factor, n_iter=self.n_iter
+        )
+
+    def _scaled(self, scale: float | Tensor) -> dict[str, Any]:
+        factors = factors_of(self.factor, self._parameters)
+        if not isinstance(scale, Tensor):
+            return {name: factor * scale for name, factor in factors.items()}
+        return {
+            name: factor * scale.reshape(()).to(self._parameters[name].device, non_blocking=True)
+            for name, factor in factors.items()
+        }
+
+    def _follow(self) -> None:
+        """Move the state to where ``model.to`` has moved the weights."""
+        v, sigma = self._state.v, self._state.sigma
+        if any(v[name].device != p.device for name, p in self._parameters.items()):
+            self._state = sc.SpectralState(
+                v={name: v[name].to(p.device) for name, p in self._parameters.items()},
+                sigma={name: sigma[name].to(p.device) for name, p in self._parameters.items()},
+                layouts=self._state.layouts,
+            )
+
+
+def _unless(found_inf: Tensor, new: sc.SpectralState, old: sc.SpectralState) -> sc.SpectralState:
+    """``old`` where the step is skipped, decided on the device."""
+
+    def pick(after: Tensor, before: Tensor) -> Tensor:
+        skipped = found_inf.reshape(()).to(after.device, non_blocking=True) > 0
+        return torch.where(skipped, before.to(after.dtype), after)
+
+    return sc.SpectralState(
+        v={name: pick(v, old.v[name]) for name, v in new.v.items()},
+        sigma={name: pick(sigma, old.sigma[name]) for name, sigma in new.sigma.items()},
+        layouts=new.layouts,
+    )
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    """The sum of scalars that may lie on several devices, on the first one's."""
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum()

@@ -1,0 +1,142 @@
+"""Which parameters of a PyTorch model are weights, and what their axes are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeAlias
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from spectral_core import ArgumentError, Layout, NamesError
+from spectral_core.layout import as_layout, default_layout
+from spectral_core.patterns import by_name, matches
+
+Choice: TypeAlias = "str | Iterable[str] | Callable[[str, Tensor], bool]"
+Model: TypeAlias = "nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]"
+
+# A parametrized module keeps its weight as `parametrizations.weight.original`, or as several of
+# them; the older hooks keep it as `weight_orig` (spectral norm, pruning) or `weight_v`.
+_PARAMETRIZED = re.compile(r"^(?:(.*)\.)?parametrizations\.([^.]+)\.original\d*$")
+_REPARAMETRIZED = re.compile(r"_(orig|v)$")
+
+
+def choose(
+    model: Model,
+    include: Choice | None,
+    exclude: Choice | None,
+    layouts: Mapping[str, Layout | str] | None,
+) -> tuple[dict[str, Tensor], dict[str, Layout]]:
+    """The parameters to regularize, each once, and their layouts.
+
+    Raises
+    ------
+    NamesError
+        If a pattern of ``include``, ``exclude`` or ``layouts`` matches no parameter with two
+        axes, or nothing is left.
+    ArgumentError
+        If a chosen parameter is not initialized yet.
+    """
+    known, candidates = _scan(model)
+    given = by_name(layouts or {}, candidates, "layouts")
+    if include is not None:
+        wanted = _matching(candidates, include, "include")
+    else:
+        wanted = {name for name in candidates if name in known or name in given}
+    if exclude is not None:
+        wanted -= _matching(candidates, exclude, "exclude")
+    # A tied weight has several names; the first one chosen stands for it.
+    once = {id(candidates[name]): name for name in reversed(candidates) if name in wanted}
+    chosen = {name: p for name, p in candidates.items() if once.get(id(p)) == name}
+    if not chosen:
+        raise NamesError(
+            "there is nothing to regularize: the model has no linear, convolution or recurrent "
+            f"weight that include and exclude leave; parameters with two axes: {list(candidates)}"
+        )
+    for name, parameter in chosen.items():
+        if isinstance(parameter, UninitializedParameter):
+            raise ArgumentError(f"parameter {name!r} is lazy: run the model once before this")
+    return chosen, {
+        name: as_layout(given[name]) if name in given else known.get(name) or default_layout(p.ndim)
+        for name, p in chosen.items()
+    }
+
+
+def _scan(model: Model) -> tuple[dict[str, Layout], dict[str, Tensor]]:
+    """The layouts of the weights that the model's modules tell, and all that could be weights."""
+    if not isinstance(model, nn.Module):
+        pairs = model.items() if isinstance(model, Mapping) else model
+        candidates = {name: p for name, p in pairs if _may_be_weight(p)}
+        return {name: default_layout(p.ndim) for name, p in candidates.items()}, candidates
+    modules = dict(model.named_modules(remove_duplicate=False))
+    known, candidates = {}, {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not _may_be_weight(parameter):
+            continue
+        candidates[name] = parameter
+        layout = _layout_in(modules, name, parameter)
+        if layout is not None:
+            known[name] = layout
+    return known, candidates
+
+
+def _may_be_weight(parameter: Tensor) -> bool:
+    if isinstance(parameter, UninitializedParameter):
+        return True
+    return parameter.ndim >= 2 and (parameter.is_floating_point() or parameter.is_complex())
+
+
+def _layout_in(modules: Mapping[str, nn.Module], name: str, parameter: Tensor) -> Layout | None:
+    parametrized = _PARAMETRIZED.match(name)
+    if parametrized:
+        owner, attribute = parametrized[1] or "", parametrized[2]
+        originals = modules[name.rpartition(".")[0]].parameters(recurse=False)
+        # Weight normalization keeps lengths beside directions; the weight's own shape is larger.
+        if parameter.numel() < max(original.numel() for original in originals):
+            return None
+    else:
+        owner, _, attribute = name.rpartition(".")
+        attribute = _REPARAMETRIZED.sub("", attribute)
+    layout = _layout_of(modules[owner], attribute)
+    uninitialized = isinstance(parameter, UninitializedParameter)
+    if layout is None or uninitialized or _n_axes(layout) == parameter.ndim:
+        return layout
+    return None
+
+
+def _layout_of(module: nn.Module, attribute: str) -> Layout | None:
+    """The layout of a module's parameter, if that is the weight of a layer."""
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)):
+        return Layout("oi") if "weight" in attribute else None
+    if attribute != "weight":
+        return None
+    if isinstance(module, nn.Linear):
+        return Layout("oi")
+    if isinstance(module, nn.Bilinear):
+        return Layout("oii")
+    if isinstance(module, nn.modules.conv._ConvNd):
+        kernel, grouped = "k" * len(module.kernel_size), module.groups > 1
+        if module.transposed:
+            return Layout(("(gi)o" if grouped else "io") + kernel, module.groups)
+        return Layout(("(go)i" if grouped else "oi") + kernel, module.groups)
+    return None
+
+
+def _n_axes(layout: Layout) -> int:
+    return len(re.sub(r"\(..\)", "x", layout.axes))
+
+
+def _matching(candidates: Mapping[str, Tensor], choice: Choice, what: str) -> set[str]:
+    if callable(choice):
+        return {name for name, parameter in candidates.items() if choice(name, parameter)}
+    names: set[str] = set()
+    for pattern in [choice] if isinstance(choice, str) else choice:
+        hits = {name for name in candidates if matches(pattern, name)}
+        if not hits:
+            raise NamesError(
+                f"{what}: {pattern!r} matches no parameter with two or more axes; there are "
+                f"{list(candidates)}"
+            )
+        names |= hits
+    return names

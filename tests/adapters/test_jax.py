@@ -1,0 +1,369 @@
+"""The optax transformation, with each library's parameters."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+import spectral_core as sc
+
+jax = pytest.importorskip("jax", reason="JAX is not installed")
+optax = pytest.importorskip("optax", reason="optax is not installed")
+import jax.numpy as jnp  # noqa: E402
+
+import spectral_jax  # noqa: E402
+from spectral_jax import add_spectral_norm_regularization  # noqa: E402
+
+RNG = np.random.default_rng(0)
+
+
+def params_of(dtype=jnp.float32):
+    draw = np.random.default_rng(1).standard_normal
+    return {
+        "conv": {"kernel": jnp.asarray(draw((3, 3, 2, 4)), dtype), "bias": jnp.zeros(4, dtype)},
+        "dense": {"kernel": jnp.asarray(draw((5, 6)), dtype), "bias": jnp.zeros(6, dtype)},
+    }
+
+
+def zeros(params):
+    return jax.tree.map(jnp.zeros_like, params)
+
+
+def run(tx, params, steps=3, jit=True):
+    update = jax.jit(tx.update) if jit else tx.update
+    state = tx.init(params)
+    for _ in range(steps):
+        updates, state = update(zeros(params), state, params)
+    return updates, state
+
+
+def assert_trees_close(a, b, rtol=1e-6):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-7), a, b)
+
+
+def by_core(weights, layouts, steps=3, **options):
+    """The same through the core alone."""
+    state = sc.init(weights, layouts=layouts)
+    for _ in range(steps):
+        grads, state = sc.add_gradient(weights, zeros(weights), state, **options)
+    return grads, state
+
+
+def test_equals_the_core():
+    params = params_of()
+    weights = {"conv/kernel": params["conv"]["kernel"], "dense/kernel": params["dense"]["kernel"]}
+    layouts = {"conv/kernel": "hwio", "dense/kernel": "io"}
+    expected, core_state = by_core(weights, layouts, factor=0.1, n_iter=2)
+    for jit in (False, True):
+        updates, state = run(add_spectral_norm_regularization(0.1, n_iter=2), params, jit=jit)
+        np.testing.assert_allclose(updates["conv"]["kernel"], expected["conv/kernel"], rtol=1e-5)
+        np.testing.assert_allclose(updates["dense"]["kernel"], expected["dense/kernel"], rtol=1e-5)
+        assert not updates["conv"]["bias"].any()
+        for name, sigma in spectral_jax.sigmas(state).items():
+            np.testing.assert_allclose(sigma, core_state.sigma[name], rtol=1e-6)
+        assert int(state.count) == 3
+
+
+def test_stands_where_weight_decay_would_in_a_chain():
+    params = params_of()
+    tx = optax.chain(add_spectral_norm_regularization(0.1), optax.sgd(0.5))
+    updates, state = run(tx, params, steps=1)
+    alone, _ = run(add_spectral_norm_regularization(0.1), params, steps=1)
+    assert_trees_close(updates, jax.tree.map(lambda g: -0.5 * g, alone))
+    assert sorted(spectral_jax.sigmas(state)) == ["conv/kernel", "dense/kernel"]
+
+
+def test_masks():
+    params = {**params_of(), "embed": {"embedding": jnp.ones((7, 3))}}
+    unmasked, _ = run(add_spectral_norm_regularization(0.1), params)
+    assert not unmasked["embed"]["embedding"].any()
+    mask = jax.tree.map(lambda _: False, params)
+    mask["embed"]["embedding"] = True
+    updates, state = run(add_spectral_norm_regularization(0.1, mask=mask), params)
+    assert list(spectral_jax.sigmas(state)) == ["embed/embedding"]
+    assert updates["embed"]["embedding"].any()
+    assert not updates["dense"]["kernel"].any()
+    by_function = add_spectral_norm_regularization(
+        0.1, mask=lambda tree: jax.tree.map(lambda x: x.ndim == 4, tree)
+    )
+    assert list(spectral_jax.sigmas(run(by_function, params)[1])) == ["conv/kernel"]
+    outside = optax.masked(
+        add_spectral_norm_regularization(0.1), {"conv": True, "dense": False, "embed": True}
+    )
+    assert list(spectral_jax.sigmas(run(outside, params)[1])) == ["conv/kernel"]
+
+
+def test_a_mask_that_marks_a_bias_is_refused_by_name():
+    params = params_of()
+    tx = add_spectral_norm_regularization(0.1, mask=jax.tree.map(lambda _: True, params))
+    with pytest.raises(sc.ShapeError, match="'conv/bias' has 1 axes"):
+        tx.init(params)
+
+
+@pytest.mark.parametrize("n_iter", [None, 3])
+def test_inject_hyperparams_schedules_the_factor(n_iter):
+    params = params_of()
+    options = {} if n_iter is None else {"n_iter": n_iter}
+    schedule = optax.linear_schedule(0.0, 0.4, 4)
+    injected = optax.inject_hyperparams(add_spectral_norm_regularization)(
+        factor=schedule, **options
+    )
+    direct = add_spectral_norm_regularization(schedule, **options)
+    by_injection, state = run(injected, params, steps=4)
+    assert_trees_close(by_injection, run(direct, params, steps=4)[0])
+    constant, _ = run(add_spectral_norm_regularization(0.3, **options), params, steps=4)
+    assert_trees_close(by_injection, constant)
+    assert float(state.hyperparams["factor"]) == pytest.approx(0.3)
+
+
+def test_a_factor_by_path():
+    factors = {"conv/*": 0.1, "*": 0.4}
+    updates, state = run(add_spectral_norm_regularization(factors), params_of(), steps=40)
+    sigma = spectral_jax.sigmas(state)
+    for name, factor in (("conv", 0.1), ("dense", 0.4)):
+        length = float(jnp.linalg.norm(updates[name]["kernel"]))
+        assert length == pytest.approx(factor * float(sigma[f"{name}/kernel"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("factor", [-0.1, float("nan"), "a"])
+def test_a_bad_factor_is_refused(factor):
+    with pytest.raises(sc.ArgumentError, match="factor"):
+        run(add_spectral_norm_regularization(factor), params_of())
+
+
+def test_update_needs_params():
+    tx = add_spectral_norm_regularization(0.1)
+    params = params_of()
+    with pytest.raises(ValueError, match="params"):
+        tx.update(zeros(params), tx.init(params))
+
+
+def test_sigmas_of_another_optimizer():
+    with pytest.raises(sc.NamesError, match="SpectralNormState"):
+        spectral_jax.sigmas(optax.adam(0.1).init(params_of()))
+
+
+def test_missing_updates_are_skipped():
+    params = params_of()
+    tx = add_spectral_norm_regularization(0.1)
+    state = tx.init(params)
+    updates = zeros(params)
+    updates["dense"]["kernel"] = None
+    new, after = tx.update(updates, state, params)
+    assert new["dense"]["kernel"] is None
+    assert new["conv"]["kernel"].any()
+    assert after.v["dense/kernel"] is state.v["dense/kernel"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(dtype):
+    params = params_of(dtype)
+    updates, state = run(add_spectral_norm_regularization(0.5), params, steps=60)
+    assert updates["dense"]["kernel"].dtype == dtype
+    sigma = spectral_jax.sigmas(state)["dense/kernel"]
+    assert sigma.dtype == jnp.float32
+    exact = np.linalg.norm(np.asarray(params["dense"]["kernel"], np.float64), 2)
+    np.testing.assert_allclose(sigma, exact, rtol=1e-4)
+
+
+def test_init_runs_under_jit_and_eval_shape():
+    params, tx = params_of(), add_spectral_norm_regularization(0.1)
+    eager, traced = tx.init(params), jax.jit(tx.init)(params)
+    assert_trees_close(eager, traced)
+    abstract = jax.eval_shape(tx.init, params)
+    assert jax.tree.map(lambda x: x.shape, abstract) == jax.tree.map(lambda x: x.shape, eager)
+
+
+def test_resuming_is_bit_equal():
+    params = params_of()
+    tx = optax.chain(add_spectral_norm_regularization(0.1), optax.sgd(0.1, 0.9, nesterov=True))
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.tree.map(lambda p: 0.1 * jnp.sin(p), params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(4):
+        params, state = step(params, state)
+    saved = pickle.dumps(jax.tree.map(np.asarray, (params, state)))
+    for _ in range(5):
+        params, state = step(params, state)
+    resumed, state = pickle.loads(saved)
+    for _ in range(5):
+        resumed, state = step(resumed, state)
+    jax.tree.map(np.testing.assert_array_equal, params, resumed)
+
+
+def test_nothing_in_a_step_leaves_the_device():
+    params, tx = params_of(), add_spectral_norm_regularization(0.1)
+    compiled = jax.jit(tx.update).lower(zeros(params), tx.init(params), params).compile()
+    text = compiled.as_text()
+    assert "callback" not in text
+    assert "outfeed" not in text
+
+
+def test_multi_transform():
+    params = params_of()
+    labels = {"conv": "regular", "dense": "plain"}
+    tx = optax.multi_transform(
+        {"regular": add_spectral_norm_regularization(0.1), "plain": optax.identity()}, labels
+    )
+    updates, state = run(tx, params)
+    assert list(spectral_jax.sigmas(state)) == ["conv/kernel"]
+    assert not updates["dense"]["kernel"].any()
+
+
+# Layouts
+
+
+def test_layouts_by_pattern_reach_scanned_and_left_out_leaves():
+    params = {"blocks": {"kernel": jnp.asarray(RNG.standard_normal((3, 4, 5)), jnp.float32)}}
+    params["embed"] = {"embedding": jnp.ones((7, 3))}
+    tx = add_spectral_norm_regularization(0.1, layouts={"blocks/*": "sio", "embed/*": "io"})
+    _, state = run(tx, params, steps=100)
+    exact = np.linalg.svd(np.asarray(params["blocks"]["kernel"]), compute_uv=False)[:, 0]
+    np.testing.assert_allclose(spectral_jax.sigmas(state)["blocks/kernel"], exact, rtol=1e-4)
+    assert "embed/embedding" in spectral_jax.sigmas(state)
+    with pytest.raises(sc.NamesError, match="'block/\\*' matches none"):
+        add_spectral_norm_regularization(0.1, layouts={"block/*": "sio"}).init(params)
+
+
+def test_hand_written_trees():
+    params = [(jnp.ones((4, 3)), jnp.zeros(3)), (jnp.ones((3, 2)), jnp.zeros(2))]
+    _, state = run(add_spectral_norm_regularization(0.1), params)
+    assert sorted(spectral_jax.sigmas(state)) == ["0/0", "1/0"]
+    named = {"W1": jnp.ones((4, 3)), "b1": jnp.zeros(3), "pos_embedding": jnp.ones((9, 4))}
+    _, state = run(add_spectral_norm_regularization(0.1), named)
+    assert list(spectral_jax.sigmas(state)) == ["W1"]
+
+
+def matrices(state):
+    return {name: v.shape for name, v in state.v.items()}
+
+
+def test_flax_nnx():
+    nnx = pytest.importorskip("flax.nnx", reason="Flax is not installed")
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(3, 4, (2, 5), rngs=rngs)
+            self.attend = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+            self.embed = nnx.Embed(5, 8, rngs=rngs)
+            self.norm = nnx.BatchNorm(8, rngs=rngs)
+            self.layers = nnx.List([nnx.Linear(8, 6, rngs=rngs)])
+
+    model = Model(nnx.Rngs(0))
+    expected = {
+        "conv/kernel": (30,),
+        "attend/key/kernel": (8,),
+        "attend/query/kernel": (8,),
+        "attend/value/kernel": (8,),
+        "attend/out/kernel": (8,),
+        "layers/0/kernel": (8,),
+    }
+    tx = add_spectral_norm_regularization(0.01)
+    assert matrices(tx.init(nnx.state(model, nnx.Param))) == expected
+
+    optimizer = nnx.Optimizer(model, optax.chain(tx, optax.sgd(0.1)), wrt=nnx.Param)
+    before = np.asarray(model.layers[0].kernel[...])
+
+    @nnx.jit
+    def step(model, optimizer):
+        grads = nnx.grad(lambda m: 0.0 * jnp.sum(m.layers[0](jnp.ones((1, 8)))))(model)
+        optimizer.update(model, grads)
+
+    for _ in range(60):
+        step(model, optimizer)
+    after = np.asarray(model.layers[0].kernel[...])
+    assert np.linalg.norm(after, 2) < np.linalg.norm(before, 2)
+    found = spectral_jax.sigmas(optimizer.opt_state)
+    assert sorted(found) == sorted(expected)
+    sigma = found["layers/0/kernel"]
+    assert float(jnp.asarray(sigma)) == pytest.approx(float(np.linalg.norm(after, 2)), rel=0.01)
+
+
+def test_flax_linen():
+    nn = pytest.importorskip("flax.linen", reason="Flax is not installed")
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(4, (3, 3))(x)
+            x = nn.ConvTranspose(6, (2, 2))(x)
+            x = nn.LayerNorm()(x).reshape(x.shape[0], -1)
+            x = nn.RNN(nn.LSTMCell(5))(x[:, None, :])
+            return nn.Dense(2)(x)
+
+    params = Model().init(jax.random.key(0), jnp.ones((1, 4, 4, 3), jnp.float32))["params"]
+    _, state = run(add_spectral_norm_regularization(0.1), params)
+    shapes = matrices(state)
+    assert shapes["Conv_0/kernel"] == (27,)
+    assert shapes["ConvTranspose_0/kernel"] == (16,)
+    assert shapes["Dense_0/kernel"] == (5,)
+    assert len([name for name in shapes if "LSTM" in name]) == 8
+    assert all(name.endswith("kernel") for name in shapes)
+
+
+def test_flax_scan():
+    nn = pytest.importorskip("flax.linen", reason="Flax is not installed")
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(4)(x), None
+
+    stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
+    params = stack.init(jax.random.key(0), jnp.ones((1, 4)), None)["params"]
+    tx = add_spectral_norm_regularization(0.1, layouts={"Dense_0/kernel": "sio"})
+    updates, state = run(tx, params, steps=200)
+    exact = np.linalg.svd(np.asarray(params["Dense_0"]["kernel"]), compute_uv=False)[:, 0]
+    np.testing.assert_allclose(spectral_jax.sigmas(state)["Dense_0/kernel"], exact, rtol=1e-4)
+    lengths = np.linalg.norm(np.asarray(updates["Dense_0"]["kernel"]), axis=(1, 2))
+    np.testing.assert_allclose(lengths, 0.1 * exact, rtol=1e-4)
+
+
+def test_equinox():
+    eqx = pytest.importorskip("equinox", reason="Equinox is not installed")
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    model = {
+        "mlp": eqx.nn.MLP(3, 2, 4, 1, key=next(keys)),
+        "conv": eqx.nn.Conv2d(4, 6, 3, groups=2, key=next(keys)),
+        "up": eqx.nn.ConvTranspose1d(4, 6, 3, key=next(keys)),
+        "cell": eqx.nn.GRUCell(3, 5, key=next(keys)),
+        "embed": eqx.nn.Embedding(7, 3, key=next(keys)),
+        "norm": eqx.nn.LayerNorm((3, 4)),
+        "attend": eqx.nn.MultiheadAttention(2, 8, key=next(keys)),
+    }
+    params = eqx.filter(model, eqx.is_inexact_array)
+    _, state = run(add_spectral_norm_regularization(0.1), params)
+    assert matrices(state) == {
+        "mlp/layers/0/weight": (3,),
+        "mlp/layers/1/weight": (4,),
+        "conv/weight": (2, 18),
+        "up/weight": (12,),
+        "cell/weight_ih": (3,),
+        "cell/weight_hh": (5,),
+        "attend/query_proj/weight": (8,),
+        "attend/key_proj/weight": (8,),
+        "attend/value_proj/weight": (8,),
+        "attend/output_proj/weight": (8,),
+    }
+
+
+def test_haiku():
+    hk = pytest.importorskip("haiku", reason="Haiku is not installed")
+
+    def forward(x):
+        x = hk.Conv2D(4, 3)(x)
+        x = hk.Conv2DTranspose(6, 2)(x)
+        return hk.Linear(2)(x.reshape(x.shape[0], -1))
+
+    params = hk.transform(forward).init(jax.random.key(0), jnp.ones((1, 4, 4, 3)))
+    _, state = run(add_spectral_norm_regularization(0.1), params)
+    assert matrices(state) == {
+        "conv2_d/w": (27,),
+        "conv2_d_transpose/w": (16,),
+        "linear/w": (96,),
+    }
