@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
-from spectral_core import Layout
+from spectral_core import Layout, NamesError
 from spectral_core.layout import as_layout
 from spectral_core.patterns import by_name
 
@@ -44,7 +44,7 @@ def choose(
     Raises
     ------
     spectral_core.NamesError
-        If a pattern of ``layouts`` matches nothing.
+        If a pattern of ``layouts`` matches nothing, or there is no weight.
     """
     leaves, _ = named_leaves(params)
     given = by_name(layouts or {}, [name for name, _, _ in leaves], "layouts")
@@ -55,6 +55,11 @@ def choose(
             weights[name] = leaf
             default = known or _channels_last(jnp.ndim(leaf))
             chosen[name] = as_layout(given[name]) if name in given else default
+    if not weights:
+        raise NamesError(
+            "there is nothing to regularize: no leaf has two axes and a weight's name among "
+            f"{[name for name, _, _ in leaves]}; say which by mask or layouts"
+        )
     return weights, chosen
 
 

@@ -13,13 +13,20 @@ import spectral_core as sc
 
 from .selection import choose, named_leaves
 
+# The core knows no pytrees; with this, `jax.jit` takes and returns its state.
+jax.tree_util.register_pytree_node(
+    sc.SpectralState,
+    lambda state: ((dict(state.v), dict(state.sigma)), tuple(state.layouts.items())),
+    lambda layouts, arrays: sc.SpectralState(*arrays, dict(layouts)),
+)
+
 
 class SpectralNormState(NamedTuple):
     """What the transformation carries: the step's number; v and σ of each weight by its path."""
 
     count: jax.Array  # type: ignore[assignment]
-    v: dict[str, jax.Array]
-    sigma: dict[str, jax.Array]
+    v: Any  # dict of path to array; a bare scalar where there are no parameters
+    sigma: Any
 
 
 def add_spectral_norm_regularization(
@@ -94,16 +101,24 @@ def add_spectral_norm_regularization(
     everything = mask is not None
 
     def init(params: Any) -> SpectralNormState:
+        count = jnp.zeros([], jnp.int32)
+        if not jax.tree.leaves(params):
+            # Masked out whole, or the placeholder of `optax.tree_map_params`, which maps a leaf
+            # of this state over whatever stands in its place in a real one.
+            return SpectralNormState(count, v=count, sigma=count)
         weights, chosen = choose(params, layouts, everything)
         with jax.default_matmul_precision("highest"):
             start = sc.init(weights, seed=seed, layouts=chosen)
-        return SpectralNormState(jnp.zeros([], jnp.int32), dict(start.v), dict(start.sigma))
+        return SpectralNormState(count, dict(start.v), dict(start.sigma))
 
     def update(
         updates: Any, state: SpectralNormState, params: Any = None
     ) -> tuple[Any, SpectralNormState]:
         if params is None:
             raise ValueError("add_spectral_norm_regularization: pass params to update")
+        count = optax.safe_increment(state.count)
+        if not jax.tree.leaves(params):
+            return updates, state._replace(count=count)
         weights, chosen = choose(params, layouts, everything)
         leaves, structure = named_leaves(updates)
         grads = {**dict.fromkeys(weights), **{name: leaf for name, _, leaf in leaves}}
@@ -118,7 +133,6 @@ def add_spectral_norm_regularization(
                 factor=factor(state.count) if callable(factor) else factor,
                 n_iter=last,
             )
-        count = optax.safe_increment(state.count)
         new_state = SpectralNormState(count, dict(after.v), dict(after.sigma))
         return jax.tree.unflatten(structure, [grads[name] for name, _, _ in leaves]), new_state
 
@@ -158,7 +172,12 @@ def sigmas(state: Any) -> dict[str, jax.Array]:
     found = [node for node in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(node)]
     if not found:
         raise sc.NamesError("this optimizer state holds no SpectralNormState")
-    return {name: sigma for node in found for name, sigma in node.sigma.items()}
+    return {
+        name: sigma
+        for node in found
+        if isinstance(node.sigma, Mapping)
+        for name, sigma in node.sigma.items()
+    }
 
 
 def _all_but_last(

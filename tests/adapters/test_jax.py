@@ -215,6 +215,35 @@ def test_multi_transform():
     assert not updates["dense"]["kernel"].any()
 
 
+def test_jit_takes_the_state_of_the_core():
+    weights = {"w": jnp.ones((4, 3)), "conv": jnp.ones((2, 2, 3, 4))}
+    state = sc.init(weights, layouts={"conv": "hwio"})
+    jitted = jax.jit(lambda w, g, s: sc.add_gradient(w, g, s, factor=0.1))
+    grads, after = jitted(weights, zeros(weights), state)
+    expected, expected_after = sc.add_gradient(weights, zeros(weights), state, factor=0.1)
+    assert_trees_close(grads, expected)
+    assert_trees_close(after.v, expected_after.v)
+    assert after.layouts == state.layouts
+
+
+def test_a_tree_without_weights_is_refused_and_an_empty_one_is_not():
+    with pytest.raises(sc.NamesError, match=r"nothing to regularize.*'norm/scale'"):
+        add_spectral_norm_regularization(0.1).init({"norm": {"scale": jnp.ones((3, 3))}})
+    nothing = optax.masked(add_spectral_norm_regularization(0.1), {"conv": False, "dense": False})
+    updates, state = run(nothing, params_of())
+    assert not updates["dense"]["kernel"].any()
+    assert spectral_jax.sigmas(state) == {}
+
+
+def test_tree_map_params_leaves_the_state_alone():
+    params = params_of()
+    tx = optax.chain(add_spectral_norm_regularization(0.1), optax.trace(0.9))
+    state = tx.init(params)
+    mapped = optax.tree_map_params(tx, lambda x: x + 1, state)
+    assert_trees_close(mapped[0], state[0])
+    assert bool((mapped[1].trace["dense"]["kernel"] == 1).all())
+
+
 # Layouts
 
 
