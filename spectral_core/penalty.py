@@ -7,6 +7,7 @@ from math import inf
 from numbers import Real
 from typing import TypeAlias
 
+import numpy as np
 from array_api_compat import is_writeable_array
 
 from ._arrays import Array, Namespace, array_namespace, cast, conj, squared
@@ -165,10 +166,13 @@ def check_factor(factor: Factor, name: str = "factor") -> float | Array:
     """``factor`` if it is an array of shape () or a finite number ≥ 0, or `ArgumentError`.
 
     The value of an array is not looked at: that would wait for the device, or fail in a trace.
+    One of NumPy is a number like any other.
     """
+    if isinstance(factor, np.ndarray) and factor.shape == ():
+        factor = factor.item()
     if isinstance(factor, Real) and not isinstance(factor, bool):
-        if 0 <= float(factor) < inf:
-            return factor
+        if 0 <= (value := float(factor)) < inf:
+            return value
     elif getattr(factor, "shape", None) == ():
         return factor
     raise ArgumentError(

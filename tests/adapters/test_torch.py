@@ -238,7 +238,7 @@ def test_lbfgs_with_a_line_search_finds_the_minimum():
     loss = optimizer.step(closure)
     s[0] /= 1.6
     np.testing.assert_allclose(weight.detach().numpy(), (u * s) @ vh, atol=5e-5)
-    assert float(loss) == pytest.approx(0.5 * (4 - 2.5) ** 2 + 0.3 * 2.5**2, abs=1e-8)
+    assert float(loss.detach()) == pytest.approx(0.5 * (4 - 2.5) ** 2 + 0.3 * 2.5**2, abs=1e-8)
 
 
 @pytest.mark.parametrize("by_keyword", [False, True])

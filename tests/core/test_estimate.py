@@ -1,0 +1,199 @@
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import spectral_core as sc
+from backends import KINDS, gaussian, matrix, on, orthogonal, svd_norm
+from spectral_core import spectral_norm
+
+DTYPES = ("float64", "complex128")
+sizes = st.one_of(st.integers(1, 8), st.integers(30, 45))  # the basis restarts at 32
+
+
+@st.composite
+def matrices(draw):
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    kind, dtype = draw(st.sampled_from(list(KINDS))), draw(st.sampled_from(DTYPES))
+    return matrix(rng, kind, draw(sizes), draw(sizes), dtype)
+
+
+def agrees(W, result):
+    """σ, its certificate, and the vectors' definition, in float64."""
+    sigma = svd_norm(W)
+    assert result.converged
+    np.testing.assert_allclose(result.sigma, sigma, rtol=1e-10)
+    assert np.all(np.abs(result.sigma - sigma) <= result.error_bound)
+    assert np.all(result.error_bound <= 1e-9 * sigma)
+    np.testing.assert_allclose(np.linalg.norm(result.u, axis=-1), 1, rtol=1e-13)
+    np.testing.assert_allclose(np.linalg.norm(result.v, axis=-1), 1, rtol=1e-13)
+    WHu = np.einsum("...mn,...m->...n", W.conj(), result.u)
+    np.testing.assert_allclose(
+        WHu, np.asarray(result.sigma)[..., None] * result.v, atol=1e-13 * sigma.max()
+    )
+
+
+@given(matrices())
+def test_agrees_with_the_svd(W):
+    agrees(W, spectral_norm(W))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(6, 6), (40, 40), (200, 5), (5, 200), (1, 9), (9, 1), (1, 1)])
+def test_agrees_with_the_svd_on_each_kind(kind, shape, dtype):
+    W = matrix(np.random.default_rng(0), kind, *shape, dtype)
+    result = spectral_norm(W)
+    agrees(W, result)
+    assert 1 <= result.n_iter <= 1000
+    if min(shape) <= 32:  # a whole basis: Lanczos ends
+        assert result.n_iter <= min(shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stack(dtype):
+    rng = np.random.default_rng(0)
+    W = np.stack([matrix(rng, kind, 7, 5, dtype) for kind in list(KINDS)[:6]])
+    W = W.reshape(2, 3, 7, 5)
+    result = spectral_norm(W)
+    agrees(W, result)
+    assert (result.sigma.shape, result.error_bound.shape) == ((2, 3), (2, 3))
+    assert (result.u.shape, result.v.shape) == ((2, 3, 7), (2, 3, 5))
+    one_by_one = [spectral_norm(W[index]) for index in np.ndindex(2, 3)]
+    assert result.n_iter == max(one.n_iter for one in one_by_one)
+    np.testing.assert_array_equal(np.ravel(result.sigma), [one.sigma for one in one_by_one])
+
+
+@given(matrices(), st.integers(1, 6))
+def test_bound_holds_before_convergence(W, max_iter):
+    """The certificate is of *a* singular value (zero is one of a matrix that is not square)."""
+    result = spectral_norm(W, max_iter=max_iter)
+    s = np.append(np.linalg.svd(W, compute_uv=False), 0)
+    assert np.abs(s - result.sigma).min() <= result.error_bound
+    assert result.sigma <= s[0] * (1 + 1e-12)
+    assert result.n_iter <= max_iter
+
+
+def test_says_when_it_has_not_converged():
+    W = matrix(np.random.default_rng(0), "gaussian", 30, 30)
+    assert not spectral_norm(W, max_iter=3).converged
+    assert not spectral_norm(np.stack([np.eye(30), W]), max_iter=3).converged
+    loose = spectral_norm(W, tol=0.1)
+    assert loose.converged
+    assert loose.n_iter < spectral_norm(W).n_iter
+    tight = spectral_norm(W, tol=0)
+    assert tight.sigma == pytest.approx(svd_norm(W), rel=1e-14)
+    assert tight.error_bound < 1e-13 * tight.sigma
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e200, 1e300])
+def test_extreme_scales_in_float64(scale, dtype):
+    W = matrix(np.random.default_rng(0), "gaussian", 5, 7, dtype)
+    result = spectral_norm(W * scale)
+    assert result.converged
+    assert result.sigma == pytest.approx(svd_norm(W) * scale, rel=1e-10, abs=0)
+    assert result.error_bound < 1e-9 * result.sigma
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_extreme_scales_in_float32(backend, scale):
+    W = matrix(np.random.default_rng(0), "gaussian", 5, 7)
+    result = spectral_norm(backend.asarray((W * scale).astype("float32")))
+    assert result.converged
+    assert float(result.sigma) == pytest.approx(svd_norm(W) * scale, rel=1e-5, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [("float32", 1e-5), ("float64", 1e-12), ("complex64", 1e-5), ("complex128", 1e-12)],
+)
+def test_on_every_backend(backend, dtype, precision):
+    rng = np.random.default_rng(0)
+    W = np.stack([matrix(rng, kind, 4, 6, dtype) for kind in ("gaussian", "decaying")])
+    result = spectral_norm(backend.asarray(W.astype(dtype)))
+    assert result.converged is True
+    assert backend.dtype_name(result.v) == dtype
+    np.testing.assert_allclose(backend.to_numpy(result.sigma), svd_norm(W), rtol=precision)
+    error = np.abs(backend.to_numpy(result.sigma) - svd_norm(W))
+    assert np.all(error <= backend.to_numpy(result.error_bound))
+
+
+@on(dtype="bfloat16")
+def test_bfloat16_is_computed_in_float32(backend):
+    W = backend.asarray(gaussian(np.random.default_rng(0), 8, 8), "bfloat16")
+    result = spectral_norm(W)
+    assert backend.dtype_name(result.sigma) == "float32"
+    assert float(result.sigma) == pytest.approx(svd_norm(backend.to_numpy(W)), rel=1e-5)
+
+
+@given(matrices(), st.integers(0, 2**32))
+def test_invariances(W, seed):
+    rng = np.random.default_rng(seed)
+    m, n = W.shape
+    P, Q = orthogonal(rng, m, m, W.dtype.name), orthogonal(rng, n, n, W.dtype.name)
+    sigma = spectral_norm(W).sigma
+    for other in (
+        -W.conj(),
+        W.T,
+        P @ W @ Q,
+        W[rng.permutation(m)][:, rng.permutation(n)],
+        np.r_[W, np.zeros((1, n))],
+    ):
+        assert spectral_norm(other, seed=seed).sigma == pytest.approx(sigma, rel=1e-9)
+    assert spectral_norm(W * -3.7).sigma == pytest.approx(3.7 * sigma, rel=1e-9)
+
+
+def test_deterministic_and_seeded():
+    W = matrix(np.random.default_rng(0), "gaussian", 40, 40)
+    first = spectral_norm(W, seed=1)
+    np.testing.assert_array_equal(first.v, spectral_norm(W, seed=1).v)
+    assert np.any(first.v != spectral_norm(W, seed=2).v)
+
+
+def test_zero_matrix(backend):
+    result = spectral_norm(backend.asarray(np.zeros((3, 4))))
+    assert (float(result.sigma), float(result.error_bound)) == (0, 0)
+    assert result.converged
+    for vector, size in ((result.u, 3), (result.v, 4)):
+        np.testing.assert_array_equal(backend.to_numpy(vector), np.zeros(size))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_not_finite(backend, value):
+    W = np.stack([np.eye(3), np.eye(3), 2 * np.eye(3)])
+    W[1, 0, 2] = value
+    result = spectral_norm(backend.asarray(W))
+    assert not result.converged
+    sigma = backend.to_numpy(result.sigma)
+    np.testing.assert_allclose(sigma, [1, np.nan, 2], rtol=1e-14)
+    assert np.isnan(backend.to_numpy(result.error_bound)[1])
+
+
+@pytest.mark.parametrize(
+    ("W", "arguments", "error", "words"),
+    [
+        (np.ones(3), {}, sc.ShapeError, "W has shape (3,)"),
+        (np.ones((0, 3)), {}, sc.ShapeError, "W has shape (0, 3)"),
+        (np.ones((0, 3, 3)), {}, sc.ShapeError, "W has shape (0, 3, 3)"),
+        (np.eye(2, dtype=int), {}, sc.DTypeError, "W has dtype int64"),
+        ([[1.0]], {}, sc.DTypeError, "builtins.list"),
+        (
+            np.eye(2),
+            {"tol": -1.0},
+            sc.ArgumentError,
+            "tol must be a finite number ≥ 0, not -1.0",
+        ),
+        (np.eye(2), {"tol": np.nan}, sc.ArgumentError, "tol must be"),
+        (np.eye(2), {"tol": np.inf}, sc.ArgumentError, "tol must be"),
+        (np.eye(2), {"max_iter": 0}, sc.ArgumentError, "max_iter must be an integer ≥ 1, not 0"),
+        (np.eye(2), {"max_iter": 1.5}, sc.ArgumentError, "max_iter must be"),
+        (np.eye(2), {"seed": -1}, sc.ArgumentError, "seed must be an integer ≥ 0, not -1"),
+        (np.eye(2), {"seed": "x"}, sc.ArgumentError, "seed must be"),
+    ],
+)
+def test_errors(W, arguments, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        spectral_norm(W, **arguments)

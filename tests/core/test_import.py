@@ -1,0 +1,109 @@
+import doctest
+import importlib
+import inspect
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import spectral_core as sc
+from spectral_core import errors
+
+FRAMEWORKS = ("array_api_strict", "cupy", "jax", "scipy", "torch")
+FUNCTIONS = [name for name in sc.__all__ if inspect.isfunction(getattr(sc, name))]
+MODULES = [module.name for module in pkgutil.iter_modules(sc.__path__)]
+
+
+def python(code):
+    """What a fresh interpreter prints, which finds the package where this one did."""
+    env = {**os.environ, "PYTHONPATH": str(Path(sc.__file__).parents[1])}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_import_and_use_with_numpy_import_no_framework():
+    found = python(
+        f"""
+import sys
+import numpy as np
+import spectral_core as sc
+print(sorted(set(sys.modules) & set({FRAMEWORKS})))
+w = {{"w": np.eye(3)}}
+sc.add_gradient_(w, {{"w": np.zeros((3, 3))}}, sc.init(w))
+sc.spectral_norm(w["w"])
+print(sorted(set(sys.modules) & set({FRAMEWORKS})))
+"""
+    )
+    assert found.splitlines() == ["[]", "[]"]
+
+
+def test_import_is_quick():
+    code = "from time import perf_counter as t; a = t(); import spectral_core; print(t() - a)"
+    seconds = []
+    while len(seconds) < 8 and min(seconds, default=1) >= 0.3:  # the machine may be busy
+        seconds.append(float(python(code)))
+    assert min(seconds) < 0.3, seconds
+
+
+def test_all_is_complete_and_sorted():
+    public = {
+        name
+        for name, value in vars(sc).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+    assert set(sc.__all__) == public
+    assert list(sc.__all__) == sorted(sc.__all__)
+
+
+def test_every_name_is_of_this_package():
+    for name in sc.__all__:
+        assert getattr(sc, name).__module__.startswith("spectral_core.")
+
+
+def test_version():
+    assert all(part.isdigit() for part in sc.__version__.split(".")[:2])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_docstring_has_its_sections(name):
+    doc = inspect.getdoc(getattr(sc, name))
+    for section in ("Parameters", "Examples"):
+        assert f"\n{section}\n{'-' * len(section)}\n" in doc
+    described = doc.split("\nParameters\n")[1].split("\n--")[0]
+    for parameter in inspect.signature(getattr(sc, name)).parameters:
+        assert parameter in described
+
+
+@pytest.mark.parametrize("name", sorted(set(sc.__all__) - set(FUNCTIONS)))
+def test_classes_are_documented(name):
+    assert inspect.getdoc(getattr(sc, name))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name):
+    module = importlib.import_module(f"spectral_core.{name}")
+    assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_has_an_example(name):
+    (found, *_) = doctest.DocTestFinder(recurse=False).find(getattr(sc, name), name)
+    assert found.examples
+
+
+def test_errors_are_also_the_built_in_ones():
+    found = [cls for cls in vars(errors).values() if inspect.isclass(cls)]
+    assert len(found) == 6
+    assert set(found) <= {getattr(sc, name) for name in sc.__all__}
+    for cls in found:
+        assert issubclass(cls, sc.SpectralError)
+        assert cls is sc.SpectralError or issubclass(cls, ValueError | TypeError)
+
+
+def test_is_typed():
+    assert (Path(sc.__file__).parent / "py.typed").exists()

@@ -1,0 +1,154 @@
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import spectral_core as sc
+from backends import gaussian, matrix, on, outer, unit
+from spectral_core import penalty, penalty_at, power_iteration, rank_one
+
+CASES = pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((4, 6), "float64"),
+        ((6, 4), "complex128"),
+        ((1, 5), "float64"),
+        ((5, 1), "complex128"),
+        ((2, 3, 4), "float64"),
+        ((2, 3, 4), "complex128"),
+    ],
+    ids=str,
+)
+
+
+def problem(backend, shape, dtype):
+    rng = np.random.default_rng(0)
+    W = backend.asarray(gaussian(rng, *shape, dtype=dtype))
+    v = backend.asarray(unit(rng, *shape[:-2], shape[-1], dtype=dtype))
+    return W, power_iteration(W, v)
+
+
+def half_squared_norm(W, u):
+    """½‖Wᴴu‖² by elementwise operations alone."""
+    WHu = (W.conj() * u[..., None]).sum(-2)
+    return (WHu * WHu.conj()).real.sum() / 2
+
+
+@CASES
+def test_rank_one_is_the_outer_product(backend, shape, dtype):
+    _, triple = problem(backend, shape, dtype)
+    expected = 0.3 * outer(*(backend.to_numpy(part) for part in triple))
+    term = rank_one(*triple, factor=0.3)
+    assert backend.dtype_name(term) == dtype
+    np.testing.assert_allclose(backend.to_numpy(term), expected, atol=1e-15)
+
+
+@on(module="torch")
+@CASES
+@pytest.mark.parametrize("through", ["penalty_at", "written out"])
+def test_rank_one_is_the_gradient_in_torch(backend, shape, dtype, through):
+    W, triple = problem(backend, shape, dtype)
+    W.requires_grad_()
+    if through == "penalty_at":
+        value = penalty_at(W, triple.u, factor=0.3)
+    else:
+        value = 0.3 * half_squared_norm(W, triple.u)
+    value.backward()
+    expected = backend.to_numpy(rank_one(*triple, factor=0.3))
+    np.testing.assert_allclose(backend.to_numpy(W.grad), expected, rtol=1e-12, atol=1e-14)
+
+
+@on(module="jax")
+@CASES
+@pytest.mark.parametrize("through", ["penalty_at", "written out"])
+def test_rank_one_is_the_gradient_in_jax(backend, shape, dtype, through):
+    import jax
+
+    W, triple = problem(backend, shape, dtype)
+    if through == "penalty_at":
+        gradient = jax.grad(lambda W: penalty_at(W, triple.u, factor=0.3))
+    else:
+        gradient = jax.grad(lambda W: 0.3 * half_squared_norm(W, triple.u))
+    expected = backend.to_numpy(rank_one(*triple, factor=0.3))
+    # JAX's gradient with respect to a complex W is the conjugate of PyTorch's.
+    for found in (gradient(W), jax.jit(gradient)(W)):
+        np.testing.assert_allclose(backend.to_numpy(found).conj(), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+@pytest.mark.parametrize("shape", [(3, 4), (4, 3), (1, 3), (3, 1)], ids=str)
+def test_converged_rank_one_is_the_gradient_of_half_sigma_squared(shape, dtype):
+    W = matrix(np.random.default_rng(0), "decaying", *shape, dtype)
+    found = sc.spectral_norm(W, tol=1e-14)
+    term = rank_one(found.sigma, found.u, found.v, factor=1)
+
+    def half_square(W):
+        return np.linalg.svd(W, compute_uv=False)[0] ** 2 / 2
+
+    h = 1e-5
+    for index in np.ndindex(*shape):
+        for direction, part in ((1, np.real), (1j, np.imag))[: 1 + np.iscomplexobj(W)]:
+            E = np.zeros(shape, dtype)
+            E[index] = h * direction
+            difference = (half_square(W + E) - half_square(W - E)) / (2 * h)
+            assert part(term[index]) == pytest.approx(difference, rel=1e-6, abs=1e-8)
+
+
+def test_penalty_at_is_the_penalty_at_its_own_u(backend):
+    W, triple = problem(backend, (2, 4, 6), "float64")
+    expected = 0.3 / 2 * np.sum(backend.to_numpy(triple.sigma) ** 2)
+    assert float(penalty_at(W, triple.u, factor=0.3)) == pytest.approx(expected, rel=1e-13)
+    assert float(penalty(triple.sigma, factor=0.3)) == pytest.approx(expected, rel=1e-13)
+
+
+def test_penalty_at_zero_is_smooth(backend):
+    u = backend.asarray(np.array([1.0, 0.0]))
+    assert float(penalty_at(backend.asarray(np.zeros((2, 3))), u)) == 0
+
+
+@on(dtype="float16")
+def test_penalty_at_of_a_half_precision_weight_is_float32(backend):
+    W = backend.asarray(np.full((2, 3), 300.0), "float16")  # its square overflows
+    value = penalty_at(W, backend.asarray(np.array([1.0, 0.0]), "float32"), factor=2.0)
+    assert backend.dtype_name(value) == "float32"
+    assert float(value) == 3 * 300.0**2
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcd"), st.lists(st.floats(0, 1e3), max_size=3), min_size=1),
+    st.floats(0, 10),
+)
+def test_penalty_is_the_sum_of_squares(sigmas, factor):
+    arrays = {name: np.array(values) for name, values in sigmas.items()}
+    total = sum(value**2 for values in sigmas.values() for value in values)
+    assert penalty(arrays, factor=factor) == pytest.approx(factor / 2 * total, rel=1e-12)
+
+
+def test_penalty_takes_a_factor_of_each_name(backend):
+    sigma = {"a.x": backend.asarray(np.array(2.0)), "b": backend.asarray(np.array([1.0, 3.0]))}
+    value = penalty(sigma, factor={"a.*": 0.1, "b": backend.asarray(np.array(0.2))})
+    assert float(value) == pytest.approx(0.1 / 2 * 4 + 0.2 / 2 * 10)
+
+
+def test_penalty_needs_a_factor_of_each_name():
+    with pytest.raises(sc.NamesError, match=r"no entry for \['b'\]"):
+        penalty({"a": np.array(1.0), "b": np.array(1.0)}, factor={"a": 1.0})
+
+
+@pytest.mark.parametrize(
+    "factor", [-0.1, np.nan, np.inf, "0.1", None, True, 1j, np.ones(1)], ids=repr
+)
+def test_errors_about_factor(factor):
+    words = re.escape("factor must be a finite number ≥ 0 or an array of shape ()")
+    one, vector = np.array(1.0), np.ones(1)
+    with pytest.raises(sc.ArgumentError, match=words) as error:
+        penalty(one, factor=factor)
+    assert repr(factor) in str(error.value)
+    with pytest.raises(sc.ArgumentError, match=words):
+        penalty_at(np.eye(1), vector, factor=factor)
+    with pytest.raises(sc.ArgumentError, match=words):
+        rank_one(one, vector, vector, factor=factor)
+    with pytest.raises(sc.ArgumentError, match=re.escape("factor['a'] must be")):
+        penalty({"a": one}, factor={"a": factor})
