@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from array_api_compat import array_namespace as _array_namespace
-from array_api_compat import device, is_jax_array
+from array_api_compat import is_jax_array
 
 from .errors import DeviceError, DTypeError
 
@@ -101,7 +101,7 @@ def norm(x: Array, xp: Namespace) -> Array:
 
 def device_of(x: Array) -> Any:
     """The device of ``x``, or None where the backend places arrays itself (JAX)."""
-    return None if is_jax_array(x) else device(x)
+    return None if is_jax_array(x) else x.device
 
 
 def check_same_device(x: Array, y: Array, x_name: str, y_name: str) -> None:

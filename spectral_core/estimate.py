@@ -9,7 +9,7 @@ Simon, 2000). The square is harmless for the *largest* value: an error of ε in 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import frexp, isfinite, prod
+from math import frexp, inf, isfinite, prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,8 +104,9 @@ def spectral_norm(
         raise ShapeError(f"W has shape {tuple(W.shape)}: it must be a matrix with no empty axis")
     kind = traits(W, xp, "W")
     W = cast(W, kind.iteration_dtype, xp)
-    tol = kind.eps ** (2 / 3) if tol is None else tol
-    if not (isfinite(tol) and tol >= 0):
+    if tol is None:
+        tol = kind.eps ** (2 / 3)
+    elif not isinstance(tol, (int, float)) or not 0 <= tol < inf:
         raise ArgumentError(f"tol must be a finite number ≥ 0, not {tol!r}")
     max_iter = check_n_iter(max_iter, "max_iter")
     stack = tuple(W.shape[:-2])

@@ -82,6 +82,8 @@ class Layout:
     groups: int = 1
 
     def __post_init__(self) -> None:
+        if not isinstance(self.axes, str):
+            raise ArgumentError(f"a layout is a string of axes such as 'oihw', not {self.axes!r}")
         letters = "".join(_tokens(self.axes))
         for needed, meaning in (("o", "output"), ("i", "input")):
             if needed not in letters:
@@ -302,12 +304,14 @@ def inverse(order: Shape) -> Shape:
     return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
+def reshaped(x: Array, shape: Shape, xp: Namespace) -> Array:
+    """``x`` in another shape, itself if it has it already."""
+    return x if tuple(x.shape) == tuple(shape) else xp.reshape(x, shape)
+
+
 def _rearrange(x: Array, split: Shape, order: Shape, joined: Shape | None, xp: Namespace) -> Array:
     """Reshape, permute, reshape: without a call for the parts that change nothing."""
-    if tuple(x.shape) != split:
-        x = xp.reshape(x, split)
+    x = reshaped(x, split, xp)
     if order != tuple(range(len(order))):
         x = xp.permute_dims(x, order)
-    if joined is not None and tuple(x.shape) != joined:
-        x = xp.reshape(x, joined)
-    return x
+    return x if joined is None else reshaped(x, joined, xp)

@@ -12,7 +12,7 @@ from array_api_compat import is_writeable_array
 
 from ._arrays import Array, Namespace, array_namespace, cast, conj, squared
 from .errors import ArgumentError, DeviceError, NamesError
-from .layout import Layout, plan_of, spread
+from .layout import Plan, spread
 from .patterns import by_name
 from .power import PowerIteration, rmatvec
 
@@ -126,29 +126,17 @@ def rank_one(sigma: Array, u: Array, v: Array, *, factor: float | Array = 0.01) 
     return _scaled(sigma, u, check_factor(factor))[..., None] * conj(v, xp)[..., None, :]
 
 
-def add_rank_one(
-    grad: Array, triple: PowerIteration, layout: Layout, factor: float | Array
-) -> Array:
-    """``grad`` plus the gradient of the penalty, a new array of the dtype of ``grad``."""
-    xp = array_namespace(grad)
-    u, v, split = _outer_factors(grad, triple, layout, factor, xp)
-    total = cast(_reshaped(grad, split, xp) + u * v, grad.dtype, xp)
-    return _reshaped(total, grad.shape, xp)
+def outer_factors(
+    triple: PowerIteration, plan: Plan, factor: float | Array, xp: Namespace
+) -> tuple[Array, Array]:
+    """Two arrays whose product, broadcast, is the term in the axes ``plan.split``."""
+    u = _scaled(triple.sigma, triple.u, factor)
+    return spread(u, conj(triple.v, xp), plan, xp)
 
 
-def add_rank_one_(
-    grad: Array,
-    triple: PowerIteration,
-    layout: Layout,
-    factor: float | Array,
-    add_outer_: OuterUpdate,
-) -> Array:
-    """The same, in place."""
-    xp = array_namespace(grad)
-    u, v, split = _outer_factors(grad, triple, layout, factor, xp)
-    # Splitting an axis in two never needs a copy, so this is still the caller's memory.
-    add_outer_(_reshaped(grad, split, xp), u, v)
-    return grad
+def add_outer(grad: Array, u: Array, v: Array) -> Array:
+    """``grad + u * v``, in the dtype of ``grad``."""
+    return cast(grad + u * v, grad.dtype, array_namespace(grad))
 
 
 def add_outer_(grad: Array, u: Array, v: Array) -> None:
@@ -159,7 +147,7 @@ def add_outer_(grad: Array, u: Array, v: Array) -> None:
     elif grad.dtype == u.dtype:
         grad += u * v
     else:
-        grad[...] = array_namespace(grad).astype(grad + u * v, grad.dtype)
+        grad[...] = add_outer(grad, u, v)
 
 
 def check_factor(factor: Factor, name: str = "factor") -> float | Array:
@@ -168,7 +156,7 @@ def check_factor(factor: Factor, name: str = "factor") -> float | Array:
     The value of an array is not looked at: that would wait for the device, or fail in a trace.
     One of NumPy is a number like any other.
     """
-    if isinstance(factor, np.ndarray) and factor.shape == ():
+    if isinstance(factor, (np.ndarray, np.generic)) and factor.shape == ():
         factor = factor.item()
     if isinstance(factor, Real) and not isinstance(factor, bool):
         if 0 <= (value := float(factor)) < inf:
@@ -193,8 +181,7 @@ def factors_of(factor: Factor, names: Mapping[str, Array]) -> dict[str, float | 
 
 def check_writeable(grad: Array, name: str) -> None:
     """Raise `DeviceError` if ``grad`` cannot be written to."""
-    flags = getattr(grad, "flags", None)
-    if not is_writeable_array(grad) or not getattr(flags, "writeable", True):
+    if not is_writeable_array(grad):
         raise DeviceError(
             f"the gradient of {name!r} cannot be written in place ({type(grad).__name__}): "
             "use add_gradient, which returns new arrays"
@@ -202,18 +189,5 @@ def check_writeable(grad: Array, name: str) -> None:
 
 
 def _scaled(sigma: Array, u: Array, factor: float | Array) -> Array:
-    return (factor * sigma)[..., None] * u
-
-
-def _outer_factors(
-    grad: Array, triple: PowerIteration, layout: Layout, factor: float | Array, xp: Namespace
-) -> tuple[Array, Array, tuple[int, ...]]:
-    """Two arrays whose product, broadcast, is the term in the (split) axes of ``grad``."""
-    plan = plan_of(layout, grad.shape, "gradient")
-    u = _scaled(triple.sigma, triple.u, factor)
-    u, v = spread(u, conj(triple.v, xp), plan, xp)
-    return u, v, plan.split
-
-
-def _reshaped(x: Array, shape: tuple[int, ...], xp: Namespace) -> Array:
-    return x if tuple(x.shape) == tuple(shape) else xp.reshape(x, shape)
+    weight = factor * sigma
+    return u * (weight[..., None] if weight.ndim else weight)

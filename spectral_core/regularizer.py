@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from ._arrays import Array, array_namespace, check_same_device, is_complex, traits
+from ._arrays import Array, Namespace, array_namespace, check_same_device, is_complex, traits
 from .errors import DTypeError, NamesError, ShapeError
-from .layout import Layout, Plan, as_layout, default_layout, lay, lying_matrix, plan_of, unlay
+from .layout import (
+    Layout,
+    Plan,
+    as_layout,
+    default_layout,
+    lay,
+    lying_matrix,
+    plan_of,
+    reshaped,
+    unlay,
+)
 from .patterns import by_name
 from .penalty import (
     Factor,
     OuterUpdate,
+    add_outer,
     add_outer_,
-    add_rank_one,
-    add_rank_one_,
     check_writeable,
     factors_of,
+    outer_factors,
 )
-from .power import PowerIteration, check_n_iter, power_iteration, start_vector
+from .power import PowerIteration, check_n_iter, power_iterations, start_vector
 
 Arrays = Mapping[str, Array]
 Layouts = Mapping[str, "Layout | str"] | Layout | str
@@ -99,6 +110,8 @@ def init(weights: Arrays, *, seed: int = 0, layouts: Layouts | None = None) -> S
     if not isinstance(weights, Mapping) or not weights:
         raise NamesError("weights must be a mapping of at least one name to an array")
     for name, weight in weights.items():
+        if not isinstance(name, str):
+            raise NamesError(f"a weight's name must be a string, not {name!r}")
         array_namespace(weight, name=f"weight {name!r}")
     chosen = choose_layouts({name: len(weight.shape) for name, weight in weights.items()}, layouts)
     v = {}
@@ -140,8 +153,8 @@ def iterate(weights: Arrays, state: SpectralState, *, n_iter: int = 1) -> Spectr
     4.8541
     """
     _check_names(weights, state)
-    triples = {name: triple_of(name, weights[name], state, n_iter) for name in state.v}
-    return _advanced(state, triples)
+    operands = {name: _operand(name, weight, state) for name, weight in weights.items()}
+    return _advanced(state, _triples(operands, check_n_iter(n_iter), power_iterations))
 
 
 def add_gradient(
@@ -200,7 +213,7 @@ def add_gradient(
     array([[0.02, 0.  ],
            [0.  , 0.  ]])
     """
-    return _step(weights, grads, state, factor, n_iter, add_rank_one)
+    return _step(weights, grads, state, factor, n_iter, add_outer, power_iterations)
 
 
 def add_gradient_(
@@ -210,6 +223,7 @@ def add_gradient_(
     *,
     factor: Factor = 0.01,
     n_iter: int = 1,
+    power_iterations: PowerIterations = power_iterations,
     add_outer_: OuterUpdate = add_outer_,
 ) -> SpectralState:
     """`add_gradient` in place: the gradients are changed where they lie.
@@ -218,6 +232,9 @@ def add_gradient_(
     ----------
     weights, grads, state, factor, n_iter
         As for `add_gradient`; gradients must be writeable.
+    power_iterations : callable
+        ``power_iterations(matrices, vectors, n_iter)`` gives what `power_iteration` gives, for
+        each matrix. A framework's way to do many at once goes here.
     add_outer_ : callable
         ``add_outer_(grad, u, v)`` adds the product ``u * v``, which broadcasts to ``grad``, in
         place. A framework's fused update goes here.
@@ -243,14 +260,16 @@ def add_gradient_(
     >>> np.round(grads["w"], 4)
     array([[0.3, 0.4]])
     """
+    _check_grads(grads, state)
     for name in state.v:
-        if grads.get(name) is not None:
+        if grads[name] is not None:
             check_writeable(grads[name], name)
 
-    def add_(grad: Array, triple: PowerIteration, layout: Layout, factor: Array) -> Array:
-        return add_rank_one_(grad, triple, layout, factor, add_outer_)
+    def add_(grad: Array, u: Array, v: Array) -> Array:
+        add_outer_(grad, u, v)
+        return grad
 
-    return _step(weights, grads, state, factor, n_iter, add_)[1]
+    return _step(weights, grads, state, factor, n_iter, add_, power_iterations)[1]
 
 
 def choose_layouts(ndims: Mapping[str, int], layouts: Layouts | None) -> dict[str, Layout]:
@@ -274,16 +293,21 @@ def choose_layouts(ndims: Mapping[str, int], layouts: Layouts | None) -> dict[st
 
 
 def triple_of(name: str, weight: Array, state: SpectralState, n_iter: int) -> PowerIteration:
-    """(σ, u, v) of one weight from its v in ``state``, checked, v in the canonical order."""
-    weight, v = _constant(weight), state.v[name]
-    xp = array_namespace(weight, v, name=f"weight {name!r} and its v")
-    plan = plan_of(state.layouts[name], weight.shape, f"weight {name!r}")
-    _check_v(name, weight, v, plan)
-    triple = power_iteration(lying_matrix(weight, plan, xp), lay(v, plan, xp), n_iter=n_iter)
-    return triple._replace(v=unlay(triple.v, plan, xp))
+    """(σ, u, v) of one weight from its v in ``state``, both in the order of `as_matrix`."""
+    return _triples({name: _operand(name, weight, state)}, n_iter, power_iterations)[name]
 
 
-Add = Callable[[Array, PowerIteration, Layout, "float | Array"], Array]
+class _Operand(NamedTuple):
+    """A weight that takes part in a step, its v, and what was found out in checking them."""
+
+    weight: Array
+    v: Array
+    plan: Plan
+    xp: Namespace
+
+
+Add = Callable[[Array, Array, Array], Array]
+PowerIterations = Callable[[Sequence[Array], Sequence[Array], int], list[PowerIteration]]
 
 
 def _step(
@@ -293,22 +317,41 @@ def _step(
     factor: Factor,
     n_iter: int,
     add: Add,
+    power_iterations: PowerIterations,
 ) -> tuple[dict[str, Array | None], SpectralState]:
     _check_names(weights, state)
-    missing = [name for name in state.v if name not in grads]
-    if missing:
-        raise NamesError(f"grads has no entry for {missing}: give None to leave a weight out")
+    _check_grads(grads, state)
     factors = factors_of(factor, state.v)
     n_iter = check_n_iter(n_iter)
-    present = [name for name in state.v if grads[name] is not None]
-    for name in present:
-        _check_grad(name, weights[name], grads[name], factors[name])
-    triples = {name: triple_of(name, weights[name], state, n_iter) for name in present}
-    terms = {
-        name: add(grads[name], triple, state.layouts[name], factors[name])
-        for name, triple in triples.items()
+    operands = {
+        name: _operand(name, weights[name], state, grads[name], factors[name])
+        for name in state.v
+        if grads[name] is not None
     }
-    return {**grads, **terms}, _advanced(state, triples)
+    triples = _triples(operands, n_iter, power_iterations)
+    # All of them before the first gradient changes: what fails, fails whole.
+    terms = {
+        name: outer_factors(triples[name], o.plan, factors[name], o.xp)
+        for name, o in operands.items()
+    }
+    new_grads = dict(grads)
+    for name, o in operands.items():
+        # To split an axis in two never takes a copy: in place, this is the caller's memory.
+        total = add(reshaped(grads[name], o.plan.split, o.xp), *terms[name])
+        new_grads[name] = reshaped(total, o.weight.shape, o.xp)
+    return new_grads, _advanced(state, triples)
+
+
+def _triples(
+    operands: Mapping[str, _Operand], n_iter: int, power_iterations: PowerIterations
+) -> dict[str, PowerIteration]:
+    matrices = [lying_matrix(o.weight, o.plan, o.xp) for o in operands.values()]
+    vectors = [lay(o.v, o.plan, o.xp) for o in operands.values()]
+    triples = power_iterations(matrices, vectors, n_iter)
+    return {
+        name: triple._replace(v=unlay(triple.v, o.plan, o.xp))
+        for (name, o), triple in zip(operands.items(), triples, strict=True)
+    }
 
 
 def _advanced(state: SpectralState, triples: Mapping[str, PowerIteration]) -> SpectralState:
@@ -326,6 +369,8 @@ def _constant(x: Array) -> Array:
 
 
 def _check_names(weights: Arrays, state: SpectralState) -> None:
+    if not isinstance(weights, Mapping):
+        raise NamesError(f"weights must be a mapping of name to array, not {type(weights)}")
     if weights.keys() != state.v.keys():
         missing = [name for name in state.v if name not in weights]
         unexpected = [name for name in weights if name not in state.v]
@@ -335,18 +380,41 @@ def _check_names(weights: Arrays, state: SpectralState) -> None:
         )
 
 
-def _check_v(name: str, weight: Array, v: Array, plan: Plan) -> None:
+def _check_grads(grads: Mapping[str, Array | None], state: SpectralState) -> None:
+    if not isinstance(grads, Mapping):
+        raise NamesError(f"grads must be a mapping of name to array, not {type(grads)}")
+    missing = [name for name in state.v if name not in grads]
+    if missing:
+        raise NamesError(f"grads has no entry for {missing}: give None to leave a weight out")
+
+
+def _operand(
+    name: str,
+    weight: Array,
+    state: SpectralState,
+    grad: Array | None = None,
+    factor: float | Array = 0.0,
+) -> _Operand:
+    """Check that all that belongs to a weight fits it."""
+    v = state.v[name]
+    others = {"its v": v, "its gradient": grad, "factor": factor}
+    arrays = [x for x in others.values() if x is not None and not isinstance(x, float)]
+    xp = array_namespace(weight, *arrays, name=f"weight {name!r}, {', '.join(others)}")
+    if grad is not None:
+        _check_grad(name, weight, grad, xp)
+    plan = plan_of(state.layouts[name], weight.shape, f"weight {name!r}")
     if tuple(v.shape) != plan.right:
         raise ShapeError(
             f"weight {name!r} of shape {tuple(weight.shape)} needs a v of shape {plan.right}, but "
             f"the state's has {tuple(v.shape)}: call init again for other weights"
         )
     check_same_device(weight, v, f"weight {name!r}", "its v")
+    if not isinstance(factor, float) and not xp.isdtype(factor.dtype, "real floating"):
+        raise DTypeError(f"factor of {name!r} has dtype {factor.dtype}: it must be real")
+    return _Operand(_constant(weight), v, plan, xp)
 
 
-def _check_grad(name: str, weight: Array, grad: Array, factor: float | Array) -> None:
-    arrays = (weight, grad) if isinstance(factor, float) else (weight, grad, factor)
-    xp = array_namespace(*arrays, name=f"weight {name!r}, its gradient and factor")
+def _check_grad(name: str, weight: Array, grad: Array, xp: Namespace) -> None:
     if tuple(grad.shape) != tuple(weight.shape):
         raise ShapeError(
             f"the gradient of {name!r} has shape {tuple(grad.shape)}, the weight "

@@ -19,3 +19,9 @@ def test_an_example_runs(block):
     for module in re.findall(r"\b(?:torch|jax|optax)\b", block.splitlines()[0]):
         pytest.importorskip(module, reason=f"{module} is not installed")
     exec(block, {})
+
+
+def test_its_numbers_are_those_of_the_committed_results():
+    from benchmarks.readme import written
+
+    assert written(README) == README

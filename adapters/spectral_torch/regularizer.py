@@ -15,6 +15,7 @@ import spectral_core as sc
 from spectral_core.penalty import Factor, factors_of
 from spectral_core.regularizer import triple_of
 
+from .multi_tensor import power_iterations
 from .selection import Choice, Model, choose
 
 
@@ -317,7 +318,12 @@ class SpectralNormRegularizer:
                     )
         factor = self.factor if scale is None else self._scaled(scale)
         self._state = sc.add_gradient_(
-            self._parameters, grads, self._state, factor=factor, n_iter=self.n_iter
+            self._parameters,
+            grads,
+            self._state,
+            factor=factor,
+            n_iter=self.n_iter,
+            power_iterations=power_iterations,
         )
 
     def _scaled(self, scale: float | Tensor) -> dict[str, Any]:

@@ -477,8 +477,8 @@ def mistaken(**changes):
 
 
 MISTAKES = [
-    ({"weight": np.ones(6)}, sc.ShapeError, "weight 'w' has shape|of 'w' has shape (3, 2).*(6,)"),
-    ({"weight": np.ones((2, 3))}, sc.ShapeError, "of 'w' has shape (3, 2).*weight.*(2, 3)"),
+    ({"weight": np.ones(6)}, sc.ShapeError, "'w'.*(6,)"),
+    ({"weight": np.ones((2, 3))}, sc.ShapeError, "'w'.*(2, 3)"),
     ({"weight": np.ones((3, 2), dtype=int)}, sc.DTypeError, "int64|float64.*int64"),
     ({"weight": np.ones((3, 2), dtype=bool)}, sc.DTypeError, "bool"),
     ({"weight": np.ones((3, 2)) * 1j}, sc.DTypeError, "'w' has dtype float64.*complex128"),
@@ -818,3 +818,33 @@ def test_gradient_of_the_penalty_under_jit_is_the_step(backend):
     expected, _ = add_gradient(mine, zeros, state, factor=0.3)
     expected = backend.tree_to_numpy(expected)
     assert_close({name: found[name] for name in expected}, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda w, g, s: init({3: w["w"]}), sc.NamesError, "must be a string, not 3"),
+        (lambda w, g, s: add_gradient([w], g, s), sc.NamesError, "weights must be a mapping"),
+        (lambda w, g, s: add_gradient(w, None, s), sc.NamesError, "grads must be a mapping"),
+        (lambda w, g, s: add_gradient_(w, None, s), sc.NamesError, "grads must be a mapping"),
+        (lambda w, g, s: add_gradient(w, g, s, factor=np.True_), sc.ArgumentError, "factor"),
+        (lambda w, g, s: sc.spectral_norm(w["w"], tol="x"), sc.ArgumentError, "tol"),
+        (lambda w, g, s: sc.Layout(5), sc.ArgumentError, "string of axes"),
+        (lambda w, g, s: sc.as_matrix(w["w"], None), sc.ArgumentError, "string of axes"),
+    ],
+)
+def test_arguments_of_a_wrong_kind(call, error, words):
+    weights, grads = {"w": np.ones((3, 2))}, {"w": np.zeros((3, 2))}
+    with pytest.raises(error, match=words):
+        call(weights, grads, init(weights))
+
+
+@on("torch-cpu", "jax-cpu", "array-api-strict")
+def test_a_complex_factor_changes_no_gradient(backend):
+    weights = backend.tree({"a": np.ones((3, 2)), "b": np.ones((2, 2))})
+    grads = backend.tree({"a": np.zeros((3, 2)), "b": np.zeros((2, 2))})
+    factor = {"a": 0.1, "b": backend.asarray(np.array(1j))}
+    step = add_gradient_ if backend.in_place else add_gradient
+    with pytest.raises(sc.DTypeError, match=r"factor of 'b' has dtype .*complex128"):
+        step(weights, grads, init(weights), factor=factor)
+    assert not backend.to_numpy(grads["a"]).any()
