@@ -12,6 +12,7 @@ nox.options.default_venv_backend = "virtualenv"
 nox.options.sessions = ["tests-all", "lint", "docs", "demo"]
 nox.options.error_on_missing_interpreters = False
 
+PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = ["3.11", "3.12", "3.13"]
 PYTEST = ("python", "-m", "pytest", "--durations=5")
 PLAIN = ("numpy", "numpy-readonly")
@@ -49,9 +50,14 @@ def install(session: nox.Session, *packages: str) -> None:
     session.install("-c", "constraints.txt", *packages)
 
 
+def group(name: str) -> tuple[str, ...]:
+    """The packages of a dependency group of pyproject.toml."""
+    return nox.project.dependency_groups(PYPROJECT, name)
+
+
 def run_tests(session: nox.Session, names: list[str], *, restrict: bool) -> None:
     packages = [package for name in names for package in BACKENDS[name][0]]
-    install(session, "-e", ".", "pytest", "hypothesis", "pytest-xdist", *packages)
+    install(session, "-e", ".", *group("test"), *packages)
     chosen = ",".join(entry for name in names for entry in BACKENDS[name][1])
     session.run(*PYTEST, *session.posargs, env={"SPECTRAL_BACKENDS": chosen} if restrict else {})
 
@@ -82,7 +88,7 @@ def gpu(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Ruff, and mypy: strict on the core and the adapters."""
-    install(session, "ruff", "mypy", "numpy", "array-api-compat", "torch", "jax", "optax")
+    install(session, "-e", ".", *group("lint"), "torch", "jax", "optax")
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
     session.run("mypy")
@@ -92,7 +98,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Run the examples of the docstrings and of README."""
-    install(session, "-e", ".[torch,jax]", "pytest", "hypothesis")
+    install(session, "-e", ".[torch,jax]", *group("test"))
     session.run(
         *PYTEST[:3],
         "--doctest-modules",
@@ -120,7 +126,7 @@ def demo(session: nox.Session) -> None:
     if "--backend" in session.posargs:
         backend = session.posargs[session.posargs.index("--backend") + 1]
     extra = {"torch": ["torch"], "jax": ["jax", "optax"]}.get(backend, [])
-    install(session, "-e", ".", "scikit-learn", "matplotlib", "rich", *extra)
+    install(session, "-e", ".", *group("demo"), *extra)
     session.run("python", "-m", "benchmarks.demo", *session.posargs)
 
 

@@ -1,0 +1,117 @@
+"""`python -m benchmarks.readme`: write the numbers of README anew from the committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+
+
+def demo() -> str:
+    """What training with and without gave, of the PyTorch run."""
+    result = _load("demo/results/torch.json")
+    rows = [
+        "| batch | method | test accuracy | gap at α | σ of the layers, first to last |",
+        "|---|---|---|---|---|",
+    ]
+    for batch, alpha in result["alpha"].items():
+        for method in ("vanilla", "spectral"):
+            runs = [
+                run
+                for run in result["runs"]
+                if run["method"] == method and run["batch"] == int(batch)
+            ]
+            accuracy = _percent([run["test"][-1] for run in runs])
+            gap = _percent([run["gap_at_alpha"] for run in runs])
+            sigmas = [
+                f"{mean(run['sigma_after'][layer] for run in runs):.2f}"
+                for layer in runs[0]["sigma_after"]
+            ]
+            rows.append(
+                f"| {batch} | {method} | {accuracy} | {gap} (α = {100 * alpha:.0f} %) "
+                f"| {', '.join(sigmas)} |"
+            )
+    versions = result["machine"]
+    shares = ", ".join(f"{100 * s['share']:.0f} % at batch {s['batch']}" for s in result["step"])
+    seeds = len({run["seed"] for run in result["runs"]})
+    return "\n".join(
+        [
+            f"`nox -s demo`, {seeds} seeds, mean ± standard deviation, λ = 0.01, PyTorch "
+            f"{versions['torch']}, {versions['cpus']} {versions['architecture']} cores. The "
+            f"regularizer took {100 * result['share']:.0f} % of the time of all training steps: "
+            f"{shares}.",
+            "",
+            *rows,
+            "",
+            *(f"- {_verdict(batch, d)}" for batch, d in result["spectral_minus_vanilla"].items()),
+            "",
+            "![Curves and singular spectra](benchmarks/demo/results/torch.png)",
+        ]
+    )
+
+
+def speed() -> str:
+    """What a step costs."""
+    result = _load("speed/results/cpu.json")
+    machine = result["machine"]
+    rows = [
+        "| weights | `spectral_torch` | paper's formula with `torch.outer` | `G.add_(W)` |",
+        "|---|---|---|---|",
+    ]
+    for case, steps in result["cases"].items():
+        ours, naive, floor = (
+            steps[name]["median_ms"]
+            for name in ("spectral_torch", "paper's formula, torch.outer", "G.add_(W)")
+        )
+        rows.append(
+            f"| {case} | {ours:.2f} ms | {naive:.2f} ms ({naive / ours:.1f} ×) "
+            f"| {floor:.2f} ms ({floor / ours:.2f} ×) |"
+        )
+    return "\n".join(
+        [
+            f"`nox -s bench`: one step in {machine['dtype']}, medians of interleaved rounds, "
+            f"PyTorch {machine['torch']}, {machine['threads']} threads on {machine['cpus']} "
+            f"{machine['processor']} cores. `G.add_(W)` moves the fewest bytes that any step can.",
+            "",
+            *rows,
+        ]
+    )
+
+
+def written(text: str) -> str:
+    """README with its blocks as the results have them."""
+    for name, block in (("demo", demo()), ("speed", speed())):
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
+            lambda match, block=block: f"{match[1]}{block}\n{match[2]}",
+            text,
+            flags=re.DOTALL,
+        )
+    return text
+
+
+def _load(path: str) -> dict[str, Any]:
+    return dict(json.loads((HERE / path).read_text(encoding="utf-8")))
+
+
+def _percent(values: list[float]) -> str:
+    return f"{100 * mean(values):.2f} ± {100 * stdev(values):.2f} %"
+
+
+def _verdict(batch: str, differences: dict[str, dict[str, float]]) -> str:
+    gap = differences["gap_at_alpha"]
+    change = "narrower" if gap["mean"] < 0 else "wider"
+    sure = "" if gap["p"] < 0.05 else ", which chance may explain"
+    return (
+        f"Batch {batch}: with the regularizer the gap is {abs(100 * gap['mean']):.2f} points "
+        f"{change} (paired t-test, p = {gap['p']:.2g}){sure}."
+    )
+
+
+if __name__ == "__main__":
+    README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
