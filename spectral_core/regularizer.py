@@ -398,7 +398,7 @@ def _operand(
     """Check that all that belongs to a weight fits it."""
     v = state.v[name]
     arrays = [x for x in (v, grad, factor) if x is not None and not isinstance(x, float)]
-    xp = array_namespace(weight, *arrays, name=f"weight {name!r}, its v, gradient and factor")
+    xp = array_namespace(weight, *arrays, name=f"weight {name!r}, its v, its gradient and factor")
     if grad is not None:
         _check_grad(name, weight, grad, xp)
     plan = plan_of(state.layouts[name], weight.shape, f"weight {name!r}")

@@ -24,3 +24,10 @@ def backend(request):
     chosen = get(request.param.name)
     with chosen.flags():
         yield chosen
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say once for each backend whether it ran, not once for each test."""
+    terminalreporter.section("backends")
+    for one in BACKENDS:
+        terminalreporter.line(f"{one.name}: {one.skip_reason() or 'tested'}")

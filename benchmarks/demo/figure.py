@@ -76,7 +76,7 @@ def draw_spectra(axes: np.ndarray, runs: Sequence[Run]) -> None:
         row[0].set_ylabel("singular value")
     for axis in axes[-1]:
         axis.set_xlabel("index")
-    axes[0, -1].legend(loc="lower left")
+    axes[0, 1].legend(loc="upper right")
 
 
 def band(

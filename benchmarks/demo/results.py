@@ -11,8 +11,6 @@ from math import ceil
 from statistics import mean, stdev
 from typing import Any
 
-from scipy.stats import ttest_1samp
-
 import spectral_core
 
 from .cost import Cost, whole_share
@@ -23,17 +21,19 @@ FRAMEWORKS = {"torch": ["torch"], "jax": ["jax", "jaxlib", "optax"], "numpy": []
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and standard deviation over seeds."""
+    """Mean and standard deviation over seeds, and in how many of them the value is below zero."""
 
     mean: float
     std: float
-    p: float  # of a t-test that the mean is zero
+    seeds: int
+    negative: int
+    positive: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        if len(values) == 1 or stdev(values) == 0:
-            return cls(mean(values), 0.0, 1.0)
-        return cls(mean(values), stdev(values), float(ttest_1samp(values, 0).pvalue))
+        std = stdev(values) if len(values) > 1 else 0.0
+        negative, positive = sum(v < 0 for v in values), sum(v > 0 for v in values)
+        return cls(mean(values), std, len(values), negative, positive)
 
 
 def select(runs: Sequence[Run], method: str, batch: int) -> list[Run]:
