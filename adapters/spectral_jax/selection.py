@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -21,9 +22,20 @@ _NOT_A_WEIGHT = re.compile(r"embed|norm|bias|scale|(^|/)(pos|b)([/_]|$)", re.IGN
 
 
 def named_leaves(tree: Any) -> tuple[list[tuple[str, Path, Any]], Any]:
-    """Leaves with their names and paths, and the structure to put them back into."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    return [(name_of(path), path, leaf) for path, leaf in leaves], structure
+    """Leaves with their names and paths, and the structure to put them back into.
+
+    Raises
+    ------
+    spectral_core.NamesError
+        If a name stands for two leaves, as with ``{"a/b": x, "a": {"b": y}}``.
+    """
+    flat, structure = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = [(name_of(path), path, leaf) for path, leaf in flat]
+    counts = Counter(name for name, _, _ in leaves)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise NamesError(f"several leaves have the path {twice}: rename one of each")
+    return leaves, structure
 
 
 def name_of(path: Path) -> str:

@@ -239,6 +239,12 @@ def test_a_tree_without_weights_is_refused_and_an_empty_one_is_not():
     assert spectral_jax.sigmas(state) == {}
 
 
+def test_a_name_for_two_leaves_is_refused():
+    params = {"a/b": jnp.ones((3, 2)), "a": {"b": jnp.ones((4, 3))}}
+    with pytest.raises(sc.NamesError, match=r"several leaves have the path \['a/b'\]"):
+        add_spectral_norm_regularization(0.1).init(params)
+
+
 def test_tree_map_params_leaves_the_state_alone():
     params = params_of()
     tx = optax.chain(add_spectral_norm_regularization(0.1), optax.trace(0.9))
