@@ -17,8 +17,10 @@ from spectral_core.patterns import by_name
 
 Path: TypeAlias = tuple[Any, ...]
 
-# Leaves of a tree without modules that are no weights whatever their number of axes.
-_NOT_A_WEIGHT = re.compile(r"embed|norm|bias|scale|(^|/)(pos|b)([/_]|$)", re.IGNORECASE)
+# In a tree without modules: what stands under these names, and leaves of these names, are no
+# weights whatever their number of axes.
+_NO_WEIGHTS_IN = re.compile(r"embed|norm", re.IGNORECASE)
+_NO_WEIGHT = re.compile(r"b|bias.*|scale|pos.*", re.IGNORECASE)
 
 
 def named_leaves(tree: Any) -> tuple[list[tuple[str, Path, Any]], Any]:
@@ -90,7 +92,7 @@ def _known_layout(params: Any, path: Path, name: str, leaf: Any) -> Layout | Non
         return Layout("iio")
     if last == "w" and "transpose" in parent and ndim > 2:  # Haiku
         return Layout("k" * (ndim - 2) + "oi")
-    if last in ("kernel", "w") or not _NOT_A_WEIGHT.search(name):
+    if last in ("kernel", "w") or not (_NO_WEIGHTS_IN.search(name) or _NO_WEIGHT.fullmatch(last)):
         return _channels_last(ndim)
     return None
 

@@ -93,6 +93,13 @@ class SpectralNormRegularizer:
         if warmup_iters != 0:
             self._state = sc.iterate(self._parameters, self._state, n_iter=warmup_iters)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of an optimizer lose its hooks, and so a copy of this is attached to none.
+        return {key: value for key, value in vars(self).items() if key != "_handles"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _handles=WeakKeyDictionary())
+
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(factor={self.factor!r}, n_iter={self.n_iter}, "

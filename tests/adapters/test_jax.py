@@ -273,9 +273,15 @@ def test_hand_written_trees():
     params = [(jnp.ones((4, 3)), jnp.zeros(3)), (jnp.ones((3, 2)), jnp.zeros(2))]
     _, state = run(add_spectral_norm_regularization(0.1), params)
     assert sorted(spectral_jax.sigmas(state)) == ["0/0", "1/0"]
-    named = {"W1": jnp.ones((4, 3)), "b1": jnp.zeros(3), "pos_embedding": jnp.ones((9, 4))}
+    named = {
+        "W1": jnp.ones((4, 3)),
+        "b1": jnp.zeros(3),
+        "pos_embedding": jnp.ones((9, 4)),
+        "layer": {"W": jnp.ones((3, 2)), "bias": jnp.ones((1, 2)), "b": jnp.ones((1, 2))},
+        "b": [jnp.ones((2, 2))],  # a branch, not a bias
+    }
     _, state = run(add_spectral_norm_regularization(0.1), named)
-    assert list(spectral_jax.sigmas(state)) == ["W1"]
+    assert sorted(spectral_jax.sigmas(state)) == ["W1", "b/0", "layer/W"]
 
 
 def matrices(state):

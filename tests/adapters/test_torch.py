@@ -1,6 +1,7 @@
 """The PyTorch adapter, in the ways people train."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -552,6 +553,19 @@ def test_loading_copies():
     for value in state.values():
         value.zero_()
     assert all(value.any() for value in reg.state_dict().values())
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_can_be_attached_anew(duplicate):
+    model = mlp()
+    optimizer = sgd(model)
+    reg = SpectralNormRegularizer(model, factor=0.3).attach(optimizer)
+    copied, copied_optimizer, copied_reg = duplicate((model, optimizer, reg))
+    copied_reg.attach(copied_optimizer)
+    for one, stepped in ((model, optimizer), (copied, copied_optimizer)):
+        loss_of(one).backward()
+        stepped.step()
+    assert_equal(model, copied, rtol=0, atol=0)
 
 
 # Cost
