@@ -47,9 +47,10 @@ def traits_of(dtype: Any, xp: Namespace) -> Traits | None:
             return None
     except TypeError:  # such as ml_dtypes.bfloat16 in NumPy
         return None
-    wide = xp.float32 if xp.finfo(dtype).bits < 32 else dtype
-    info = xp.finfo(wide)
     is_complex = bool(xp.isdtype(dtype, "complex floating"))
+    narrow = xp.complex64 if is_complex else xp.float32
+    wide = narrow if xp.finfo(dtype).bits < 32 else dtype
+    info = xp.finfo(wide)
     return Traits(is_complex, wide, float(info.smallest_normal), float(info.eps))
 
 
@@ -97,6 +98,12 @@ def squared(x: Array, xp: Namespace) -> Array:
 def norm(x: Array, xp: Namespace) -> Array:
     """Euclidean norm over the last axis, without the optional ``linalg`` extension."""
     return xp.sqrt(xp.sum(squared(x, xp), axis=-1))
+
+
+def constant(x: Array) -> Array:
+    """Without the autograd graph that PyTorch hangs on a parameter: v would keep it for ever."""
+    detach = getattr(x, "detach", None)
+    return x if detach is None else detach()
 
 
 def device_of(x: Array) -> Any:

@@ -1,5 +1,7 @@
 """What can be wrong with an input, one class a kind of mistake."""
 
+from operator import index
+
 
 class SpectralError(Exception):
     """Base of every error this library raises about its inputs."""
@@ -23,3 +25,14 @@ class NamesError(SpectralError, ValueError):
 
 class ArgumentError(SpectralError, ValueError):
     """A number out of its range: ``factor``, ``n_iter``, ``seed``, ``tol`` and the like."""
+
+
+def positive_int(value: object, name: str) -> int:
+    """``value`` as an int, or `ArgumentError` if it is not an integer ≥ 1."""
+    try:
+        number = index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ArgumentError(f"{name} must be an integer ≥ 1, not {value!r}")
+    return number

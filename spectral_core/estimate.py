@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import frexp, inf, isfinite, prod
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,13 +21,14 @@ from ._arrays import (
     array_namespace,
     cast,
     conj,
+    constant,
     is_complex,
     norm,
     to_host,
     traits,
 )
-from .errors import ArgumentError, ShapeError
-from .power import check_n_iter, matvec, rmatvec, start_vector
+from .errors import ArgumentError, ShapeError, positive_int
+from .power import matvec, rmatvec, start_vector
 
 _BASIS = 32  # vectors kept at most; half of them survive a restart
 
@@ -71,7 +73,7 @@ def spectral_norm(
         sigma. That it is the largest is sure but for a start vector without a part along v₁,
         which no residual can exclude and a Gaussian makes improbable.
     converged : bool
-        Whether the residual met ``tol``, for each matrix of a stack.
+        Whether the residual met ``tol``; of a stack, that of every matrix.
     n_iter : int
         The iterations taken, the most of a stack's.
 
@@ -86,8 +88,9 @@ def spectral_norm(
 
     Notes
     -----
-    Waits for the device at every iteration, and so does not run inside ``jax.jit``: during
-    training, use `power_iteration`. W is scaled by a power of two first: no overflow, no underflow.
+    Waits for the device at every iteration, and so does not run inside ``jax.jit``; no gradient
+    flows through it. During training, use `power_iteration`. W is scaled by a power of two first:
+    no overflow, and no underflow but where the backend flushes subnormal numbers (JAX).
 
     Examples
     --------
@@ -103,17 +106,16 @@ def spectral_norm(
     if W.ndim < 2 or 0 in W.shape:
         raise ShapeError(f"W has shape {tuple(W.shape)}: it must be a matrix with no empty axis")
     kind = traits(W, xp, "W")
-    W = cast(W, kind.iteration_dtype, xp)
-    if tol is None:
-        tol = kind.eps ** (2 / 3)
-    elif not isinstance(tol, (int, float)) or not 0 <= tol < inf:
+    W = cast(constant(W), kind.iteration_dtype, xp)
+    wanted = kind.eps ** (2 / 3) if tol is None else tol
+    if not isinstance(wanted, Real) or not 0 <= (bound := float(wanted)) < inf:
         raise ArgumentError(f"tol must be a finite number ≥ 0, not {tol!r}")
-    max_iter = check_n_iter(max_iter, "max_iter")
+    max_iter = positive_int(max_iter, "max_iter")
     stack = tuple(W.shape[:-2])
     if not stack:
-        return _spectral_norm(W, tol, max_iter, seed, xp)
+        return _spectral_norm(W, bound, max_iter, seed, xp)
     flat = xp.reshape(W, (prod(stack), *W.shape[-2:]))
-    each = [_spectral_norm(flat[i, ...], tol, max_iter, seed, xp) for i in range(flat.shape[0])]
+    each = [_spectral_norm(flat[i, ...], bound, max_iter, seed, xp) for i in range(flat.shape[0])]
 
     def stacked(field: str) -> Array:
         parts = xp.stack([getattr(result, field) for result in each])
@@ -134,7 +136,9 @@ def _spectral_norm(W: Array, tol: float, max_iter: int, seed: int, xp: Namespace
     largest = float(xp.max(xp.abs(W)))
     if not isfinite(largest) or largest == 0:
         return _trivial(W, largest, xp)
-    scale = 2.0 ** (frexp(largest)[1] - 1)
+    # A power of two that is normal and whose inverse is: then to scale is exact.
+    limit = frexp(float(xp.finfo(W.dtype).max))[1] - 4
+    scale = 2.0 ** max(-limit, min(limit, frexp(largest)[1] - 1))
     W = W / scale
     # Iterate on the shorter side: a 1×n matrix then takes one step, an m×n one at most m.
     if n <= m:

@@ -46,7 +46,7 @@ from math import prod
 from typing import NamedTuple
 
 from ._arrays import Array, Namespace, array_namespace
-from .errors import ArgumentError, ShapeError
+from .errors import ArgumentError, ShapeError, positive_int
 
 Shape = tuple[int, ...]
 
@@ -88,14 +88,18 @@ class Layout:
         for needed, meaning in (("o", "output"), ("i", "input")):
             if needed not in letters:
                 raise ArgumentError(f"layout {self.axes!r} has no {meaning} axis {needed!r}")
-        if not isinstance(self.groups, int) or self.groups < 1:
-            raise ArgumentError(f"groups must be an integer ≥ 1, not {self.groups!r}")
+        object.__setattr__(self, "groups", positive_int(self.groups, "groups"))
         holders = letters.count("g")
         if holders > 1 or (self.groups > 1 and holders == 0):
             raise ArgumentError(
                 f"layout {self.axes!r} with groups={self.groups}: write the one axis that holds "
                 "the groups as '(go)' or '(gi)', as in Layout('(go)ihw', groups=4)"
             )
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of a tensor of this layout."""
+        return len(_tokens(self.axes))
 
 
 def as_layout(layout: Layout | str) -> Layout:

@@ -39,7 +39,7 @@ def penalty(sigma: Array | Mapping[str, Array], *, factor: Factor = 0.01) -> Arr
     ArgumentError
         If ``factor`` is negative or not finite.
     NamesError
-        If a mapping of factors does not cover the names.
+        If a mapping of factors does not cover the names, or there is none.
 
     Examples
     --------
@@ -51,6 +51,8 @@ def penalty(sigma: Array | Mapping[str, Array], *, factor: Factor = 0.01) -> Arr
     if not isinstance(sigma, Mapping):
         xp = array_namespace(sigma)
         return check_factor(factor) * xp.sum(sigma * sigma) / 2
+    if not sigma:
+        raise NamesError("sigma is a mapping of nothing")
     factors = factors_of(factor, sigma)
     return sum(penalty(value, factor=factors[name]) for name, value in sigma.items())
 
@@ -58,8 +60,9 @@ def penalty(sigma: Array | Mapping[str, Array], *, factor: Factor = 0.01) -> Arr
 def penalty_at(W: Array, u: Array, *, factor: float | Array = 0.01) -> Array:
     """(factor/2)·Σ‖Wᴴu‖²: the penalty as a function of W, to differentiate.
 
-    With u from `power_iteration` and held constant, its gradient in W is exactly `rank_one`; it
-    is smooth at W = 0 too, where σ itself is not.
+    With u from `power_iteration` and held constant, its gradient in W is exactly `rank_one` (of a
+    complex W, ∂/∂Re + i·∂/∂Im, as PyTorch has it; ``jax.grad`` gives the conjugate). It is smooth
+    at W = 0 too, where σ itself is not.
 
     Parameters
     ----------

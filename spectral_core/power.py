@@ -19,7 +19,7 @@ from ._arrays import (
     squared,
     traits,
 )
-from .errors import ArgumentError, DTypeError, ShapeError
+from .errors import ArgumentError, DTypeError, ShapeError, positive_int
 
 
 class PowerIteration(NamedTuple):
@@ -93,7 +93,7 @@ def power_iteration(
     kind = _check(W, v, xp)
     W, v = cast(W, kind.iteration_dtype, xp), cast(v, kind.iteration_dtype, xp)
     tiny = kind.tiny if eps is None else eps
-    for _ in range(check_n_iter(n_iter)):
+    for _ in range(positive_int(n_iter, "n_iter")):
         u, _, _ = _normalized(matvec(W, v), tiny, xp)
         unit, inverse, sigma = _normalized(rmatvec(W, u, xp), tiny, xp)
         v = xp.where(inverse > 0, unit, v)
@@ -153,17 +153,6 @@ def start_vector(shape: tuple[int, ...], like: Array, *, seed: int = 0, name: st
         v = v + 1j * rng.standard_normal(shape)
     v = v / np.linalg.norm(v, axis=-1, keepdims=True)
     return xp.asarray(v, dtype=kind.iteration_dtype, device=device_of(like))
-
-
-def check_n_iter(n_iter: int, name: str = "n_iter") -> int:
-    """``n_iter`` as an int, or `ArgumentError`."""
-    try:
-        count = index(n_iter)
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise ArgumentError(f"{name} must be an integer ≥ 1, not {n_iter!r}")
-    return count
 
 
 def matvec(W: Array, v: Array) -> Array:

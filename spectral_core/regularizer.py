@@ -6,8 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ._arrays import Array, Namespace, array_namespace, check_same_device, is_complex, traits
-from .errors import DTypeError, NamesError, ShapeError
+from ._arrays import (
+    Array,
+    Namespace,
+    array_namespace,
+    check_same_device,
+    constant,
+    is_complex,
+    traits,
+)
+from .errors import DTypeError, NamesError, ShapeError, positive_int
 from .layout import (
     Layout,
     Plan,
@@ -29,13 +37,13 @@ from .penalty import (
     factors_of,
     outer_factors,
 )
-from .power import PowerIteration, check_n_iter, power_iterations, start_vector
+from .power import PowerIteration, power_iterations, start_vector
 
 Arrays = Mapping[str, Array]
 Layouts = Mapping[str, "Layout | str"] | Layout | str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SpectralState:
     """All that Algorithm 1 carries from one step to the next.
 
@@ -154,7 +162,7 @@ def iterate(weights: Arrays, state: SpectralState, *, n_iter: int = 1) -> Spectr
     """
     _check_names(weights, state)
     operands = {name: _operand(name, weight, state) for name, weight in weights.items()}
-    return _advanced(state, _triples(operands, check_n_iter(n_iter), power_iterations))
+    return _advanced(state, _triples(operands, positive_int(n_iter, "n_iter"), power_iterations))
 
 
 def add_gradient(
@@ -322,14 +330,14 @@ def _step(
     _check_names(weights, state)
     _check_grads(grads, state)
     factors = factors_of(factor, state.v)
-    n_iter = check_n_iter(n_iter)
+    n_iter = positive_int(n_iter, "n_iter")
     operands = {
         name: _operand(name, weights[name], state, grads[name], factors[name])
         for name in state.v
         if grads[name] is not None
     }
     triples = _triples(operands, n_iter, power_iterations)
-    # All of them before the first gradient changes: what fails, fails whole.
+    # All of them before the first gradient changes: an error in the arithmetic leaves it whole.
     terms = {
         name: outer_factors(triples[name], o.plan, factors[name], o.xp)
         for name, o in operands.items()
@@ -360,12 +368,6 @@ def _advanced(state: SpectralState, triples: Mapping[str, PowerIteration]) -> Sp
         v={**state.v, **{name: triple.v for name, triple in triples.items()}},
         sigma={**state.sigma, **{name: triple.sigma for name, triple in triples.items()}},
     )
-
-
-def _constant(x: Array) -> Array:
-    """Without the autograd graph that PyTorch hangs on a parameter: v would keep it for ever."""
-    detach = getattr(x, "detach", None)
-    return x if detach is None else detach()
 
 
 def _check_names(weights: Arrays, state: SpectralState) -> None:
@@ -409,8 +411,8 @@ def _operand(
         )
     check_same_device(weight, v, f"weight {name!r}", "its v")
     if not isinstance(factor, float) and not xp.isdtype(factor.dtype, "real floating"):
-        raise DTypeError(f"factor of {name!r} has dtype {factor.dtype}: it must be real")
-    return _Operand(_constant(weight), v, plan, xp)
+        raise DTypeError(f"factor of {name!r} has dtype {factor.dtype}: it must be a real float")
+    return _Operand(constant(weight), v, plan, xp)
 
 
 def _check_grad(name: str, weight: Array, grad: Array, xp: Namespace) -> None:

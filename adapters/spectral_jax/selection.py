@@ -66,7 +66,7 @@ def choose(
     for name, path, leaf in leaves:
         known = _known_layout(params, path, name, leaf)
         if everything or name in given or known is not None:
-            weights[name] = leaf
+            weights[name] = jnp.asarray(leaf)
             default = known or _channels_last(jnp.ndim(leaf))
             chosen[name] = as_layout(given[name]) if name in given else default
     if not weights:
@@ -78,7 +78,7 @@ def choose(
 
 
 def _known_layout(params: Any, path: Path, name: str, leaf: Any) -> Layout | None:
-    ndim = jnp.ndim(leaf)
+    ndim = getattr(leaf, "ndim", 0)
     if ndim < 2 or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
         return None
     owner = _owner(params, path)

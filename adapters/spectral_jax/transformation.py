@@ -80,8 +80,11 @@ def add_spectral_norm_regularization(
 
     Notes
     -----
-    To schedule λ by `optax.inject_hyperparams`, with a mask, say that it is none to be
-    scheduled: ``static_args=("mask",)``.
+    `optax.inject_hyperparams` takes a mask for a schedule, and makes arrays of numbers: with a
+    mask, or to jit ``init``, pass it ``static_args=("mask", "n_iter", "seed")``.
+
+    For complex weights the term is ∂/∂Re + i·∂/∂Im, the direction of steepest ascent, which is
+    what optax expects: conjugate what ``jax.grad`` gives before ``update``.
 
     Examples
     --------
@@ -105,8 +108,13 @@ def add_spectral_norm_regularization(
         if not jax.tree.leaves(params):
             # Masked out whole, or the placeholder of `optax.tree_map_params`, which maps a leaf
             # of this state over whatever stands in its place in a real one.
-            return SpectralNormState(count, v=count, sigma=count)
+            return SpectralNormState(count, v=jnp.zeros([]), sigma=jnp.zeros([]))
         weights, chosen = choose(params, layouts, everything)
+        if isinstance(seed, jax.core.Tracer):
+            raise sc.ArgumentError(
+                "seed is traced, but decides the start vectors on the host: give "
+                'optax.inject_hyperparams static_args=("seed",), or do not jit init'
+            )
         with jax.default_matmul_precision("highest"):
             start = sc.init(weights, seed=seed, layouts=chosen)
         return SpectralNormState(count, dict(start.v), dict(start.sigma))
@@ -121,8 +129,11 @@ def add_spectral_norm_regularization(
             return updates, state._replace(count=count)
         weights, chosen = choose(params, layouts, everything)
         leaves, structure = named_leaves(updates)
-        grads = {**dict.fromkeys(weights), **{name: leaf for name, _, leaf in leaves}}
-        before = sc.SpectralState(state.v, state.sigma, chosen)
+        # An optimizer state may come back from a file as NumPy arrays, and gradients so too.
+        given = {name: jnp.asarray(leaf) for name, _, leaf in leaves if name in weights}
+        grads = {**dict.fromkeys(weights), **given}
+        v, sigma = jax.tree.map(jnp.asarray, (state.v, state.sigma))
+        before = sc.SpectralState(v, sigma, chosen)
         # float32 means float32: the default on GPU and TPU may round the products' operands.
         with jax.default_matmul_precision("highest"):
             before, last = _all_but_last(weights, before, n_iter)
@@ -134,7 +145,8 @@ def add_spectral_norm_regularization(
                 n_iter=last,
             )
         new_state = SpectralNormState(count, dict(after.v), dict(after.sigma))
-        return jax.tree.unflatten(structure, [grads[name] for name, _, _ in leaves]), new_state
+        new_leaves = [grads.get(name, leaf) for name, _, leaf in leaves]
+        return jax.tree.unflatten(structure, new_leaves), new_state
 
     transformation = optax.GradientTransformation(init, update)
     return optax.masked(transformation, mask) if everything else transformation

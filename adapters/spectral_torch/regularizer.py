@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 import spectral_core as sc
+from spectral_core.errors import positive_int
 from spectral_core.penalty import Factor, factors_of
 from spectral_core.regularizer import triple_of
 
@@ -45,7 +47,8 @@ class SpectralNormRegularizer:
         Of the start vectors, which depend on it and on the names alone: they are the same on
         every rank.
     layouts : mapping of name or pattern to `spectral_core.Layout` or str, optional
-        What the axes of a parameter are where its module does not tell, or tells otherwise.
+        What the axes of a parameter are where its module does not tell, or tells otherwise. What
+        is named here is regularized, if the default would leave it out.
 
     Raises
     ------
@@ -61,6 +64,11 @@ class SpectralNormRegularizer:
     in a step waits for the device.
 
     Gradients are clipped before the optimizer steps, and so before this adds to them.
+
+    Make it once the parameters are final: it holds on to them, and does not see one that takes
+    another's place in the model later. The names are those of the module that it is given, so give
+    the one that checkpoints are made of, not ``torch.compile``'s wrapper. A weight-normalized
+    layer does not depend on the length of its directions, and so neither on this.
 
     Examples
     --------
@@ -87,11 +95,12 @@ class SpectralNormRegularizer:
     ) -> None:
         self._parameters, chosen = choose(model, include, exclude, layouts)
         self._handles: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
-        self._state = sc.init(self._parameters, seed=seed, layouts=chosen)
         self.factor = factor
-        self.n_iter = n_iter
+        self.n_iter = positive_int(n_iter, "n_iter")
+        with self._full_precision():
+            self._state = sc.init(self._parameters, seed=seed, layouts=chosen)
         if warmup_iters != 0:
-            self._state = sc.iterate(self._parameters, self._state, n_iter=warmup_iters)
+            self.iterate_(positive_int(warmup_iters, "warmup_iters"))
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of an optimizer lose its hooks, and so a copy of this is attached to none.
@@ -178,7 +187,8 @@ class SpectralNormRegularizer:
             Power iterations.
         """
         self._follow()
-        self._state = sc.iterate(self._parameters, self._state, n_iter=n_iter)
+        with self._full_precision():
+            self._state = sc.iterate(self._parameters, self._state, n_iter=n_iter)
 
     def sigmas(self) -> dict[str, Tensor]:
         """The newest estimate of each weight's largest singular value, on its device.
@@ -206,12 +216,13 @@ class SpectralNormRegularizer:
         self._follow()
         factors = factors_of(self.factor, self._parameters)
         terms = []
-        for name, parameter in self._parameters.items():
-            with torch.no_grad():
-                u = triple_of(name, parameter, self._state, n_iter=1).u
-            with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-                W = sc.as_matrix(parameter, self._state.layouts[name], name=name)
-                terms.append(sc.penalty_at(W, u, factor=factors[name]))
+        with self._full_precision():
+            for name, parameter in self._parameters.items():
+                with torch.no_grad():
+                    u = triple_of(name, parameter, self._state, n_iter=1).u
+                with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+                    W = sc.as_matrix(parameter, self._state.layouts[name], name=name)
+                    terms.append(sc.penalty_at(W, u, factor=factors[name]))
         return _sum(terms)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -272,23 +283,24 @@ class SpectralNormRegularizer:
                 f"{type(optimizer).__name__} takes the GradScaler itself: detach the regularizer, "
                 "and between scaler.unscale_(optimizer) and the step call add_gradients_()"
             )
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._add_held(optimizer)
-            return None
-        kwargs = {**kwargs, "closure": self._with_term(closure, optimizer)}
-        return args[:1] + args[2:], kwargs
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._with_term(kwargs["closure"], optimizer)}
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._with_term(args[1], optimizer), *args[2:]), kwargs
+        self._add_held(optimizer)
+        return None
 
     def _with_term(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
         def closure_with_term() -> Any:
             loss = closure()
             held = self._add_held(optimizer)
-            if loss is None:
-                return None
             factors = factors_of(self.factor, self._parameters)
             sigma = self._state.sigma
             terms = [sc.penalty(sigma[name], factor=factors[name]) for name in held]
-            return loss + _sum(terms).to(loss.device) if terms else loss
+            if not terms or not isinstance(loss, (Tensor, float, int)):
+                return loss
+            total = _sum(terms)
+            return loss + (total.to(loss.device) if isinstance(loss, Tensor) else float(total))
 
         return closure_with_term
 
@@ -324,14 +336,15 @@ class SpectralNormRegularizer:
                         "form, so exclude the weight or make its gradient dense (sparse=False)"
                     )
         factor = self.factor if scale is None else self._scaled(scale)
-        self._state = sc.add_gradient_(
-            self._parameters,
-            grads,
-            self._state,
-            factor=factor,
-            n_iter=self.n_iter,
-            power_iterations=power_iterations,
-        )
+        with self._full_precision():
+            self._state = sc.add_gradient_(
+                self._parameters,
+                grads,
+                self._state,
+                factor=factor,
+                n_iter=self.n_iter,
+                power_iterations=power_iterations,
+            )
 
     def _scaled(self, scale: float | Tensor) -> dict[str, Any]:
         factors = factors_of(self.factor, self._parameters)
@@ -341,6 +354,15 @@ class SpectralNormRegularizer:
             name: factor * scale.reshape(()).to(self._parameters[name].device, non_blocking=True)
             for name, factor in factors.items()
         }
+
+    @contextmanager
+    def _full_precision(self) -> Iterator[None]:
+        """Out of reach of an autocast around the training step: it would round the products."""
+        with ExitStack() as stack:
+            for kind in {parameter.device.type for parameter in self._parameters.values()}:
+                if torch.amp.is_autocast_available(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
 
     def _follow(self) -> None:
         """Move the state to where ``model.to`` has moved the weights."""

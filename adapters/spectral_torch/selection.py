@@ -91,16 +91,16 @@ def _layout_in(modules: Mapping[str, nn.Module], name: str, parameter: Tensor) -
     parametrized = _PARAMETRIZED.match(name)
     if parametrized:
         owner, attribute = parametrized[1] or "", parametrized[2]
-        originals = modules[name.rpartition(".")[0]].parameters(recurse=False)
-        # Weight normalization keeps lengths beside directions; the weight's own shape is larger.
-        if parameter.numel() < max(original.numel() for original in originals):
+        originals = list(modules[name.rpartition(".")[0]].parameters(recurse=False))
+        # Weight normalization keeps lengths before directions, which have the weight's shape.
+        if parameter is not max(reversed(originals), key=Tensor.numel):
             return None
     else:
         owner, _, attribute = name.rpartition(".")
         attribute = _REPARAMETRIZED.sub("", attribute)
     layout = _layout_of(modules[owner], attribute)
     uninitialized = isinstance(parameter, UninitializedParameter)
-    if layout is None or uninitialized or _n_axes(layout) == parameter.ndim:
+    if layout is None or uninitialized or layout.ndim == parameter.ndim:
         return layout
     return None
 
@@ -121,10 +121,6 @@ def _layout_of(module: nn.Module, attribute: str) -> Layout | None:
             return Layout(("(gi)o" if grouped else "io") + kernel, module.groups)
         return Layout(("(go)i" if grouped else "oi") + kernel, module.groups)
     return None
-
-
-def _n_axes(layout: Layout) -> int:
-    return len(re.sub(r"\(..\)", "x", layout.axes))
 
 
 def _matching(candidates: Mapping[str, Tensor], choice: Choice, what: str) -> set[str]:

@@ -245,6 +245,34 @@ def test_a_name_for_two_leaves_is_refused():
         add_spectral_norm_regularization(0.1).init(params)
 
 
+def test_numpy_parameters_gradients_and_states():
+    params, tx = params_of(), add_spectral_norm_regularization(0.1)
+    state = tx.init(params)
+    expected, after = tx.update(zeros(params), state, params)
+    host = jax.tree.map(np.asarray, (zeros(params), state, params))
+    found, found_after = tx.update(*host)
+    assert_trees_close(found, expected)
+    assert_trees_close(found_after, after)
+    assert_trees_close(tx.init(host[2]), state)
+
+
+def test_a_state_can_be_donated():
+    for mask in (None, {"conv": False, "dense": False}):
+        params, tx = params_of(), add_spectral_norm_regularization(0.1, mask=mask)
+        state = tx.init(params)
+        jax.jit(tx.update, donate_argnums=1)(zeros(params), state, params)
+
+
+def test_a_traced_seed_is_explained():
+    injected = optax.inject_hyperparams(add_spectral_norm_regularization)
+    with pytest.raises(sc.ArgumentError, match="static_args"):
+        jax.jit(injected(factor=0.1).init)(params_of())
+    static = optax.inject_hyperparams(
+        add_spectral_norm_regularization, static_args=("n_iter", "seed")
+    )
+    jax.jit(static(factor=0.1).init)(params_of())
+
+
 def test_tree_map_params_leaves_the_state_alone():
     params = params_of()
     tx = optax.chain(add_spectral_norm_regularization(0.1), optax.trace(0.9))

@@ -260,6 +260,51 @@ def test_a_closure_gets_the_same_steps(by_keyword):
     assert_equal(hooked, closed, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("convert", [float, lambda loss: (loss, 1), lambda loss: None])
+def test_a_closure_may_return_what_it_likes(convert):
+    model = mlp()
+    optimizer = sgd(model)
+    reg = SpectralNormRegularizer(model, factor=0.3).attach(optimizer)
+    plain = float(loss_of(model).detach())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return convert(loss.detach())
+
+    returned = optimizer.step(closure)
+    if isinstance(returned, float):
+        penalty = 0.15 * sum(float(sigma**2) for sigma in reg.sigmas().values())
+        assert returned == pytest.approx(plain + penalty)
+    else:
+        assert type(returned) is type(convert(torch.tensor(0.0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_around_a_step_changes_nothing(dtype):
+    weights = {"w": nn.Parameter(torch.randn(20, 30)), "zero": nn.Parameter(torch.zeros(2, 4, 4))}
+    found = []
+    for enabled in (False, True):
+        for p in weights.values():
+            p.grad = torch.zeros_like(p)
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            reg = SpectralNormRegularizer(weights, layouts={"zero": "soi"}, factor=1.0)
+            reg.add_gradients_()
+            found.append(
+                [reg.penalty(), *(p.grad for p in weights.values()), *reg.sigmas().values()]
+            )
+    for without, within in zip(*found, strict=True):
+        assert torch.equal(without, within)
+        assert without.dtype == within.dtype
+
+
+@pytest.mark.parametrize("wrong", [{"n_iter": 0}, {"warmup_iters": -1}, {"seed": -1}])
+def test_numbers_are_checked_when_it_is_made(wrong):
+    with pytest.raises(sc.ArgumentError, match=next(iter(wrong))):
+        SpectralNormRegularizer(mlp(), **wrong)
+
+
 def test_parameter_groups_and_several_optimizers():
     together, apart = mlp(), mlp()
     train(together, sgd(together))
@@ -336,6 +381,10 @@ LAYERS = {
     ),
     "weight norm": (
         lambda: parametrizations.weight_norm(nn.Linear(6, 8)),
+        {"parametrizations.weight.original1": "oi"},
+    ),
+    "weight norm of one input": (
+        lambda: parametrizations.weight_norm(nn.Linear(1, 4)),
         {"parametrizations.weight.original1": "oi"},
     ),
     "spectral norm": (

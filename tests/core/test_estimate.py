@@ -106,6 +106,19 @@ def test_extreme_scales_in_float32(backend, scale):
     assert float(result.sigma) == pytest.approx(svd_norm(W) * scale, rel=1e-5, abs=0)
 
 
+def test_the_largest_float_is_no_overflow(backend):
+    W = backend.asarray(np.array([[3e38, 0], [0, 1e38], [0, 0]], dtype="float32"))
+    result = spectral_norm(W)
+    assert result.converged
+    assert float(result.sigma) == pytest.approx(3e38, rel=1e-5)
+
+
+@on(module="torch")
+def test_a_parameter_leaves_no_graph(backend):
+    W = backend.asarray(np.eye(3)).requires_grad_()
+    assert not spectral_norm(W).sigma.requires_grad
+
+
 @pytest.mark.parametrize(
     ("dtype", "precision"),
     [("float32", 1e-5), ("float64", 1e-12), ("complex64", 1e-5), ("complex128", 1e-12)],
