@@ -177,10 +177,9 @@ def _spectral_norm(W: Array, tol: float, max_iter: int, seed: int, xp: Namespace
 def _trivial(W: Array, value: float, xp: Namespace) -> SpectralNorm:
     """Of a zero matrix, whose σ is known, or of one that is not finite, which has none."""
     value = 0.0 if value == 0 else float("nan")
-    first = W[0, :] * 0 if value == 0 else W[0, :] * value
-    other = W[:, 0] * 0 if value == 0 else W[:, 0] * value
-    zero = norm(first, xp)
-    return SpectralNorm(zero, other, first, zero, converged=value == 0, n_iter=0)
+    u, v = W[:, 0] * value, W[0, :] * value
+    sigma = norm(v, xp)
+    return SpectralNorm(sigma, u, v, sigma, converged=value == 0, n_iter=0)
 
 
 def _top_ritz(

@@ -201,7 +201,6 @@ class Plan(NamedTuple):
     lying: Shape  # the same, the columns as they lie in the tensor
     back: Shape  # undoes `order`
     matrix: Shape  # shape of the matrix
-    left: Shape  # shape of u
     right: Shape  # shape of v
     left_spread: Shape  # shape of u in `order`, one where only v varies
     right_spread: Shape  # shape of v in `order`, one where only u varies
@@ -294,7 +293,6 @@ def _plan(layout: Layout, shape: Shape) -> Plan:
         lying=stack + rows + pick("ikdhw"),
         back=inverse(order),
         matrix=(*n_stack, m, n),
-        left=(*n_stack, m),
         right=(*n_stack, n),
         left_spread=(*n_stack, *sizes(rows), *(1 for _ in columns)),
         right_spread=(*n_stack, *(1 for _ in rows), *sizes(columns)),

@@ -360,7 +360,7 @@ class SpectralNormRegularizer:
         """Out of reach of an autocast around the training step: it would round the products."""
         with ExitStack() as stack:
             for kind in {parameter.device.type for parameter in self._parameters.values()}:
-                if torch.amp.is_autocast_available(kind):
+                if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))
             yield
 

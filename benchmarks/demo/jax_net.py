@@ -16,11 +16,9 @@ import spectral_core
 import spectral_jax
 
 from .data import Images, Labels
-from .net import MOMENTUM, SHAPES, Plan, initial_weights
+from .net import LAYOUTS, MOMENTUM, SHAPES, Plan, initial_weights
 
 Params = dict[str, dict[str, jax.Array]]
-
-ORDER = {4: "oihw", 2: "oi"}  # of `initial_weights`, by the number of axes
 
 
 class JaxNet:
@@ -34,7 +32,7 @@ class JaxNet:
     def __init__(self, plan: Plan) -> None:
         self._params: Params = {
             layer: {
-                "kernel": jnp.asarray(reordered(weight, self.layouts[layer])),
+                "kernel": jnp.asarray(reordered(weight, LAYOUTS[layer], self.layouts[layer])),
                 "bias": jnp.zeros(SHAPES[layer][0]),
             }
             for layer, weight in initial_weights(plan.seed).items()
@@ -67,9 +65,8 @@ class JaxNet:
         return {layer: float(sigmas[f"{layer}/kernel"]) for layer in SHAPES}
 
 
-def reordered(weight: NDArray[np.float32], layout: str) -> NDArray[np.float32]:
+def reordered(weight: NDArray[np.float32], given: str, layout: str) -> NDArray[np.float32]:
     """The same matrix in another framework's order of axes."""
-    given = ORDER[weight.ndim]
     shape = tuple(weight.shape[given.index(axis)] for axis in layout)
     return spectral_core.from_matrix(spectral_core.as_matrix(weight, given), layout, shape)
 

@@ -24,6 +24,8 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
     "dense2": (10, 128),
 }
 
+LAYOUTS: Mapping[str, str] = {"conv1": "oihw", "conv2": "oihw", "dense1": "oi", "dense2": "oi"}
+
 
 @dataclass(frozen=True)
 class Plan:

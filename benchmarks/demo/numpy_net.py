@@ -12,18 +12,13 @@ from numpy.typing import NDArray
 import spectral_core
 
 from .data import Images, Labels
-from .net import MOMENTUM, SHAPES, Plan, initial_weights
+from .net import LAYOUTS, MOMENTUM, SHAPES, Plan, initial_weights
 
 Array = NDArray[Any]
 
 
 class NumpyNet:
-    layouts: Mapping[str, str] = {
-        "conv1": "oihw",
-        "conv2": "oihw",
-        "dense1": "oi",
-        "dense2": "oi",
-    }
+    layouts = LAYOUTS
 
     def __init__(self, plan: Plan) -> None:
         self._plan, self._steps = plan, 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -13,19 +12,14 @@ from torch import Tensor, nn
 import spectral_torch
 
 from .data import Images, Labels
-from .net import MOMENTUM, SHAPES, Plan, initial_weights
+from .net import LAYOUTS, MOMENTUM, SHAPES, Plan, initial_weights
 
 # So small a network runs no faster on several, and the step's time is steadier on one.
 torch.set_num_threads(1)
 
 
 class TorchNet:
-    layouts: Mapping[str, str] = {
-        "conv1": "oihw",
-        "conv2": "oihw",
-        "dense1": "oi",
-        "dense2": "oi",
-    }
+    layouts = LAYOUTS
 
     def __init__(self, plan: Plan) -> None:
         self._model = model(plan.seed)
