@@ -27,12 +27,12 @@ class ArgumentError(SpectralError, ValueError):
     """A number out of its range: ``factor``, ``n_iter``, ``seed``, ``tol`` and the like."""
 
 
-def positive_int(value: object, name: str) -> int:
-    """``value`` as an int, or `ArgumentError` if it is not an integer ≥ 1."""
+def checked_int(value: object, name: str, least: int = 1) -> int:
+    """``value`` as an int, or `ArgumentError` if it is not an integer ≥ ``least``."""
     try:
         number = index(value)  # type: ignore[arg-type]
     except TypeError:
-        number = 0
-    if number < 1:
-        raise ArgumentError(f"{name} must be an integer ≥ 1, not {value!r}")
+        number = least - 1
+    if number < least:
+        raise ArgumentError(f"{name} must be an integer ≥ {least}, not {value!r}")
     return number

@@ -27,7 +27,7 @@ from ._arrays import (
     to_host,
     traits,
 )
-from .errors import ArgumentError, ShapeError, positive_int
+from .errors import ArgumentError, ShapeError, checked_int
 from .power import matvec, rmatvec, start_vector
 
 _BASIS = 32  # vectors kept at most; half of them survive a restart
@@ -110,7 +110,7 @@ def spectral_norm(
     wanted = kind.eps ** (2 / 3) if tol is None else tol
     if not isinstance(wanted, Real) or not 0 <= (bound := float(wanted)) < inf:
         raise ArgumentError(f"tol must be a finite number ≥ 0, not {tol!r}")
-    max_iter = positive_int(max_iter, "max_iter")
+    max_iter = checked_int(max_iter, "max_iter")
     stack = tuple(W.shape[:-2])
     if not stack:
         return _spectral_norm(W, bound, max_iter, seed, xp)

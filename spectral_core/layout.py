@@ -46,7 +46,7 @@ from math import prod
 from typing import NamedTuple
 
 from ._arrays import Array, Namespace, array_namespace
-from .errors import ArgumentError, ShapeError, positive_int
+from .errors import ArgumentError, ShapeError, checked_int
 
 Shape = tuple[int, ...]
 
@@ -88,7 +88,7 @@ class Layout:
         for needed, meaning in (("o", "output"), ("i", "input")):
             if needed not in letters:
                 raise ArgumentError(f"layout {self.axes!r} has no {meaning} axis {needed!r}")
-        object.__setattr__(self, "groups", positive_int(self.groups, "groups"))
+        object.__setattr__(self, "groups", checked_int(self.groups, "groups"))
         holders = letters.count("g")
         if holders > 1 or (self.groups > 1 and holders == 0):
             raise ArgumentError(

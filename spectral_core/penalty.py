@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import inf
 from numbers import Real
 from typing import TypeAlias
@@ -17,7 +17,6 @@ from .patterns import by_name
 from .power import PowerIteration, rmatvec
 
 Factor: TypeAlias = "float | Array | Mapping[str, float | Array]"
-OuterUpdate: TypeAlias = Callable[[Array, Array, Array], object]
 
 
 def penalty(sigma: Array | Mapping[str, Array], *, factor: Factor = 0.01) -> Array:
@@ -142,8 +141,8 @@ def add_outer(grad: Array, u: Array, v: Array) -> Array:
     return cast(grad + u * v, grad.dtype, array_namespace(grad))
 
 
-def add_outer_(grad: Array, u: Array, v: Array) -> None:
-    """``grad += u * v``, u and v broadcasting to it: where a backend's faster path plugs in."""
+def add_outer_(grad: Array, u: Array, v: Array) -> Array:
+    """``grad``, after ``grad += u * v`` where it lies."""
     addcmul_ = getattr(grad, "addcmul_", None)
     if addcmul_ is not None:  # PyTorch: one pass over grad, and no temporary of its size
         addcmul_(u, v)
@@ -151,6 +150,7 @@ def add_outer_(grad: Array, u: Array, v: Array) -> None:
         grad += u * v
     else:
         grad[...] = add_outer(grad, u, v)
+    return grad
 
 
 def check_factor(factor: Factor, name: str = "factor") -> float | Array:

@@ -19,7 +19,7 @@ from ._arrays import (
     squared,
     traits,
 )
-from .errors import ArgumentError, DTypeError, ShapeError, positive_int
+from .errors import ArgumentError, DTypeError, ShapeError, checked_int
 
 
 class PowerIteration(NamedTuple):
@@ -93,7 +93,7 @@ def power_iteration(
     kind = _check(W, v, xp)
     W, v = cast(W, kind.iteration_dtype, xp), cast(v, kind.iteration_dtype, xp)
     tiny = kind.tiny if eps is None else eps
-    for _ in range(positive_int(n_iter, "n_iter")):
+    for _ in range(checked_int(n_iter, "n_iter")):
         u, _, _ = _normalized(matvec(W, v), tiny, xp)
         unit, inverse, sigma = _normalized(rmatvec(W, u, xp), tiny, xp)
         v = xp.where(inverse > 0, unit, v)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from ._arrays import (
     Array,
@@ -15,29 +14,12 @@ from ._arrays import (
     is_complex,
     traits,
 )
-from .errors import DTypeError, NamesError, ShapeError, positive_int
-from .layout import (
-    Layout,
-    Plan,
-    as_layout,
-    default_layout,
-    lay,
-    lying_matrix,
-    plan_of,
-    reshaped,
-    unlay,
-)
+from .errors import DTypeError, NamesError, ShapeError, checked_int
+from .layout import Layout, as_layout, default_layout, plan_of
 from .patterns import by_name
-from .penalty import (
-    Factor,
-    OuterUpdate,
-    add_outer,
-    add_outer_,
-    check_writeable,
-    factors_of,
-    outer_factors,
-)
-from .power import PowerIteration, power_iterations, start_vector
+from .penalty import Factor, check_writeable, factors_of
+from .power import PowerIteration, start_vector
+from .step import Step, Task, plain_step, plain_step_, triples_of
 
 Arrays = Mapping[str, Array]
 Layouts = Mapping[str, "Layout | str"] | Layout | str
@@ -55,6 +37,9 @@ class SpectralState:
         The newest estimates. NaN or infinite where the weight was not finite.
     layouts : mapping of name to Layout
         How each weight is viewed. Constant.
+    u : mapping of name to array, shape (*stack, n_out)
+        The left singular vectors that belong to sigma. A step with ``n_iter=0`` needs them; one
+        that iterates does not, and keeps none where there were none.
 
     Examples
     --------
@@ -76,6 +61,7 @@ class SpectralState:
     v: Arrays
     sigma: Arrays
     layouts: Mapping[str, Layout]
+    u: Arrays = field(default_factory=dict)
 
 
 def init(weights: Arrays, *, seed: int = 0, layouts: Layouts | None = None) -> SpectralState:
@@ -127,8 +113,9 @@ def init(weights: Arrays, *, seed: int = 0, layouts: Layouts | None = None) -> S
         plan = plan_of(layout, weights[name].shape, f"weight {name!r}")
         v[name] = start_vector(plan.right, weights[name], seed=seed, name=name)
     state = SpectralState(v=v, sigma={}, layouts=chosen)
-    sigma = {name: triple_of(name, weights[name], state, n_iter=1).sigma for name in v}
-    return replace(state, sigma=sigma)
+    triples = {name: triple_of(name, weights[name], state, n_iter=1) for name in v}
+    sigma = {name: triple.sigma for name, triple in triples.items()}
+    return replace(state, sigma=sigma, u={name: triple.u for name, triple in triples.items()})
 
 
 def iterate(weights: Arrays, state: SpectralState, *, n_iter: int = 1) -> SpectralState:
@@ -161,8 +148,8 @@ def iterate(weights: Arrays, state: SpectralState, *, n_iter: int = 1) -> Spectr
     4.8541
     """
     _check_names(weights, state)
-    operands = {name: _operand(name, weight, state) for name, weight in weights.items()}
-    return _advanced(state, _triples(operands, positive_int(n_iter, "n_iter"), power_iterations))
+    tasks = [_task(name, weight, state) for name, weight in weights.items()]
+    return _advanced(state, tasks, triples_of(tasks, checked_int(n_iter, "n_iter")))
 
 
 def add_gradient(
@@ -172,6 +159,7 @@ def add_gradient(
     *,
     factor: Factor = 0.01,
     n_iter: int = 1,
+    step: Step = plain_step,
 ) -> tuple[dict[str, Array | None], SpectralState]:
     """Add factor·σ·u·vᴴ to each weight's gradient (Algorithm 1, lines 5–9).
 
@@ -187,7 +175,9 @@ def add_gradient(
     factor : float, array of shape (), or mapping of name or pattern to either
         λ. The value of an array is not checked.
     n_iter : int
-        Power iterations in this step.
+        Power iterations in this step. With 0, the term of the step before is added anew.
+    step : callable
+        The arithmetic: a framework's faster way goes here (`spectral_core.step`).
 
     Returns
     -------
@@ -203,7 +193,8 @@ def add_gradient(
     ShapeError, DTypeError, DeviceError
         If a gradient or a v does not fit its weight.
     ArgumentError
-        If ``factor`` is negative or not finite, or ``n_iter`` is less than 1.
+        If ``factor`` is negative or not finite, ``n_iter`` is negative, or it is 0 and the state
+        holds no u.
 
     Notes
     -----
@@ -221,7 +212,7 @@ def add_gradient(
     array([[0.02, 0.  ],
            [0.  , 0.  ]])
     """
-    return _step(weights, grads, state, factor, n_iter, add_outer, power_iterations)
+    return _step(weights, grads, state, factor, n_iter, step)
 
 
 def add_gradient_(
@@ -231,8 +222,7 @@ def add_gradient_(
     *,
     factor: Factor = 0.01,
     n_iter: int = 1,
-    power_iterations: PowerIterations = power_iterations,
-    add_outer_: OuterUpdate = add_outer_,
+    step: Step = plain_step_,
 ) -> SpectralState:
     """`add_gradient` in place: the gradients are changed where they lie.
 
@@ -240,12 +230,9 @@ def add_gradient_(
     ----------
     weights, grads, state, factor, n_iter
         As for `add_gradient`; gradients must be writeable.
-    power_iterations : callable
-        ``power_iterations(matrices, vectors, n_iter)`` gives what `power_iteration` gives, for
-        each matrix. A framework's way to do many at once goes here.
-    add_outer_ : callable
-        ``add_outer_(grad, u, v)`` adds the product ``u * v``, which broadcasts to ``grad``, in
-        place. A framework's fused update goes here.
+    step : callable
+        The arithmetic, which writes into the gradients: a framework's faster way goes here
+        (`spectral_core.step`).
 
     Returns
     -------
@@ -272,12 +259,7 @@ def add_gradient_(
     for name in state.v:
         if grads[name] is not None:
             check_writeable(grads[name], name)
-
-    def add_(grad: Array, u: Array, v: Array) -> Array:
-        add_outer_(grad, u, v)
-        return grad
-
-    return _step(weights, grads, state, factor, n_iter, add_, power_iterations)[1]
+    return _step(weights, grads, state, factor, n_iter, step)[1]
 
 
 def choose_layouts(ndims: Mapping[str, int], layouts: Layouts | None) -> dict[str, Layout]:
@@ -302,20 +284,7 @@ def choose_layouts(ndims: Mapping[str, int], layouts: Layouts | None) -> dict[st
 
 def triple_of(name: str, weight: Array, state: SpectralState, n_iter: int) -> PowerIteration:
     """(σ, u, v) of one weight from its v in ``state``, both in the order of `as_matrix`."""
-    return _triples({name: _operand(name, weight, state)}, n_iter, power_iterations)[name]
-
-
-class _Operand(NamedTuple):
-    """A weight that takes part in a step, its v, and what was found out in checking them."""
-
-    weight: Array
-    v: Array
-    plan: Plan
-    xp: Namespace
-
-
-Add = Callable[[Array, Array, Array], Array]
-PowerIterations = Callable[[Sequence[Array], Sequence[Array], int], list[PowerIteration]]
+    return triples_of([_task(name, weight, state)], n_iter)[0]
 
 
 def _step(
@@ -324,49 +293,30 @@ def _step(
     state: SpectralState,
     factor: Factor,
     n_iter: int,
-    add: Add,
-    power_iterations: PowerIterations,
+    step: Step,
 ) -> tuple[dict[str, Array | None], SpectralState]:
     _check_names(weights, state)
     _check_grads(grads, state)
     factors = factors_of(factor, state.v)
-    n_iter = positive_int(n_iter, "n_iter")
-    operands = {
-        name: _operand(name, weights[name], state, grads[name], factors[name])
+    tasks = [
+        _task(name, weights[name], state, grads[name], factors[name])
         for name in state.v
         if grads[name] is not None
-    }
-    triples = _triples(operands, n_iter, power_iterations)
-    # All of them before the first gradient changes: an error in the arithmetic leaves it whole.
-    terms = {
-        name: outer_factors(triples[name], o.plan, factors[name], o.xp)
-        for name, o in operands.items()
-    }
-    new_grads = dict(grads)
-    for name, o in operands.items():
-        # To split an axis in two never takes a copy: in place, this is the caller's memory.
-        total = add(reshaped(grads[name], o.plan.split, o.xp), *terms[name])
-        new_grads[name] = reshaped(total, o.weight.shape, o.xp)
-    return new_grads, _advanced(state, triples)
+    ]
+    new_grads, triples = step(tasks, checked_int(n_iter, "n_iter", least=0))
+    added = zip(tasks, new_grads, strict=True)
+    return {**grads, **{task.name: grad for task, grad in added}}, _advanced(state, tasks, triples)
 
 
-def _triples(
-    operands: Mapping[str, _Operand], n_iter: int, power_iterations: PowerIterations
-) -> dict[str, PowerIteration]:
-    matrices = [lying_matrix(o.weight, o.plan, o.xp) for o in operands.values()]
-    vectors = [lay(o.v, o.plan, o.xp) for o in operands.values()]
-    triples = power_iterations(matrices, vectors, n_iter)
-    return {
-        name: triple._replace(v=unlay(triple.v, o.plan, o.xp))
-        for (name, o), triple in zip(operands.items(), triples, strict=True)
-    }
-
-
-def _advanced(state: SpectralState, triples: Mapping[str, PowerIteration]) -> SpectralState:
+def _advanced(
+    state: SpectralState, tasks: list[Task], triples: list[PowerIteration]
+) -> SpectralState:
+    pairs = [(task.name, triple) for task, triple in zip(tasks, triples, strict=True)]
     return replace(
         state,
-        v={**state.v, **{name: triple.v for name, triple in triples.items()}},
-        sigma={**state.sigma, **{name: triple.sigma for name, triple in triples.items()}},
+        v={**state.v, **{name: triple.v for name, triple in pairs}},
+        sigma={**state.sigma, **{name: triple.sigma for name, triple in pairs}},
+        u={**state.u, **{name: triple.u for name, triple in pairs}} if state.u else {},
     )
 
 
@@ -390,13 +340,13 @@ def _check_grads(grads: Mapping[str, Array | None], state: SpectralState) -> Non
         raise NamesError(f"grads has no entry for {missing}: give None to leave a weight out")
 
 
-def _operand(
+def _task(
     name: str,
     weight: Array,
     state: SpectralState,
     grad: Array | None = None,
     factor: float | Array = 0.0,
-) -> _Operand:
+) -> Task:
     """Check that all that belongs to a weight fits it."""
     v = state.v[name]
     arrays = [x for x in (v, grad, factor) if x is not None and not isinstance(x, float)]
@@ -412,7 +362,9 @@ def _operand(
     check_same_device(weight, v, f"weight {name!r}", "its v")
     if not isinstance(factor, float) and not xp.isdtype(factor.dtype, "real floating"):
         raise DTypeError(f"factor of {name!r} has dtype {factor.dtype}: it must be a real float")
-    return _Operand(constant(weight), v, plan, xp)
+    u = state.u.get(name)
+    last = None if u is None else PowerIteration(state.sigma[name], u, v)
+    return Task(name, constant(weight), grad, v, factor, plan, xp, last)
 
 
 def _check_grad(name: str, weight: Array, grad: Array, xp: Namespace) -> None:

@@ -14,17 +14,26 @@ except ImportError as error:
     ) from error
 
 from collections.abc import Mapping
+from functools import partial
 
 import spectral_core as sc
 from spectral_core import SpectralState, init, iterate
 from spectral_core.penalty import Factor
+from spectral_core.step import plain_step
 
 __all__ = ["SpectralState", "add_gradient_", "init", "iterate"]
 
 # In the dtype of the vectors, and rounded once: float16 gradients take float32 terms.
-_add_outer_ = cupy.ElementwiseKernel(
+_outer_kernel = cupy.ElementwiseKernel(
     "S u, S v", "T grad", "grad = T(S(grad) + u * v)", "spectral_core_add_outer"
 )
+
+
+def _add_outer_(grad: cupy.ndarray, u: cupy.ndarray, v: cupy.ndarray) -> cupy.ndarray:
+    return _outer_kernel(u, v, grad)
+
+
+_step = partial(plain_step, add=_add_outer_)
 
 
 def add_gradient_(
@@ -61,10 +70,4 @@ def add_gradient_(
     >>> cp.round(grads["w"], 4)
     array([[0.3, 0.4]])
     """
-
-    def add_outer_(grad: cupy.ndarray, u: cupy.ndarray, v: cupy.ndarray) -> None:
-        _add_outer_(u, v, grad)
-
-    return sc.add_gradient_(
-        weights, grads, state, factor=factor, n_iter=n_iter, add_outer_=add_outer_
-    )
+    return sc.add_gradient_(weights, grads, state, factor=factor, n_iter=n_iter, step=_step)

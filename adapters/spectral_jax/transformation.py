@@ -16,8 +16,13 @@ from .selection import choose, named_leaves
 # The core knows no pytrees; with this, `jax.jit` takes and returns its state.
 jax.tree_util.register_pytree_node(
     sc.SpectralState,
-    lambda state: ((dict(state.v), dict(state.sigma)), tuple(state.layouts.items())),
-    lambda layouts, arrays: sc.SpectralState(*arrays, dict(layouts)),
+    lambda state: (
+        (dict(state.v), dict(state.sigma), dict(state.u)),
+        tuple(state.layouts.items()),
+    ),
+    lambda layouts, arrays: sc.SpectralState(
+        v=arrays[0], sigma=arrays[1], u=arrays[2], layouts=dict(layouts)
+    ),
 )
 
 

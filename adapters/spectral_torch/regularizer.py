@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,12 +14,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 import spectral_core as sc
-from spectral_core.errors import positive_int
-from spectral_core.penalty import Factor, factors_of
+from spectral_core.errors import checked_int
+from spectral_core.penalty import Factor, add_outer_, factors_of
 from spectral_core.regularizer import triple_of
+from spectral_core.step import plain_step
 
 from .multi_tensor import power_iterations
 from .selection import Choice, Model, choose
+
+_STEP = partial(plain_step, power_iterations=power_iterations, add=add_outer_)
 
 
 class SpectralNormRegularizer:
@@ -96,11 +100,11 @@ class SpectralNormRegularizer:
         self._parameters, chosen = choose(model, include, exclude, layouts)
         self._handles: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
         self.factor = factor
-        self.n_iter = positive_int(n_iter, "n_iter")
+        self.n_iter = checked_int(n_iter, "n_iter")
         with self._full_precision():
             self._state = sc.init(self._parameters, seed=seed, layouts=chosen)
         if warmup_iters != 0:
-            self.iterate_(positive_int(warmup_iters, "warmup_iters"))
+            self.iterate_(checked_int(warmup_iters, "warmup_iters"))
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of an optimizer lose its hooks, and so a copy of this is attached to none.
@@ -343,7 +347,7 @@ class SpectralNormRegularizer:
                 self._state,
                 factor=factor,
                 n_iter=self.n_iter,
-                power_iterations=power_iterations,
+                step=_STEP,
             )
 
     def _scaled(self, scale: float | Tensor) -> dict[str, Any]:

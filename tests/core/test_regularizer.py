@@ -1,3 +1,4 @@
+import dataclasses
 import re
 from fractions import Fraction
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 import spectral_core as sc
 from backends import gaussian, get, on, outer, svd_norm
 from spectral_core import Layout, add_gradient, add_gradient_, as_matrix, init, iterate
+from spectral_core.step import plain_step_
 
 LAYOUTS = {"conv": "oihw", "dense": "io", "heads": Layout("(go)i", groups=2)}
 SHAPES = {"conv": (4, 3, 2, 2), "dense": (5, 3), "heads": (4, 6)}
@@ -184,19 +186,46 @@ def test_read_only_weights_and_state_in_place():
     assert_close(grads, expected)
 
 
-def test_outer_update_is_replaceable():
+def test_step_is_replaceable():
     weights, grads = model()
     state = init(weights, layouts=LAYOUTS)
-    expected, _ = add_gradient(weights, grads, state)
-    calls = []
+    expected, after = add_gradient(weights, grads, state)
+    seen = []
 
-    def add_outer_(grad, u, v):
-        calls.append(np.broadcast_shapes(u.shape, v.shape) == grad.shape)
-        grad += u * v
+    def step(tasks, n_iter):
+        seen.extend(task.name for task in tasks)
+        return plain_step_(tasks, n_iter)
 
-    add_gradient_(weights, grads, state, add_outer_=add_outer_)
-    assert calls == [True] * 3
+    new = add_gradient_(weights, grads, state, step=step)
+    assert seen == list(weights)
     assert_close(grads, expected)
+    assert_equal(new.v, after.v)
+
+
+# A step without an iteration
+
+
+def test_no_iteration_adds_the_last_term_again(backend):
+    weights, grads = model()
+    mine, zeros = backend.tree(weights), backend.tree({n: 0 * g for n, g in grads.items()})
+    state = init(mine, layouts=LAYOUTS)
+    first, state = add_gradient(mine, zeros, state, factor=0.3)
+    moved = backend.tree({name: 2 * w for name, w in weights.items()})
+    again, same = add_gradient(moved, zeros, state, factor=0.3, n_iter=0)
+    assert_equal(backend.tree_to_numpy(again), backend.tree_to_numpy(first))
+    assert all(same.v[name] is state.v[name] for name in mine)
+    assert all(same.sigma[name] is state.sigma[name] for name in mine)
+
+
+def test_no_iteration_needs_u():
+    weights, grads = model()
+    state = dataclasses.replace(init(weights, layouts=LAYOUTS), u={})
+    with pytest.raises(sc.ArgumentError, match="n_iter is 0, but the state holds no u of 'conv'"):
+        add_gradient(weights, grads, state, n_iter=0)
+    _, after = add_gradient(weights, grads, state)
+    assert after.u == {}  # and none is kept where none was
+    with pytest.raises(sc.ArgumentError, match="n_iter must be an integer ≥ 0"):
+        add_gradient(weights, grads, state, n_iter=-1)
 
 
 def test_no_gradient_no_step(backend):
@@ -507,8 +536,8 @@ MISTAKES = [
     ({"factor": {"first": 0.1, "w": -1}}, sc.ArgumentError, "factor['w'] must be.*-1"),
     ({"factor": {"first": 0.1}}, sc.NamesError, "factor has no entry for ['w']"),
     ({"factor": {"*": 0.1, "v*": 0.1}}, sc.NamesError, "factor: 'v*' matches none.*'w'"),
-    ({"n_iter": 0}, sc.ArgumentError, "n_iter must be an integer ≥ 1, not 0"),
-    ({"n_iter": 1.5}, sc.ArgumentError, "n_iter must be an integer ≥ 1, not 1.5"),
+    ({"n_iter": -1}, sc.ArgumentError, "n_iter must be an integer ≥ 0, not -1"),
+    ({"n_iter": 1.5}, sc.ArgumentError, "n_iter must be an integer ≥ 0, not 1.5"),
 ]
 
 

@@ -1,0 +1,103 @@
+"""One step of Algorithm 1 over many weights: the seam at which faster paths plug in.
+
+The regularizer checks what it is given and makes a `Task` of each weight; a `Step` advances all of
+them. `plain_step` is the arithmetic, written once. A framework's own way – many matrices a kernel,
+one pass over a weight – is another `Step`, which takes the tasks that it can and hands the others
+to this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple, TypeAlias
+
+from ._arrays import Array, Namespace
+from .errors import ArgumentError
+from .layout import Plan, lay, lying_matrix, reshaped, unlay
+from .penalty import add_outer, add_outer_, outer_factors
+from .power import PowerIteration, power_iterations
+
+
+class Task(NamedTuple):
+    """A weight that takes part in a step, and what belongs to it: checked to fit."""
+
+    name: str
+    weight: Array
+    grad: Array
+    v: Array  # in the order of `as_matrix`'s columns, as that of every triple
+    factor: float | Array
+    plan: Plan
+    xp: Namespace
+    last: PowerIteration | None  # of the step before; None if that did not keep it
+
+
+class Advance(NamedTuple):
+    """What a `Step` returns, one entry a task."""
+
+    grads: list[Array]
+    triples: list[PowerIteration]
+
+
+PowerIterations: TypeAlias = Callable[[Sequence[Array], Sequence[Array], int], list[PowerIteration]]
+Step: TypeAlias = Callable[[Sequence[Task], int], Advance]
+
+
+def plain_step(
+    tasks: Sequence[Task],
+    n_iter: int,
+    *,
+    power_iterations: PowerIterations = power_iterations,
+    add: Callable[[Array, Array, Array], Array] = add_outer,
+) -> Advance:
+    """Lines 5–9 of Algorithm 1, one weight after the other.
+
+    Parameters
+    ----------
+    tasks : sequence of Task
+    n_iter : int
+        Power iterations. With 0 the term is that of each task's ``last``.
+    power_iterations : callable
+        ``power_iterations(matrices, vectors, n_iter)`` gives what `power_iteration` gives, for
+        each matrix.
+    add : callable
+        ``add(grad, u, v)`` gives ``grad + u * v``; u and v broadcast to grad.
+    """
+    triples = triples_of(tasks, n_iter, power_iterations)
+    # All of them before the first gradient changes: an error in the arithmetic leaves it whole.
+    terms = [
+        outer_factors(triple, task.plan, task.factor, task.xp)
+        for task, triple in zip(tasks, triples, strict=True)
+    ]
+    grads = []
+    for task, term in zip(tasks, terms, strict=True):
+        # To split an axis in two never takes a copy: in place, this is the caller's memory.
+        total = add(reshaped(task.grad, task.plan.split, task.xp), *term)
+        grads.append(reshaped(total, task.weight.shape, task.xp))
+    return Advance(grads, triples)
+
+
+plain_step_ = partial(plain_step, add=add_outer_)
+
+
+def triples_of(
+    tasks: Sequence[Task], n_iter: int, power_iterations: PowerIterations = power_iterations
+) -> list[PowerIteration]:
+    """(σ, u, v) of each weight after so many iterations; after none, those of the step before."""
+    if n_iter == 0:
+        return [_last(task) for task in tasks]
+    matrices = [lying_matrix(task.weight, task.plan, task.xp) for task in tasks]
+    vectors = [lay(task.v, task.plan, task.xp) for task in tasks]
+    triples = power_iterations(matrices, vectors, n_iter)
+    return [
+        triple._replace(v=unlay(triple.v, task.plan, task.xp))
+        for task, triple in zip(tasks, triples, strict=True)
+    ]
+
+
+def _last(task: Task) -> PowerIteration:
+    if task.last is None:
+        raise ArgumentError(
+            f"n_iter is 0, but the state holds no u of {task.name!r}: iterate at least once"
+        )
+    return task.last
