@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from array_api_compat import array_namespace as _array_namespace
-from array_api_compat import is_jax_array
+from array_api_compat import is_jax_namespace
 
 from .errors import DeviceError, DTypeError
 
@@ -106,16 +106,18 @@ def constant(x: Array) -> Array:
     return x if detach is None else detach()
 
 
-def device_of(x: Array) -> Any:
+def device_of(x: Array, xp: Namespace) -> Any:
     """The device of ``x``, or None where the backend places arrays itself (JAX)."""
-    return None if is_jax_array(x) else x.device
+    return None if is_jax_namespace(xp) else x.device
 
 
-def check_same_device(x: Array, y: Array, x_name: str, y_name: str) -> None:
+def check_same_device(x: Array, y: Array, xp: Namespace, x_name: str, y_name: str) -> None:
     """Raise `DeviceError` if the two arrays do not lie on one device."""
-    a, b = device_of(x), device_of(y)
-    if a != b:
-        raise DeviceError(f"{x_name} is on {a} but {y_name} is on {b}: move one to the other")
+    if is_jax_namespace(xp) or x.device == y.device:
+        return
+    raise DeviceError(
+        f"{x_name} is on {x.device} but {y_name} is on {y.device}: move one to the other"
+    )
 
 
 def to_host(x: Array) -> np.ndarray[Any, Any]:

@@ -152,7 +152,7 @@ def start_vector(shape: tuple[int, ...], like: Array, *, seed: int = 0, name: st
     if kind.complex:
         v = v + 1j * rng.standard_normal(shape)
     v = v / np.linalg.norm(v, axis=-1, keepdims=True)
-    return xp.asarray(v, dtype=kind.iteration_dtype, device=device_of(like))
+    return xp.asarray(v, dtype=kind.iteration_dtype, device=device_of(like, xp))
 
 
 def matvec(W: Array, v: Array) -> Array:

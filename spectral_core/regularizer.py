@@ -359,7 +359,7 @@ def _task(
             f"weight {name!r} of shape {tuple(weight.shape)} needs a v of shape {plan.right}, but "
             f"the state's has {tuple(v.shape)}: call init again for other weights"
         )
-    check_same_device(weight, v, f"weight {name!r}", "its v")
+    check_same_device(weight, v, xp, f"weight {name!r}", "its v")
     if not isinstance(factor, float) and not xp.isdtype(factor.dtype, "real floating"):
         raise DTypeError(f"factor of {name!r} has dtype {factor.dtype}: it must be a real float")
     u = state.u.get(name)
@@ -378,4 +378,4 @@ def _check_grad(name: str, weight: Array, grad: Array, xp: Namespace) -> None:
             f"the gradient of {name!r} has dtype {grad.dtype}, the weight {weight.dtype}: both "
             "must be real or both complex"
         )
-    check_same_device(weight, grad, f"weight {name!r}", "its gradient")
+    check_same_device(weight, grad, xp, f"weight {name!r}", "its gradient")
