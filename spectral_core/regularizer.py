@@ -118,7 +118,9 @@ def init(weights: Arrays, *, seed: int = 0, layouts: Layouts | None = None) -> S
     return replace(state, sigma=sigma, u={name: triple.u for name, triple in triples.items()})
 
 
-def iterate(weights: Arrays, state: SpectralState, *, n_iter: int = 1) -> SpectralState:
+def iterate(
+    weights: Arrays, state: SpectralState, *, n_iter: int = 1, step: Step = plain_step
+) -> SpectralState:
     """Improve v and sigma without a gradient: a warm-up, or a look at the weights as they are.
 
     Parameters
@@ -128,6 +130,8 @@ def iterate(weights: Arrays, state: SpectralState, *, n_iter: int = 1) -> Spectr
     state : SpectralState
     n_iter : int
         Power iterations.
+    step : callable
+        As for `add_gradient`.
 
     Returns
     -------
@@ -149,7 +153,7 @@ def iterate(weights: Arrays, state: SpectralState, *, n_iter: int = 1) -> Spectr
     """
     _check_names(weights, state)
     tasks = [_task(name, weight, state) for name, weight in weights.items()]
-    return _advanced(state, tasks, triples_of(tasks, checked_int(n_iter, "n_iter")))
+    return _advanced(state, tasks, step(tasks, checked_int(n_iter, "n_iter")).triples)
 
 
 def add_gradient(

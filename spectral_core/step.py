@@ -24,7 +24,7 @@ class Task(NamedTuple):
 
     name: str
     weight: Array
-    grad: Array
+    grad: Array  # None where there is nothing to add to
     v: Array  # in the order of `as_matrix`'s columns, as that of every triple
     factor: float | Array
     plan: Plan
@@ -40,6 +40,7 @@ class Advance(NamedTuple):
 
 
 PowerIterations: TypeAlias = Callable[[Sequence[Array], Sequence[Array], int], list[PowerIteration]]
+Add: TypeAlias = Callable[[Array, Array, Array], Array]
 Step: TypeAlias = Callable[[Sequence[Task], int], Advance]
 
 
@@ -48,7 +49,7 @@ def plain_step(
     n_iter: int,
     *,
     power_iterations: PowerIterations = power_iterations,
-    add: Callable[[Array, Array, Array], Array] = add_outer,
+    add: Add = add_outer,
 ) -> Advance:
     """Lines 5–9 of Algorithm 1, one weight after the other.
 
@@ -66,18 +67,36 @@ def plain_step(
     triples = triples_of(tasks, n_iter, power_iterations)
     # All of them before the first gradient changes: an error in the arithmetic leaves it whole.
     terms = [
-        outer_factors(triple, task.plan, task.factor, task.xp)
+        None if task.grad is None else outer_factors(triple, task.plan, task.factor, task.xp)
         for task, triple in zip(tasks, triples, strict=True)
     ]
-    grads = []
-    for task, term in zip(tasks, terms, strict=True):
-        # To split an axis in two never takes a copy: in place, this is the caller's memory.
-        total = add(reshaped(task.grad, task.plan.split, task.xp), *term)
-        grads.append(reshaped(total, task.weight.shape, task.xp))
+    grads = [
+        None if term is None else _added(task, term, add)
+        for task, term in zip(tasks, terms, strict=True)
+    ]
     return Advance(grads, triples)
 
 
+def _added(task: Task, term: tuple[Array, Array], add: Add) -> Array:
+    # To split an axis in two never takes a copy: in place, this is the caller's memory.
+    total = add(reshaped(task.grad, task.plan.split, task.xp), *term)
+    return reshaped(total, task.weight.shape, task.xp)
+
+
 plain_step_ = partial(plain_step, add=add_outer_)
+
+
+def divided_step(tasks: Sequence[Task], n_iter: int, step_of: Callable[[Task], Step]) -> Advance:
+    """Hand each task to the step that is its own, tasks of one step together."""
+    shares: dict[Step, list[int]] = {}
+    for i, task in enumerate(tasks):
+        shares.setdefault(step_of(task), []).append(i)
+    done: dict[int, tuple[Array, PowerIteration]] = {}
+    for step, share in shares.items():
+        advance = step([tasks[i] for i in share], n_iter)
+        done.update(zip(share, zip(*advance, strict=True), strict=True))
+    ordered = [done[i] for i in range(len(tasks))]
+    return Advance([grad for grad, _ in ordered], [triple for _, triple in ordered])
 
 
 def triples_of(
@@ -85,7 +104,7 @@ def triples_of(
 ) -> list[PowerIteration]:
     """(σ, u, v) of each weight after so many iterations; after none, those of the step before."""
     if n_iter == 0:
-        return [_last(task) for task in tasks]
+        return [last_of(task) for task in tasks]
     matrices = [lying_matrix(task.weight, task.plan, task.xp) for task in tasks]
     vectors = [lay(task.v, task.plan, task.xp) for task in tasks]
     triples = power_iterations(matrices, vectors, n_iter)
@@ -95,7 +114,8 @@ def triples_of(
     ]
 
 
-def _last(task: Task) -> PowerIteration:
+def last_of(task: Task) -> PowerIteration:
+    """What the step before found, or `ArgumentError` if that is not there."""
     if task.last is None:
         raise ArgumentError(
             f"n_iter is 0, but the state holds no u of {task.name!r}: iterate at least once"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import replace
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,15 +15,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 import spectral_core as sc
+from spectral_core._arrays import array_namespace, traits_of
 from spectral_core.errors import checked_int
-from spectral_core.penalty import Factor, add_outer_, factors_of
+from spectral_core.penalty import Factor, factors_of
 from spectral_core.regularizer import triple_of
-from spectral_core.step import plain_step
 
-from .multi_tensor import power_iterations
 from .selection import Choice, Model, choose
-
-_STEP = partial(plain_step, power_iterations=power_iterations, add=add_outer_)
+from .steps import Steps
 
 
 class SpectralNormRegularizer:
@@ -40,6 +39,9 @@ class SpectralNormRegularizer:
         λ. May be set anew at any time, as a schedule does: ``reg.factor = 0.02``.
     n_iter : int
         Power iterations a step.
+    every_n_steps : int
+        Iterate only in every n-th step of a weight, and in between add the term of the last one
+        again: a step then reads no weight, and σ, u and v are up to n - 1 steps old.
     warmup_iters : int
         Power iterations now, so that the first steps see good vectors. 0 is the paper's choice.
     include : str, iterable of str, or callable, optional
@@ -53,6 +55,9 @@ class SpectralNormRegularizer:
     layouts : mapping of name or pattern to `spectral_core.Layout` or str, optional
         What the axes of a parameter are where its module does not tell, or tells otherwise. What
         is named here is regularized, if the default would leave it out.
+    kernels : bool
+        Whether to use compiled kernels where they can be: Numba's for weights on the CPU, if it is
+        installed. Otherwise, and where they cannot, PyTorch's own operations.
 
     Raises
     ------
@@ -65,7 +70,7 @@ class SpectralNormRegularizer:
     -----
     A weight whose gradient is None, or that does not require one, is left out of a step. A tied
     weight counts once. A grouped convolution is a stack of matrices, each with its own σ. Nothing
-    in a step waits for the device.
+    in a step waits for the device. v and σ are written in place, as a captured CUDA graph needs.
 
     Gradients are clipped before the optimizer steps, and so before this adds to them.
 
@@ -91,16 +96,21 @@ class SpectralNormRegularizer:
         model: Model,
         factor: Factor = 0.01,
         n_iter: int = 1,
+        every_n_steps: int = 1,
         warmup_iters: int = 15,
         include: Choice | None = None,
         exclude: Choice | None = None,
         seed: int = 0,
         layouts: Mapping[str, sc.Layout | str] | None = None,
+        kernels: bool = True,
     ) -> None:
         self._parameters, chosen = choose(model, include, exclude, layouts)
         self._handles: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
         self.factor = factor
         self.n_iter = checked_int(n_iter, "n_iter")
+        self.every_n_steps = checked_int(every_n_steps, "every_n_steps")
+        self._steps_taken = dict.fromkeys(self._parameters, 0)
+        self._step = Steps(kernels)
         with self._full_precision():
             self._state = sc.init(self._parameters, seed=seed, layouts=chosen)
         if warmup_iters != 0:
@@ -182,6 +192,7 @@ class SpectralNormRegularizer:
         """
         self._add_gradients_(self._parameters, scale)
 
+    @torch.no_grad()
     def iterate_(self, n_iter: int = 1) -> None:
         """Improve v and σ, and leave the gradients alone.
 
@@ -192,7 +203,7 @@ class SpectralNormRegularizer:
         """
         self._follow()
         with self._full_precision():
-            self._state = sc.iterate(self._parameters, self._state, n_iter=n_iter)
+            self._state = sc.iterate(self._parameters, self._state, n_iter=n_iter, step=self._step)
 
     def sigmas(self) -> dict[str, Tensor]:
         """The newest estimate of each weight's largest singular value, on its device.
@@ -202,7 +213,7 @@ class SpectralNormRegularizer:
         dict of name to tensor, shape (*stack,)
             As of the last step, before the optimizer moved the weights.
         """
-        return dict(self._state.sigma)
+        return {name: sigma.clone() for name, sigma in self._state.sigma.items()}
 
     def penalty(self, *, differentiable: bool = False) -> Tensor:
         """(λ/2)·Σσ² of the weights as they are now (paper, equation 1).
@@ -235,16 +246,16 @@ class SpectralNormRegularizer:
         Returns
         -------
         dict of str to tensor
-            ``"<name>.v"`` and ``"<name>.sigma"`` of each weight.
+            ``"<name>.v"`` and ``"<name>.sigma"`` of each weight; where ``every_n_steps`` is not 1,
+            ``"<name>.u"`` and ``"<name>.steps"`` too. As of a module or an optimizer, the tensors
+            are those in use: the next step changes them.
         """
-        return {
-            f"{name}.{field}": values[name]
-            for name in self._parameters
-            for field, values in (("v", self._state.v), ("sigma", self._state.sigma))
-        }
+        return {**self._required(), **self._between_iterations()}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` gave; all of it or, after an error, nothing.
+
+        ``every_n_steps`` may be another than that of the run that saved it.
 
         Parameters
         ----------
@@ -256,9 +267,13 @@ class SpectralNormRegularizer:
             If it is of another model: the message lists what is missing, unexpected and of
             another shape.
         """
-        own = self.state_dict()
+        own = self._required()
+        optional = {f"{name}.{field}" for name in self._parameters for field in ("u", "steps")}
         missing = [key for key in own if key not in state_dict]
-        unexpected = [key for key in state_dict if key not in own]
+        unexpected = [key for key in state_dict if key not in own and key not in optional]
+        between = self._between_iterations()
+        whole = all(key in state_dict for key in between)
+        own |= between if whole else {}
         misfits = [
             f"{key} ({tuple(state_dict[key].shape)}, not {tuple(value.shape)})"
             for key, value in own.items()
@@ -269,15 +284,28 @@ class SpectralNormRegularizer:
                 f"the state is of another model: missing {missing}, unexpected {unexpected}, "
                 f"of another shape {misfits}"
             )
-        loaded = {
-            key: state_dict[key].detach().to(value.device, value.dtype, copy=True)
-            for key, value in own.items()
+        with torch.no_grad():
+            for key, value in own.items():
+                value.copy_(state_dict[key])
+        for name in self._parameters:
+            # Without its u, a weight has to iterate in its next step.
+            steps = between.get(f"{name}.steps") if whole else None
+            self._steps_taken[name] = 0 if steps is None else int(steps)
+
+    def _required(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{field}": values[name]
+            for name in self._parameters
+            for field, values in (("v", self._state.v), ("sigma", self._state.sigma))
         }
-        self._state = sc.SpectralState(
-            v={name: loaded[f"{name}.v"] for name in self._parameters},
-            sigma={name: loaded[f"{name}.sigma"] for name in self._parameters},
-            layouts=self._state.layouts,
-        )
+
+    def _between_iterations(self) -> dict[str, Tensor]:
+        if self.every_n_steps == 1:
+            return {}
+        found = {f"{name}.u": self._state.u[name] for name in self._parameters}
+        for name, steps in self._steps_taken.items():
+            found[f"{name}.steps"] = torch.tensor(steps % self.every_n_steps)
+        return found
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -310,14 +338,19 @@ class SpectralNormRegularizer:
 
     def _add_held(self, optimizer: Optimizer) -> list[str]:
         """Add the term to what ``optimizer`` holds and has a gradient, and say what that is."""
-        before, held = self._state, self._held_by(optimizer)
+        held = self._held_by(optimizer)
         # Set by GradScaler on optimizers that unscale within their step: the gradients are
         # still scaled, and where one of them is not finite, the step will change no weight.
         scale, found_inf = (getattr(optimizer, key, None) for key in ("grad_scale", "found_inf"))
+        before = None if found_inf is None else [tensor.clone() for tensor in self._buffers()]
         self._add_gradients_(held, scale)
-        if found_inf is not None:
-            self._state = _unless(found_inf, self._state, before)
+        if found_inf is not None and before is not None:
+            _take_back(self._buffers(), before, found_inf)
         return [name for name in held if self._takes_part(name)]
+
+    def _buffers(self) -> list[Tensor]:
+        state = self._state
+        return [*state.v.values(), *state.sigma.values(), *state.u.values()]
 
     def _held_by(self, optimizer: Optimizer) -> list[str]:
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -340,15 +373,31 @@ class SpectralNormRegularizer:
                         "form, so exclude the weight or make its gradient dense (sparse=False)"
                     )
         factor = self.factor if scale is None else self._scaled(scale)
-        with self._full_precision():
-            self._state = sc.add_gradient_(
-                self._parameters,
-                grads,
-                self._state,
-                factor=factor,
-                n_iter=self.n_iter,
-                step=_STEP,
-            )
+        for n_iter, due in self._iterations(grads):
+            with self._full_precision():
+                self._state = sc.add_gradient_(
+                    self._parameters,
+                    due,
+                    self._state,
+                    factor=factor,
+                    n_iter=n_iter,
+                    step=self._step,
+                )
+
+    def _iterations(
+        self, grads: dict[str, Tensor | None]
+    ) -> list[tuple[int, dict[str, Tensor | None]]]:
+        """How often to iterate in this step, and of which weights' gradients."""
+        if self.every_n_steps == 1:
+            return [(self.n_iter, grads)]
+        shares: dict[int, dict[str, Tensor | None]] = {}
+        for name, grad in grads.items():
+            if grad is not None:
+                due = self._steps_taken[name] % self.every_n_steps == 0
+                share = shares.setdefault(self.n_iter if due else 0, dict.fromkeys(grads))
+                share[name] = grad
+                self._steps_taken[name] += 1
+        return list(shares.items())
 
     def _scaled(self, scale: float | Tensor) -> dict[str, Any]:
         factors = factors_of(self.factor, self._parameters)
@@ -369,28 +418,41 @@ class SpectralNormRegularizer:
             yield
 
     def _follow(self) -> None:
-        """Move the state to where ``model.to`` has moved the weights."""
-        v, sigma = self._state.v, self._state.sigma
-        if any(v[name].device != p.device for name, p in self._parameters.items()):
-            self._state = sc.SpectralState(
-                v={name: v[name].to(p.device) for name, p in self._parameters.items()},
-                sigma={name: sigma[name].to(p.device) for name, p in self._parameters.items()},
-                layouts=self._state.layouts,
-            )
+        """Move the state to where ``model.to`` has moved the weights, and to their precision."""
+        state = self._state
+        if all(
+            state.v[name].device == parameter.device
+            and state.v[name].dtype == _iterated_in(parameter.dtype)
+            for name, parameter in self._parameters.items()
+        ):
+            return
+
+        def moved(field: Mapping[str, Tensor], *, real: bool) -> dict[str, Tensor]:
+            dtypes = {name: _iterated_in(p.dtype) for name, p in self._parameters.items()}
+            return {
+                name: field[name].to(p.device, dtypes[name].to_real() if real else dtypes[name])
+                for name, p in self._parameters.items()
+            }
+
+        self._state = replace(
+            state,
+            v=moved(state.v, real=False),
+            sigma=moved(state.sigma, real=True),
+            u=moved(state.u, real=False),
+        )
 
 
-def _unless(found_inf: Tensor, new: sc.SpectralState, old: sc.SpectralState) -> sc.SpectralState:
-    """``old`` where the step is skipped, decided on the device."""
+@cache
+def _iterated_in(dtype: torch.dtype) -> torch.dtype:
+    traits = traits_of(dtype, array_namespace(torch.empty(0)))
+    return dtype if traits is None else traits.iteration_dtype
 
-    def pick(after: Tensor, before: Tensor) -> Tensor:
-        skipped = found_inf.reshape(()).to(after.device, non_blocking=True) > 0
-        return torch.where(skipped, before.to(after.dtype), after)
 
-    return sc.SpectralState(
-        v={name: pick(v, old.v[name]) for name, v in new.v.items()},
-        sigma={name: pick(sigma, old.sigma[name]) for name, sigma in new.sigma.items()},
-        layouts=new.layouts,
-    )
+def _take_back(buffers: list[Tensor], before: list[Tensor], found_inf: Tensor) -> None:
+    """Undo the iteration where the optimizer's step is skipped, decided on the device."""
+    for now, then in zip(buffers, before, strict=True):
+        skipped = found_inf.reshape(()).to(now.device, non_blocking=True) > 0
+        now.copy_(torch.where(skipped, then, now))
 
 
 def _sum(terms: list[Tensor]) -> Tensor:

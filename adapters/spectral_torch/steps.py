@@ -1,0 +1,76 @@
+"""Which arithmetic takes which weight: a compiled kernel where there is one, else the core's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from spectral_core import PowerIteration
+from spectral_core.numba_step import Memory, NumbaStep
+from spectral_core.penalty import add_outer_
+from spectral_core.step import Advance, Step, Task, divided_step, last_of, plain_step
+
+from .multi_tensor import power_iterations
+
+MEMORY = Memory(
+    address=Tensor.data_ptr,
+    plain=lambda x: x.is_contiguous() and not x.is_neg(),
+    dtypes={torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "uint16"},
+    threads=torch.get_num_threads,
+)
+
+multi_tensor_step: Step = partial(plain_step, power_iterations=power_iterations, add=add_outer_)
+
+
+class Steps:
+    """The step of a regularizer: v, σ and u of its tasks are its own, and written into.
+
+    So they lie where a captured CUDA graph, and whoever holds the state's tensors, finds them.
+
+    Parameters
+    ----------
+    kernels : bool
+        Whether to use kernels compiled by Numba where it is installed.
+    """
+
+    def __init__(self, kernels: bool) -> None:
+        self._kernels = kernels
+        self._cpu = _numba_step() if kernels else multi_tensor_step
+
+    def __reduce__(self) -> tuple[type[Steps], tuple[bool]]:
+        # What it has compiled and measured is not copied, but found anew.
+        return Steps, (self._kernels,)
+
+    def __call__(self, tasks: Sequence[Task], n_iter: int) -> Advance:
+        """Advance all tasks, in place."""
+        grads, triples = divided_step(tasks, n_iter, self._step_of)
+        buffers = [last_of(task) for task in tasks]
+        _write(buffers, triples)
+        return Advance(grads, buffers)
+
+    def _step_of(self, task: Task) -> Step:
+        strange = type(task.weight) is not Tensor or torch.compiler.is_compiling()
+        if strange or task.weight.device.type != "cpu":
+            return multi_tensor_step
+        return self._cpu
+
+
+def _numba_step() -> Step:
+    try:
+        return NumbaStep(MEMORY, owned=True, other=multi_tensor_step)
+    except ImportError:
+        return multi_tensor_step
+
+
+def _write(buffers: list[PowerIteration], triples: list[PowerIteration]) -> None:
+    pairs = [
+        (old, new)
+        for buffer, triple in zip(buffers, triples, strict=True)
+        for old, new in zip(buffer, triple, strict=True)
+        if old is not new
+    ]
+    if pairs:
+        torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])

@@ -1,0 +1,235 @@
+"""The loops of `numba_step`, compiled at first use and kept on disk."""
+
+from collections.abc import Callable
+
+import numba
+import numpy as np
+from numba import carray, njit, prange, types
+from numba.extending import intrinsic, overload
+
+# Sums may be reordered and products contracted; NaN and Inf keep their meaning.
+_FAST = {"reassoc", "contract", "nsz"}
+_INLINE = {"fastmath": _FAST, "nogil": True, "cache": True}
+
+
+@intrinsic
+def _pointer(_, address):
+    def codegen(__, builder, ___, args):
+        from llvmlite import ir
+
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(address), codegen
+
+
+def _wide(x):
+    """An element as a number to calculate with."""
+
+
+@overload(_wide, inline="always")
+def _wide_of(x):
+    if x == types.uint16:  # bfloat16: the upper half of a float32
+        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+    return lambda x: x
+
+
+def _store(x, i, value):
+    """``x[i] = value``, rounded to the nearest."""
+
+
+@overload(_store, inline="always")
+def _store_in(x, i, value):  # noqa: ARG001
+    if x.dtype == types.uint16:
+
+        def store(x, i, value):
+            bits = np.float32(value).view(np.uint32)
+            odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+            rounded = np.uint32(bits + np.uint32(0x7FFF) + odd)
+            quiet = np.uint32(bits | np.uint32(0x400000))  # a NaN must not round to Inf
+            x[i] = np.uint16(np.uint32(quiet if value != value else rounded) >> np.uint32(16))
+
+        return store
+
+    def assign(x, i, value):
+        x[i] = value
+
+    return assign
+
+
+@njit(**_INLINE)
+def _read(W, v, u, w, lo, hi):
+    """``u[lo:hi] = W v`` and ``w = Wᵀu`` of these rows, which come from memory once.
+
+    Four rows at a time, and in one loop the first product of these four and the second of the four
+    before, which are in the cache: so memory is never idle.
+    """
+    zero = v.dtype.type(0)
+    for j in range(v.size):
+        w[j] = zero
+    a = b = c = d = zero
+    i = h = lo
+    while i + 4 <= hi:
+        p = q = r = s = zero
+        for j in range(v.size):
+            x = v[j]
+            p += _wide(W[i, j]) * x
+            q += _wide(W[i + 1, j]) * x
+            r += _wide(W[i + 2, j]) * x
+            s += _wide(W[i + 3, j]) * x
+            w[j] += (
+                a * _wide(W[h, j])
+                + b * _wide(W[h + 1, j])
+                + c * _wide(W[h + 2, j])
+                + d * _wide(W[h + 3, j])
+            )
+        a, b, c, d = p, q, r, s
+        u[i], u[i + 1], u[i + 2], u[i + 3] = p, q, r, s
+        h = i
+        i += 4
+    if i > lo:
+        for j in range(v.size):
+            w[j] += (
+                a * _wide(W[h, j])
+                + b * _wide(W[h + 1, j])
+                + c * _wide(W[h + 2, j])
+                + d * _wide(W[h + 3, j])
+            )
+    while i < hi:
+        p = zero
+        for j in range(v.size):
+            p += _wide(W[i, j]) * v[j]
+        u[i] = p
+        for j in range(v.size):
+            w[j] += p * _wide(W[i, j])
+        i += 1
+
+
+@njit(**_INLINE)
+def _length(x):
+    """‖x‖, whose square overflows in float32 before x does."""
+    square = 0.0
+    for j in range(x.size):
+        square += np.float64(x[j]) * np.float64(x[j])
+    return np.sqrt(square)
+
+
+@njit(**_INLINE)
+def _inverse(length):
+    """Zero for zero, NaN for what is not finite."""
+    if length == 0.0:
+        return 0.0
+    return 1.0 / length if length < np.inf else np.nan
+
+
+@njit(**_INLINE)
+def _normalize(parts, n, v, u):
+    """Make unit vectors of u = Wv and of ``parts`` of Wᵀu, and return σ.
+
+    v stays what it was where σ is zero or not finite.
+    """
+    w = parts[:n]
+    for start in range(n, parts.size, n):
+        for j in range(n):
+            w[j] += parts[start + j]
+    inverse = _inverse(_length(u))
+    for i in range(u.size):
+        u[i] *= inverse
+    for j in range(n):
+        w[j] *= inverse
+    sigma = _length(w)
+    inverse = _inverse(sigma)
+    if inverse > 0.0:
+        for j in range(n):
+            v[j] = w[j] * inverse
+    return sigma
+
+
+@njit(**_INLINE)
+def _add(G, u, v, weight, lo, hi):
+    """``G += weight * u vᵀ`` in these rows."""
+    for i in range(lo, hi):
+        row, scaled = G[i], v.dtype.type(weight * u[i])
+        if scaled == 0:
+            continue
+        for j in range(v.size):
+            _store(row, j, _wide(row[j]) + scaled * v[j])
+
+
+@njit(parallel=True, **_INLINE)
+def advance(matrices, pieces, chunks, factors, like, scratch, n_iter):
+    """Algorithm 1, lines 5–9, of many matrices.
+
+    Parameters
+    ----------
+    matrices : int64, (K, 8)
+        m, n; addresses of W, G, v, u, σ; the first of the matrix's pieces. A row more closes the
+        last one's.
+    pieces : int64, (P, 4)
+        The rows of one matrix that one thread takes: matrix, first row, last row, place in scratch.
+    chunks : int64, (T + 1,)
+        The first piece of each thread.
+    factors : float64, (K,)
+        λ of each matrix.
+    like : array
+        Of the dtype of W and G.
+    scratch : array
+        Room for Wᵀu of each piece, in the dtype of the vectors.
+    n_iter : int
+        Power iterations. The update follows them, where G has an address.
+    """
+    count = factors.size
+    weights = np.empty(count, np.float64)
+    for _ in range(n_iter):
+        for t in prange(chunks.size - 1):
+            for p in range(chunks[t], chunks[t + 1]):
+                k, lo, hi, place = pieces[p, 0], pieces[p, 1], pieces[p, 2], pieces[p, 3]
+                m, n = matrices[k, 0], matrices[k, 1]
+                _read(
+                    carray(_pointer(matrices[k, 2]), (m, n), like.dtype),
+                    carray(_pointer(matrices[k, 4]), (n,), scratch.dtype),
+                    carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
+                    scratch[place : place + n],
+                    lo,
+                    hi,
+                )
+        for k in prange(count):
+            m, n = matrices[k, 0], matrices[k, 1]
+            first, end = matrices[k, 7], matrices[k + 1, 7]
+            place = pieces[first, 3]
+            sigma = carray(_pointer(matrices[k, 6]), (1,), scratch.dtype)
+            sigma[0] = _normalize(
+                scratch[place : place + (end - first) * n],
+                n,
+                carray(_pointer(matrices[k, 4]), (n,), scratch.dtype),
+                carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
+            )
+    for k in range(count):
+        weights[k] = factors[k] * carray(_pointer(matrices[k, 6]), (1,), scratch.dtype)[0]
+    for t in prange(chunks.size - 1):
+        for p in range(chunks[t], chunks[t + 1]):
+            k, lo, hi = pieces[p, 0], pieces[p, 1], pieces[p, 2]
+            if matrices[k, 3] != 0:
+                m, n = matrices[k, 0], matrices[k, 1]
+                _add(
+                    carray(_pointer(matrices[k, 3]), (m, n), like.dtype),
+                    carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
+                    carray(_pointer(matrices[k, 4]), (n,), scratch.dtype),
+                    weights[k],
+                    lo,
+                    hi,
+                )
+
+
+def most_threads() -> int:
+    """The number of threads that Numba may use."""
+    return numba.config.NUMBA_NUM_THREADS
+
+
+def with_threads(count: int, function: Callable[..., object], *args: object) -> None:
+    """Call a compiled function with so many threads."""
+    before = numba.get_num_threads()
+    numba.set_num_threads(count)
+    try:
+        function(*args)
+    finally:
+        numba.set_num_threads(before)
