@@ -1,0 +1,245 @@
+"""How a step of the PyTorch adapter is made: kernels or not, in place, and not each time."""
+
+import importlib.util
+from itertools import pairwise
+
+import pytest
+
+import spectral_core as sc
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+from torch import nn  # noqa: E402
+
+from spectral_torch import SpectralNormRegularizer  # noqa: E402
+
+needs_numba = pytest.mark.skipif(
+    importlib.util.find_spec("numba") is None, reason="Numba is not installed"
+)
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+def zoo(dtype=torch.float32, device="cpu"):
+    """Weights of every kind of layout and memory, with gradients."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(7, 5),
+            "wide": nn.Linear(300, 200),
+            "conv": nn.Conv2d(3, 4, 3),
+            "last": nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last),
+            "grouped": nn.Conv1d(4, 8, 3, groups=2),
+            "transposed": nn.ConvTranspose2d(4, 3, 2),
+            "gates": nn.LSTM(3, 4),
+        }
+    ).to(device, dtype)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    model["wide"].weight.grad = torch.randn(300, 200, device=device, dtype=dtype).T
+    return model
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_kernels_change_nothing_but_the_time(dtype, device):
+    with_kernels, without = zoo(dtype, device), zoo(dtype, device)
+    regs = [
+        SpectralNormRegularizer(model, factor=0.3, kernels=kernels)
+        for model, kernels in ((with_kernels, True), (without, False))
+    ]
+    rtol = {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 2e-2)
+    for _ in range(3):
+        for reg in regs:
+            reg.add_gradients_()
+        found, expected = (gradients(model) for model in (with_kernels, without))
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol)
+        rtol = min(rtol, 1e-4)  # vectors are at least in float32
+        torch.testing.assert_close(*(reg.state_dict() for reg in regs), rtol=rtol, atol=rtol)
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_usual_layers_take_the_compiled_step(dtype, monkeypatch):
+    def refuse(tasks, n_iter):
+        raise AssertionError([task.name for task in tasks])
+
+    model = nn.Sequential(nn.Linear(7, 5), nn.Conv2d(3, 4, 3), nn.Conv1d(4, 8, 3, groups=2))
+    model.to(dtype)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    reg = SpectralNormRegularizer(model)
+    monkeypatch.setitem(reg._step._cpu._steps, None, refuse)
+    reg.add_gradients_()
+    assert all(p.grad.any() for p in model.parameters() if p.ndim > 1)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_threads_of_torch_are_kept_to(kernels):
+    before = torch.get_num_threads()
+    model = zoo()
+    reg = SpectralNormRegularizer(model, kernels=kernels)
+    try:
+        for threads in (1, 2, 64):
+            torch.set_num_threads(threads)
+            reg.add_gradients_()
+    finally:
+        torch.set_num_threads(before)
+
+
+# In place
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernels", [True, False])
+def test_the_state_stays_where_it_lies(kernels, device):
+    model = zoo(device=device)
+    reg = SpectralNormRegularizer(model, kernels=kernels, every_n_steps=2, warmup_iters=0)
+    before = reg.state_dict()
+    values = {key: tensor.clone() for key, tensor in before.items()}
+    reg.add_gradients_()
+    reg.iterate_()
+    reg.load_state_dict(reg.state_dict())
+    after = reg.state_dict()
+    for key, tensor in before.items():
+        if not key.endswith(".steps"):
+            assert after[key] is tensor
+            assert not torch.equal(tensor, values[key])
+
+
+def test_sigmas_are_of_their_time():
+    model = zoo()
+    reg = SpectralNormRegularizer(model)
+    before = reg.sigmas()
+    values = {name: sigma.clone() for name, sigma in before.items()}
+    reg.iterate_(5)
+    torch.testing.assert_close(before, values, rtol=0, atol=0)
+    assert any(not torch.equal(sigma, before[name]) for name, sigma in reg.sigmas().items())
+
+
+def test_a_compiled_training_step_learns_the_same():
+    plain, compiled = zoo(torch.float64)["linear"], zoo(torch.float64)["linear"]
+    regs = [SpectralNormRegularizer(model, factor=0.3) for model in (plain, compiled)]
+
+    def step(model, reg, x):
+        model.weight.grad = None
+        model(x).square().sum().backward()
+        reg.add_gradients_()
+        with torch.no_grad():
+            model.weight -= 0.01 * model.weight.grad
+
+    fast = torch.compile(step, backend="eager")
+    for _ in range(4):
+        x = torch.randn(8, 7, dtype=torch.float64)
+        step(plain, regs[0], x)
+        fast(compiled, regs[1], x)
+    torch.testing.assert_close(plain.weight, compiled.weight)
+    torch.testing.assert_close(regs[0].sigmas(), regs[1].sigmas())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device")
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_captured_graph_goes_on_iterating(kernels):
+    models = zoo(device="cuda"), zoo(device="cuda")
+    replayed, stepped = (SpectralNormRegularizer(m, factor=0.3, kernels=kernels) for m in models)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for reg in (replayed, stepped):
+            reg.add_gradients_()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed.add_gradients_()
+    for _ in range(5):
+        graph.replay()
+        stepped.add_gradients_()
+    torch.testing.assert_close(*(gradients(model) for model in models), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(replayed.state_dict(), stepped.state_dict(), rtol=1e-4, atol=1e-4)
+
+
+# Not each time
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_every_n_steps_iterates_then_and_adds_always(kernels):
+    weight = nn.Parameter(torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)))
+    weights = {"w": weight.detach()}
+    reg = SpectralNormRegularizer(
+        {"w": weight}, 0.1, every_n_steps=3, warmup_iters=0, kernels=kernels
+    )
+    state = sc.init(weights)
+    for step in range(8):
+        reg.factor = 0.1 + step
+        weight.grad = torch.zeros_like(weight)
+        reg.add_gradients_()
+        iterations = 1 if step % 3 == 0 else 0
+        expected, state = sc.add_gradient(
+            weights, {"w": torch.zeros(3, 3).double()}, state, factor=0.1 + step, n_iter=iterations
+        )
+        torch.testing.assert_close(weight.grad, expected["w"])
+        torch.testing.assert_close(reg.sigmas(), dict(state.sigma))
+        with torch.no_grad():
+            weight.mul_(0.9)
+
+
+def test_every_weight_counts_its_own_steps():
+    model = zoo()
+    sgds = [
+        torch.optim.SGD(model[key].parameters(), lr=0.0, maximize=True)
+        for key in ("linear", "conv")
+    ]
+    reg = SpectralNormRegularizer(model, every_n_steps=2, warmup_iters=0)
+    for optimizer in sgds:
+        reg.attach(optimizer)
+    seen = []
+    for _ in range(4):
+        for optimizer in sgds:
+            optimizer.step()
+        seen.append(reg.sigmas())
+    for name in ("linear.weight", "conv.weight"):
+        changed = [not torch.equal(a[name], b[name]) for a, b in pairwise(seen)]
+        assert changed == [False, True, False]
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_a_run_resumes_between_two_iterations(after):
+    def steps(model, reg, number):
+        for _ in range(number):
+            reg.add_gradients_()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(0.9)
+
+    straight, halted = zoo(), zoo()
+    whole = SpectralNormRegularizer(straight, every_n_steps=3)
+    steps(straight, whole, 6)
+    first = SpectralNormRegularizer(halted, every_n_steps=3)
+    steps(halted, first, after)
+    second = SpectralNormRegularizer(halted, every_n_steps=3, seed=1)
+    second.load_state_dict({key: tensor.clone() for key, tensor in first.state_dict().items()})
+    steps(halted, second, 6 - after)
+    torch.testing.assert_close(gradients(straight), gradients(halted), rtol=0, atol=0)
+    torch.testing.assert_close(whole.state_dict(), second.state_dict(), rtol=0, atol=0)
+
+
+def test_a_state_without_u_starts_with_an_iteration():
+    model = zoo()
+    saved = SpectralNormRegularizer(model).state_dict()
+    reg = SpectralNormRegularizer(model, every_n_steps=5, seed=3, warmup_iters=0)
+    reg.add_gradients_()
+    reg.load_state_dict(saved)
+    other = SpectralNormRegularizer(model, seed=4)
+    other.load_state_dict(saved)
+    for each in (reg, other):
+        each.add_gradients_()
+    torch.testing.assert_close(reg.sigmas(), other.sigmas())
+    other.load_state_dict(reg.state_dict())  # and the other way round
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, None])
+def test_every_n_steps_is_checked(wrong):
+    with pytest.raises(sc.ArgumentError, match="every_n_steps must be an integer ≥ 1"):
+        SpectralNormRegularizer(zoo(), every_n_steps=wrong)

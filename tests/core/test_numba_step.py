@@ -1,0 +1,204 @@
+"""The compiled step gives what the plain step gives, for every dtype, shape and division."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import spectral_core as sc
+from backends import KINDS, gaussian, get, matrix
+from spectral_core.step import plain_step_
+
+pytest.importorskip("numba", reason="Numba is not installed")
+
+from spectral_core import numba_step
+from spectral_core.numba_step import NUMPY, Division, NumbaStep
+
+
+@pytest.fixture(autouse=True)
+def numpy_backend():
+    get("numpy")
+
+
+LAYOUTS = {"grouped": sc.Layout("(go)ihw", groups=4), "dense": "io", "stack": "soi"}
+SHAPES = {
+    "matrix": (13, 37),
+    "row": (1, 9),
+    "column": (9, 1),
+    "conv": (6, 4, 3, 3),
+    "grouped": (8, 2, 3, 3),
+    "stack": (3, 5, 4),
+    "dense": (5, 7),  # its matrix is the transposed tensor: not taken
+    "big": (257, 301),  # several threads share it
+}
+VECTORS = ("v", "sigma", "u")
+
+
+def model(dtype, shapes=SHAPES, seed=0):
+    rng = np.random.default_rng(seed)
+    return tuple(
+        {name: gaussian(rng, *shape, dtype=dtype) for name, shape in shapes.items()}
+        for _ in range(2)
+    )
+
+
+def assert_same_step(weights, grads, state, step=None, rtol=1e-12, **options):
+    """Both steps from the same start; returns the state after."""
+    mine, theirs = ({name: grad.copy() for name, grad in grads.items()} for _ in range(2))
+    before = {field: {k: x.copy() for k, x in getattr(state, field).items()} for field in VECTORS}
+    found = sc.add_gradient_(weights, mine, state, step=step or NumbaStep(), **options)
+    expected = sc.add_gradient_(weights, theirs, state, step=plain_step_, **options)
+    for name in weights:
+        np.testing.assert_allclose(mine[name], theirs[name], rtol, rtol, err_msg=name)
+        for field in VECTORS:
+            was, is_, should = (
+                before[field][name],
+                getattr(found, field)[name],
+                getattr(expected, field)[name],
+            )
+            assert (is_.dtype, is_.shape) == (should.dtype, should.shape)
+            np.testing.assert_allclose(is_, should, rtol, rtol, err_msg=f"{field} of {name}")
+            np.testing.assert_array_equal(getattr(state, field)[name], was)  # left as it came
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128", "float16"])
+@pytest.mark.parametrize("n_iter", [1, 3])
+def test_equals_the_plain_step(dtype, n_iter):
+    weights, grads = model(dtype)
+    state = sc.init(weights, layouts=LAYOUTS)
+    rtol = {"float16": 2e-3, "float32": 2e-5}.get(dtype, 1e-12)
+    factor = {"*": 0.3, "conv": 0.7, "matrix": np.asarray(0.2)}
+    for _ in range(3):
+        state = assert_same_step(weights, grads, state, rtol=rtol, factor=factor, n_iter=n_iter)
+    again = assert_same_step(weights, grads, state, rtol=rtol, factor=factor, n_iter=0)
+    assert all(np.array_equal(again.v[name], state.v[name]) for name in weights)
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from(list(KINDS)),
+    st.sampled_from(["float32", "float64"]),
+    st.integers(0, 2**32 - 1),
+)
+def test_equals_the_plain_step_on_any_matrix(m, n, kind, dtype, seed):
+    rng = np.random.default_rng(seed)
+    weights, grads = {"w": matrix(rng, kind, m, n).astype(dtype)}, {"w": np.zeros((m, n), dtype)}
+    rtol = 1e-4 if dtype == "float32" else 1e-10
+    assert_same_step(weights, grads, sc.init(weights, seed=seed), rtol=rtol)
+
+
+def test_sigma_tends_to_that_of_the_svd():
+    weights, _ = model("float32", {"big": (257, 301)})
+    state = sc.iterate(weights, sc.init(weights), n_iter=3000, step=NumbaStep())
+    expected = np.linalg.svd(weights["big"].astype("float64"), compute_uv=False)[0]
+    np.testing.assert_allclose(state.sigma["big"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf, 3e38])
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+def test_zero_and_what_is_not_finite(value):
+    weights = {"w": np.full((7, 5), value, "float32"), "good": np.ones((3, 4), "float32")}
+    grads = {name: np.ones_like(weight) for name, weight in weights.items()}
+    state = sc.init(weights)
+    after = sc.add_gradient_(weights, grads, state, step=NumbaStep())
+    np.testing.assert_array_equal(after.v["w"], state.v["w"])  # kept for better times
+    if value == 0:
+        assert after.sigma["w"] == 0
+        np.testing.assert_array_equal(grads["w"], 1)
+        np.testing.assert_array_equal(after.u["w"], 0)
+    else:
+        assert not np.isfinite(after.sigma["w"])
+        assert not np.isfinite(grads["w"]).any()
+    np.testing.assert_allclose(grads["good"], 1 + 0.01, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-17, 1e-9, 1e9, 1e18])
+def test_range_of_float32(scale):
+    rng = np.random.default_rng(0)
+    W = matrix(rng, "decaying", 8, 6)
+    weights = {"w": (W * scale).astype("float32")}
+    state = sc.iterate(weights, sc.init(weights), n_iter=20, step=NumbaStep())
+    np.testing.assert_allclose(state.sigma["w"], scale, rtol=1e-5)
+
+
+def test_arrays_that_do_not_lie_plainly_are_left_to_the_plain_step():
+    rng = np.random.default_rng(0)
+    weights = {"t": rng.standard_normal((9, 5)).T, "every second": np.zeros((4, 12))[:, ::2] + 1}
+    grads = {"t": np.zeros((5, 9)), "every second": np.zeros((8, 6))[::2]}
+    assert_same_step(weights, grads, sc.init(weights))
+    grads = {name: np.asfortranarray(grad) for name, grad in grads.items()}
+    weights = {name: np.ascontiguousarray(weight) for name, weight in weights.items()}
+    assert_same_step(weights, grads, sc.init(weights))
+
+
+def test_a_gradient_of_another_dtype_is_left_to_the_plain_step():
+    weights, _ = model("float32", {"w": (6, 4)})
+    assert_same_step(weights, {"w": np.zeros((6, 4))}, sc.init(weights), rtol=1e-6)
+
+
+def test_one_step_object_serves_changing_weights():
+    step = NumbaStep()
+    for shapes in ({"a": (5, 4)}, {"a": (5, 4), "b": (3, 3)}, {"a": (4, 5)}, {"b": (3, 3)}):
+        weights, grads = model("float64", shapes, seed=len(shapes))
+        state = sc.init(weights)
+        for _ in range(2):  # other arrays of the same shapes too
+            weights = {name: weight.copy() for name, weight in weights.items()}
+            state = assert_same_step(weights, grads, state, step=step)
+
+
+def test_a_missing_gradient_leaves_its_weight_out():
+    weights, grads = model("float64")
+    state = sc.init(weights, layouts=LAYOUTS)
+    after = sc.add_gradient_(weights, {**grads, "conv": None}, state, step=NumbaStep())
+    assert after.v["conv"] is state.v["conv"]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 900)), min_size=1, max_size=9))
+def test_rows_are_dealt_evenly_and_once(threads, shapes):
+    division = Division("float32", shapes, threads)
+    elements = np.zeros(len(division.chunks) - 1)
+    rows = [[] for _ in shapes]
+    assert division.chunks[0] == 0
+    assert division.chunks[-1] == len(division.pieces)
+    for t in range(len(elements)):
+        for k, first, end, place in division.pieces[division.chunks[t] : division.chunks[t + 1]]:
+            rows[k] += range(first, end)
+            elements[t] += (end - first) * shapes[k][1]
+            assert place + shapes[k][1] <= division.scratch.size
+    assert rows == [list(range(m)) for m, _ in shapes]
+    row = max(n for _, n in shapes)
+    assert elements.max() <= sum(m * n for m, n in shapes) / len(elements) + row
+
+
+def test_it_needs_no_memory_of_the_matrix_size():
+    weights, grads = model("float32", {"w": (1500, 1400)})
+    state, step = sc.init(weights), NumbaStep()
+    sc.add_gradient_(weights, grads, state, step=step)  # compiled, and scratch made
+    tracemalloc.start()
+    sc.add_gradient_(weights, grads, state, step=step)
+    sc.add_gradient_(weights, grads, state, step=NumbaStep())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * (1500 + 1400) * 4 < weights["w"].nbytes / 30
+
+
+def test_threads_are_given_back():
+    import numba
+
+    before = numba.get_num_threads()
+    weights, grads = model("float32")
+    one = NUMPY._replace(threads=lambda: 1)
+    sc.add_gradient_(weights, grads, sc.init(weights), step=NumbaStep(one))
+    assert numba.get_num_threads() == before
+
+
+def test_module_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "spectral_core.numba_kernels", None)
+    monkeypatch.delattr("spectral_core.numba_kernels", raising=False)
+    with pytest.raises(ImportError, match=r"pip install spectral-core\[numba\]"):
+        numba_step.NumbaStep()
