@@ -9,7 +9,9 @@ from numba.extending import intrinsic, overload
 
 # Sums may be reordered and products contracted; NaN and Inf keep their meaning.
 _FAST = {"reassoc", "contract", "nsz"}
-_INLINE = {"fastmath": _FAST, "nogil": True, "cache": True}
+# Normalizing fewer elements than this takes no longer than to wake the threads for it.
+_WORTH_THREADS = 65536
+_OPTIONS = {"fastmath": _FAST, "nogil": True, "cache": True}
 
 
 @intrinsic
@@ -56,7 +58,7 @@ def _store_in(x, i, value):  # noqa: ARG001
     return assign
 
 
-@njit(**_INLINE)
+@njit(**_OPTIONS)
 def _read(W, v, u, w, lo, hi):
     """``u[lo:hi] = W v`` and ``w = Wᵀu`` of these rows, which come from memory once.
 
@@ -104,7 +106,7 @@ def _read(W, v, u, w, lo, hi):
         i += 1
 
 
-@njit(**_INLINE)
+@njit(**_OPTIONS)
 def _length(x):
     """‖x‖, whose square overflows in float32 before x does."""
     square = 0.0
@@ -113,7 +115,7 @@ def _length(x):
     return np.sqrt(square)
 
 
-@njit(**_INLINE)
+@njit(**_OPTIONS)
 def _inverse(length):
     """Zero for zero, NaN for what is not finite."""
     if length == 0.0:
@@ -121,7 +123,7 @@ def _inverse(length):
     return 1.0 / length if length < np.inf else np.nan
 
 
-@njit(**_INLINE)
+@njit(**_OPTIONS)
 def _normalize(parts, n, v, u):
     """Make unit vectors of u = Wv and of ``parts`` of Wᵀu, and return σ.
 
@@ -144,7 +146,7 @@ def _normalize(parts, n, v, u):
     return sigma
 
 
-@njit(**_INLINE)
+@njit(**_OPTIONS)
 def _add(G, u, v, weight, lo, hi):
     """``G += weight * u vᵀ`` in these rows."""
     for i in range(lo, hi):
@@ -155,7 +157,21 @@ def _add(G, u, v, weight, lo, hi):
             _store(row, j, _wide(row[j]) + scaled * v[j])
 
 
-@njit(parallel=True, **_INLINE)
+@njit(**_OPTIONS)
+def _finish(k, matrices, pieces, scratch):
+    """Normalize the vectors of one matrix, all of whose pieces are read."""
+    m, n, first, end = matrices[k, 0], matrices[k, 1], matrices[k, 7], matrices[k + 1, 7]
+    place = pieces[first, 3]
+    sigma = carray(_pointer(matrices[k, 6]), (1,), scratch.dtype)
+    sigma[0] = _normalize(
+        scratch[place : place + (end - first) * n],
+        n,
+        carray(_pointer(matrices[k, 4]), (n,), scratch.dtype),
+        carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
+    )
+
+
+@njit(parallel=True, **_OPTIONS)
 def advance(matrices, pieces, chunks, factors, like, scratch, n_iter):
     """Algorithm 1, lines 5–9, of many matrices.
 
@@ -192,17 +208,12 @@ def advance(matrices, pieces, chunks, factors, like, scratch, n_iter):
                     lo,
                     hi,
                 )
-        for k in prange(count):
-            m, n = matrices[k, 0], matrices[k, 1]
-            first, end = matrices[k, 7], matrices[k + 1, 7]
-            place = pieces[first, 3]
-            sigma = carray(_pointer(matrices[k, 6]), (1,), scratch.dtype)
-            sigma[0] = _normalize(
-                scratch[place : place + (end - first) * n],
-                n,
-                carray(_pointer(matrices[k, 4]), (n,), scratch.dtype),
-                carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
-            )
+        if scratch.size < _WORTH_THREADS:
+            for k in range(count):
+                _finish(k, matrices, pieces, scratch)
+        else:
+            for k in prange(count):
+                _finish(k, matrices, pieces, scratch)
     for k in range(count):
         weights[k] = factors[k] * carray(_pointer(matrices[k, 6]), (1,), scratch.dtype)[0]
     for t in prange(chunks.size - 1):
@@ -228,6 +239,9 @@ def most_threads() -> int:
 def with_threads(count: int, function: Callable[..., object], *args: object) -> None:
     """Call a compiled function with so many threads."""
     before = numba.get_num_threads()
+    if count == before:
+        function(*args)
+        return
     numba.set_num_threads(count)
     try:
         function(*args)

@@ -19,7 +19,7 @@ from .power import PowerIteration
 from .step import Advance, Step, Task, divided_step, last_of, plain_step_
 
 # A thread is not worth waking (a few microseconds) for fewer elements than this.
-_GRAIN = 32768
+_GRAIN = 65536
 
 _VECTORS = {"float32": "float32", "float64": "float64", "uint16": "float32"}
 
@@ -112,8 +112,8 @@ class NumbaStep:
             division.matrices(self._addresses(tasks)),
             division.pieces,
             division.chunks,
-            np.asarray([float(task.factor) for task in tasks])[division.task],
-            np.empty(0, kind),
+            division.of_each(np.asarray([float(task.factor) for task in tasks])),
+            division.like,
             division.scratch,
             n_iter,
         )
@@ -157,8 +157,9 @@ class Division:
 
     def __init__(self, kind: str, shapes: Sequence[tuple[int, ...]], threads: int) -> None:
         counts = [prod(shape[:-2]) for shape in shapes]
-        self.task = np.repeat(np.arange(len(shapes)), counts)
-        m, n = np.asarray([shape[-2:] for shape in shapes])[self.task].T
+        self._task = np.repeat(np.arange(len(shapes)), counts)
+        self._stacked = len(self._task) > len(shapes)
+        m, n = np.asarray([shape[-2:] for shape in shapes])[self._task].T
         total = int(m @ n)
         threads = max(1, min(threads, total // _GRAIN))
         pieces = list(_pieces(m.tolist(), n.tolist(), -(-total // threads)))
@@ -168,18 +169,25 @@ class Division:
         thread = [piece[0] for piece in pieces]
         self.chunks = np.searchsorted(thread, np.arange(threads + 1))
         self.scratch = np.empty(int(columns.sum()), _VECTORS[kind])
+        self.like = np.empty(0, kind)
         self._table = np.zeros((len(m) + 1, 8), np.int64)
         self._table[:-1, 0], self._table[:-1, 1] = m, n
         self._table[:, 7] = np.searchsorted(self.pieces[:, 0], np.arange(len(m) + 1))
         within = np.concatenate([np.arange(count) for count in counts])
-        element, vector = np.dtype(kind).itemsize, self.scratch.itemsize
+        element, vector = self.like.itemsize, self.scratch.itemsize
         strides = [element * m * n, element * m * n, vector * n, vector * m, vector + 0 * m]
         self._offsets = within[:, None] * np.stack(strides, axis=1)
 
+    def of_each(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The value of each task for each of its matrices."""
+        return values[self._task] if self._stacked else values
+
     def matrices(self, addresses: Sequence[tuple[int, ...]]) -> np.ndarray[Any, Any]:
         """The kernel's table of matrices, the arrays of each task lying at these addresses."""
-        start = np.asarray(addresses, np.int64)[self.task]
-        self._table[:-1, 2:7] = np.where(start > 0, start + self._offsets, 0)
+        start = self.of_each(np.asarray(addresses, np.int64))
+        if self._stacked:
+            start = np.where(start > 0, start + self._offsets, 0)
+        self._table[:-1, 2:7] = start
         return self._table
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from math import inf
+from collections.abc import Iterator, Mapping
+from math import inf, prod
 from numbers import Real
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from array_api_compat import is_writeable_array
@@ -15,6 +15,9 @@ from .errors import ArgumentError, DeviceError, NamesError
 from .layout import Plan, spread
 from .patterns import by_name
 from .power import PowerIteration, rmatvec
+
+# So many elements of a gradient are updated at once where a product takes a temporary.
+_PART = 1 << 18
 
 Factor: TypeAlias = "float | Array | Mapping[str, float | Array]"
 
@@ -145,12 +148,22 @@ def add_outer_(grad: Array, u: Array, v: Array) -> Array:
     """``grad``, after ``grad += u * v`` where it lies."""
     addcmul_ = getattr(grad, "addcmul_", None)
     if addcmul_ is not None:  # PyTorch: one pass over grad, and no temporary of its size
-        addcmul_(u, v)
-    elif grad.dtype == u.dtype:
-        grad += u * v
-    else:
-        grad[...] = add_outer(grad, u, v)
+        return addcmul_(u, v)
+    axis = max(range(grad.ndim), key=grad.shape.__getitem__)
+    for here in _parts(tuple(grad.shape), axis):
+        a, b = (x[here] if x.shape[axis] > 1 else x for x in (u, v))
+        if grad.dtype == u.dtype:
+            grad[here] += a * b
+        else:
+            grad[here] = add_outer(grad[here], a, b)
     return grad
+
+
+def _parts(shape: tuple[int, ...], axis: int) -> Iterator[tuple[Any, ...]]:
+    """Indices that cut ``axis`` so that a part's product stays in the cache."""
+    rows = -(-shape[axis] * _PART // prod(shape))
+    for start in range(0, shape[axis], rows):
+        yield (*[slice(None)] * axis, slice(start, min(start + rows, shape[axis])), ...)
 
 
 def check_factor(factor: Factor, name: str = "factor") -> float | Array:

@@ -91,6 +91,8 @@ def divided_step(tasks: Sequence[Task], n_iter: int, step_of: Callable[[Task], S
     shares: dict[Step, list[int]] = {}
     for i, task in enumerate(tasks):
         shares.setdefault(step_of(task), []).append(i)
+    if len(shares) == 1:
+        return next(iter(shares))(tasks, n_iter)
     done: dict[int, tuple[Array, PowerIteration]] = {}
     for step, share in shares.items():
         advance = step([tasks[i] for i in share], n_iter)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -408,14 +408,19 @@ class SpectralNormRegularizer:
             for name, factor in factors.items()
         }
 
-    @contextmanager
-    def _full_precision(self) -> Iterator[None]:
+    def _full_precision(self) -> AbstractContextManager[object]:
         """Out of reach of an autocast around the training step: it would round the products."""
-        with ExitStack() as stack:
-            for kind in {parameter.device.type for parameter in self._parameters.values()}:
-                if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
-            yield
+        rounding = [
+            kind
+            for kind in {parameter.device.type for parameter in self._parameters.values()}
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        ]
+        if not rounding:
+            return nullcontext()
+        stack = ExitStack()
+        for kind in rounding:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        return stack
 
     def _follow(self) -> None:
         """Move the state to where ``model.to`` has moved the weights, and to their precision."""
