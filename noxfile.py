@@ -20,9 +20,9 @@ STRICT = ("array-api-strict", "array-api-strictest")
 
 # backend: what it installs, and the entries of tests/backends.py that it runs
 BACKENDS = {
-    "numpy": ([], PLAIN),
+    "numpy": (["numba"], PLAIN),
     "strict": (["array-api-strict"], STRICT),
-    "torch": (["torch"], ("torch-cpu", "torch-cuda")),
+    "torch": (["torch", "numba"], ("torch-cpu", "torch-cuda")),
     "jax": (["jax", "optax", "flax", "equinox", "dm-haiku"], ("jax-cpu", "jax-gpu")),
     "cupy": (["cupy-cuda13x"], ("cupy",)),
 }
@@ -98,7 +98,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Run the examples of the docstrings and of README."""
-    install(session, "-e", ".[torch,jax]", *group("test"))
+    install(session, "-e", ".[torch,jax,numba]", *group("test"))
     session.run(
         *PYTEST[:3],
         "--doctest-modules",
