@@ -143,20 +143,21 @@ def _sorted_by_rotations(T: Array, n: int, kind: Traits, xp: Namespace) -> list[
 def _rotation(pair: Array, kind: Traits, xp: Namespace) -> Array:
     """The unitary 2 × 2 matrix that makes two rows orthogonal, the longer one first.
 
-    Its first row is the first eigenvector of the rows' Gram matrix [[p, b], [b̄, q]], which is
-    (r + d, b̄) or (b, r − d) with d = (p − q)/2 and r² = d² + |b|²: the one without cancellation.
+    Its first row is the first eigenvector of the rows' Gram matrix [[p, b/2], [b̄/2, q]], which is
+    (r + d, b̄) or (b, r − d) with d = p − q and r² = d² + |b|²: the one without cancellation.
     """
     gram = xp.matmul(conj(pair, xp), xp.matrix_transpose(pair))
     p, q = _real(gram[..., :1, :1], xp), _real(gram[..., 1:, 1:], xp)
-    half = 0.5 * (p + q) + kind.tiny  # scaled by the trace, squares stay in range
-    d, b = 0.5 * (p - q) / half, gram[..., :1, 1:] / half
-    bb = _real(b * conj(b, xp), xp)
+    gram = gram / (p + q + kind.tiny)  # of trace 1: its squares stay in range
+    d, b = _real(gram[..., :1, :1] - gram[..., 1:, 1:], xp), gram[..., :1, 1:]
+    b = b + b
+    bb = squared(b, xp)
     w = xp.sqrt(d * d + bb) + xp.abs(d) + kind.tiny**0.5
-    length = xp.sqrt(w * w + bb)
-    w, b = cast(w / length, pair.dtype, xp), b / length
-    c, s = xp.where(d >= 0, w, b), xp.where(d >= 0, conj(b, xp), w)
-    first, second = xp.concat([c, s], axis=-1), xp.concat([-conj(s, xp), conj(c, xp)], axis=-1)
-    return _together([first, second], xp)
+    length, w = xp.sqrt(w * w + bb), cast(w, pair.dtype, xp)
+    ways = xp.concat([w, conj(b, xp)], axis=-1), xp.concat([b, w], axis=-1)
+    first = xp.where(d >= 0, *ways) / length
+    c, s = first[..., :1], first[..., 1:]
+    return _together([first, xp.concat([-conj(s, xp), conj(c, xp)], axis=-1)], xp)
 
 
 def _next(
