@@ -78,8 +78,12 @@ def block_iteration(
     Notes
     -----
     Nothing is copied to the host. c is found by one sweep of Jacobi rotations of pairs of
-    candidates, the larger one first, so that the first never gets smaller: for k = 2 that is
-    exact, and with more it is as good as, since candidates of the last call come nearly sorted.
+    candidates, the larger one first, so that the first never gets smaller. For k = 2 that is the
+    maximum. With more it comes near, since the candidates of the last call come nearly sorted,
+    and the next call goes on from there.
+
+    The small arrays cost operations, though no readings of W: 78 for k = 2, 159 for 3 and 254 for
+    4, where `power_iteration` has 17. A launch of each is worth it on large or many stacked W.
 
     Examples
     --------
