@@ -1,5 +1,6 @@
 """Spectral norm regularization (Yoshida & Miyato, 2017) for every array framework."""
 
+from .block import BlockIteration, block_iteration
 from .errors import (
     ArgumentError,
     DeviceError,
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
+    "BlockIteration",
     "DTypeError",
     "DeviceError",
     "Layout",
@@ -30,6 +32,7 @@ __all__ = [
     "add_gradient",
     "add_gradient_",
     "as_matrix",
+    "block_iteration",
     "from_matrix",
     "init",
     "iterate",

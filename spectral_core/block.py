@@ -6,11 +6,12 @@ first singular value alone. A second one that already points along v₂ is there
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ._arrays import Array, Namespace, Traits, array_namespace, cast, conj, is_complex, squared
-from .errors import ShapeError, positive_int
-from .power import _check, _normalized
+from .errors import ShapeError, checked_int
+from .power import PowerIteration, _check, _normalized, power_iteration
 
 
 class BlockIteration(NamedTuple):
@@ -99,9 +100,27 @@ def block_iteration(
     kind = _check_rows(W, V, xp)
     W, V = cast(W, kind.iteration_dtype, xp), cast(V, kind.iteration_dtype, xp)
     tiny = kind.tiny if eps is None else eps
-    for _ in range(positive_int(n_iter, "n_iter")):
+    for _ in range(checked_int(n_iter, "n_iter")):
         sigma, u, V = _step(W, V, tiny, kind, xp)
     return BlockIteration(sigma[..., 0, 0], u[..., 0, :], V[..., 0, :], V)
+
+
+def iterations(
+    matrices: Sequence[Array], vectors: Sequence[Array], n_iter: int
+) -> list[PowerIteration]:
+    """`power_iteration` of each matrix, or `block_iteration` where it comes with several vectors.
+
+    The last of each triple is what the next call starts from: v, or V whose first row is v.
+    """
+    return [
+        power_iteration(W, v, n_iter=n_iter) if v.ndim < W.ndim else _with_block(W, v, n_iter)
+        for W, v in zip(matrices, vectors, strict=True)
+    ]
+
+
+def _with_block(W: Array, V: Array, n_iter: int) -> PowerIteration:
+    sigma, u, _, V = block_iteration(W, V, n_iter=n_iter)
+    return PowerIteration(sigma, u, V)
 
 
 def _step(

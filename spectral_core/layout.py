@@ -222,18 +222,35 @@ def lying_matrix(weight: Array, plan: Plan, xp: Namespace) -> Array:
 
 
 def lay(v: Array, plan: Plan, xp: Namespace) -> Array:
-    """Reorder ``v`` (*stack, n) to the columns of `lying_matrix`."""
+    """Reorder ``v`` (*stack, n), or several (*stack, k, n), to the columns of `lying_matrix`."""
     if plan.order == plan.lying:
         return v
-    return _rearrange(v, plan.columns, plan.column_order, plan.right, xp)
+    sizes, order = _axes_of(v, plan)
+    return _rearrange(v, sizes, order, tuple(v.shape), xp)
 
 
 def unlay(v: Array, plan: Plan, xp: Namespace) -> Array:
     """Undo `lay`."""
     if plan.order == plan.lying:
         return v
-    lying = tuple(plan.columns[axis] for axis in plan.column_order)
-    return _rearrange(v, lying, inverse(plan.column_order), plan.right, xp)
+    sizes, order = _axes_of(v, plan)
+    lying = tuple(sizes[axis] for axis in order)
+    return _rearrange(v, lying, inverse(order), tuple(v.shape), xp)
+
+
+def _axes_of(v: Array, plan: Plan) -> tuple[Shape, Shape]:
+    """The sizes of v's axes, its columns split, and the order in which they lie."""
+    if v.ndim == len(plan.right):
+        return plan.columns, plan.column_order
+    k_axis = v.ndim - 2
+    sizes = (*plan.columns[:k_axis], v.shape[k_axis], *plan.columns[k_axis:])
+    columns = (axis + 1 for axis in plan.column_order[k_axis:])
+    return sizes, (*plan.column_order[:k_axis], k_axis, *columns)
+
+
+def first_of(v: Array, plan: Plan) -> Array:
+    """The first of several vectors a matrix (*stack, k, n), or the only one (*stack, n)."""
+    return v if v.ndim == len(plan.right) else v[..., 0, :]
 
 
 def spread(u: Array, v: Array, plan: Plan, xp: Namespace) -> tuple[Array, Array]:

@@ -95,6 +95,7 @@ class NumbaStep:
         if (
             kind is None
             or memory.dtypes.get(v.dtype) != _VECTORS[kind]
+            or v.ndim != len(plan.right)
             or plan.order != tuple(range(len(plan.order)))
             or not memory.plain(weight)
             or not (grad is None or (grad.dtype == weight.dtype and memory.plain(grad)))

@@ -12,7 +12,7 @@ from array_api_compat import is_writeable_array
 
 from ._arrays import Array, Namespace, array_namespace, cast, conj, squared
 from .errors import ArgumentError, DeviceError, NamesError
-from .layout import Plan, spread
+from .layout import Plan, first_of, spread
 from .patterns import by_name
 from .power import PowerIteration, rmatvec
 
@@ -136,7 +136,7 @@ def outer_factors(
 ) -> tuple[Array, Array]:
     """Two arrays whose product, broadcast, is the term in the axes ``plan.split``."""
     u = _scaled(triple.sigma, triple.u, factor)
-    return spread(u, conj(triple.v, xp), plan, xp)
+    return spread(u, conj(first_of(triple.v, plan), xp), plan, xp)
 
 
 def add_outer(grad: Array, u: Array, v: Array) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from operator import index
 from typing import NamedTuple
 
@@ -98,14 +97,6 @@ def power_iteration(
         unit, inverse, sigma = _normalized(rmatvec(W, u, xp), tiny, xp)
         v = xp.where(inverse > 0, unit, v)
     return PowerIteration(sigma[..., 0], u, v)
-
-
-def power_iterations(
-    matrices: Sequence[Array], vectors: Sequence[Array], n_iter: int
-) -> list[PowerIteration]:
-    """`power_iteration` of each matrix: where a framework that can do many at once plugs in."""
-    pairs = zip(matrices, vectors, strict=True)
-    return [power_iteration(W, v, n_iter=n_iter) for W, v in pairs]
 
 
 def start_vector(shape: tuple[int, ...], like: Array, *, seed: int = 0, name: str = "") -> Array:

@@ -32,7 +32,8 @@ class SpectralState:
     Attributes
     ----------
     v : mapping of name to array, shape (*stack, n_in · kernel size)
-        The right singular vectors, in the order of `as_matrix`'s columns.
+        The right singular vectors, in the order of `as_matrix`'s columns. With several vectors
+        each, (*stack, n_vectors, n_in · kernel size), of which the first is the singular one.
     sigma : mapping of name to array, shape (*stack,)
         The newest estimates. NaN or infinite where the weight was not finite.
     layouts : mapping of name to Layout
@@ -64,7 +65,13 @@ class SpectralState:
     u: Arrays = field(default_factory=dict)
 
 
-def init(weights: Arrays, *, seed: int = 0, layouts: Layouts | None = None) -> SpectralState:
+def init(
+    weights: Arrays,
+    *,
+    seed: int = 0,
+    layouts: Layouts | None = None,
+    n_vectors: int = 1,
+) -> SpectralState:
     """Draw the start vectors (Algorithm 1, line 1).
 
     Parameters
@@ -77,6 +84,8 @@ def init(weights: Arrays, *, seed: int = 0, layouts: Layouts | None = None) -> S
     layouts : mapping of name or pattern to Layout or str, or one for all, optional
         What the axes are. By default, and for names that the mapping leaves out, output, input,
         kernel: `default_layout`.
+    n_vectors : int
+        How many vectors to iterate with for each matrix: with more than one, `block_iteration`.
 
     Returns
     -------
@@ -107,11 +116,13 @@ def init(weights: Arrays, *, seed: int = 0, layouts: Layouts | None = None) -> S
         if not isinstance(name, str):
             raise NamesError(f"a weight's name must be a string, not {name!r}")
         array_namespace(weight, name=f"weight {name!r}")
+    n_vectors = checked_int(n_vectors, "n_vectors")
     chosen = choose_layouts({name: len(weight.shape) for name, weight in weights.items()}, layouts)
     v = {}
     for name, layout in chosen.items():
         plan = plan_of(layout, weights[name].shape, f"weight {name!r}")
-        v[name] = start_vector(plan.right, weights[name], seed=seed, name=name)
+        shape = plan.right if n_vectors == 1 else (*plan.right[:-1], n_vectors, plan.right[-1])
+        v[name] = start_vector(shape, weights[name], seed=seed, name=name)
     state = SpectralState(v=v, sigma={}, layouts=chosen)
     triples = {name: triple_of(name, weights[name], state, n_iter=1) for name in v}
     sigma = {name: triple.sigma for name, triple in triples.items()}
@@ -358,7 +369,7 @@ def _task(
     if grad is not None:
         _check_grad(name, weight, grad, xp)
     plan = plan_of(state.layouts[name], weight.shape, f"weight {name!r}")
-    if tuple(v.shape) != plan.right:
+    if tuple(v.shape) != plan.right and not _are_several(tuple(v.shape), plan.right):
         raise ShapeError(
             f"weight {name!r} of shape {tuple(weight.shape)} needs a v of shape {plan.right}, but "
             f"the state's has {tuple(v.shape)}: call init again for other weights"
@@ -369,6 +380,11 @@ def _task(
     u = state.u.get(name)
     last = None if u is None else PowerIteration(state.sigma[name], u, v)
     return Task(name, constant(weight), grad, v, factor, plan, xp, last)
+
+
+def _are_several(shape: tuple[int, ...], right: tuple[int, ...]) -> bool:
+    """Whether ``shape`` is that of several vectors of shape ``right``."""
+    return len(shape) == len(right) + 1 and (*shape[:-2], shape[-1]) == right and shape[-2] > 0
 
 
 def _check_grad(name: str, weight: Array, grad: Array, xp: Namespace) -> None:

@@ -13,10 +13,11 @@ from functools import partial
 from typing import NamedTuple, TypeAlias
 
 from ._arrays import Array, Namespace
+from .block import iterations
 from .errors import ArgumentError
 from .layout import Plan, lay, lying_matrix, reshaped, unlay
 from .penalty import add_outer, add_outer_, outer_factors
-from .power import PowerIteration, power_iterations
+from .power import PowerIteration
 
 
 class Task(NamedTuple):
@@ -25,7 +26,7 @@ class Task(NamedTuple):
     name: str
     weight: Array
     grad: Array  # None where there is nothing to add to
-    v: Array  # in the order of `as_matrix`'s columns, as that of every triple
+    v: Array  # in the order of `as_matrix`'s columns, as in every triple; or several, (…, k, n)
     factor: float | Array
     plan: Plan
     xp: Namespace
@@ -39,7 +40,7 @@ class Advance(NamedTuple):
     triples: list[PowerIteration]
 
 
-PowerIterations: TypeAlias = Callable[[Sequence[Array], Sequence[Array], int], list[PowerIteration]]
+Iterations: TypeAlias = Callable[[Sequence[Array], Sequence[Array], int], list[PowerIteration]]
 Add: TypeAlias = Callable[[Array, Array, Array], Array]
 Step: TypeAlias = Callable[[Sequence[Task], int], Advance]
 
@@ -48,7 +49,7 @@ def plain_step(
     tasks: Sequence[Task],
     n_iter: int,
     *,
-    power_iterations: PowerIterations = power_iterations,
+    iterations: Iterations = iterations,
     add: Add = add_outer,
 ) -> Advance:
     """Lines 5–9 of Algorithm 1, one weight after the other.
@@ -58,13 +59,13 @@ def plain_step(
     tasks : sequence of Task
     n_iter : int
         Power iterations. With 0 the term is that of each task's ``last``.
-    power_iterations : callable
-        ``power_iterations(matrices, vectors, n_iter)`` gives what `power_iteration` gives, for
-        each matrix.
+    iterations : callable
+        ``iterations(matrices, vectors, n_iter)`` gives for each matrix what
+        `spectral_core.block.iterations` does.
     add : callable
         ``add(grad, u, v)`` gives ``grad + u * v``; u and v broadcast to grad.
     """
-    triples = triples_of(tasks, n_iter, power_iterations)
+    triples = triples_of(tasks, n_iter, iterations)
     # All of them before the first gradient changes: an error in the arithmetic leaves it whole.
     terms = [
         None if task.grad is None else outer_factors(triple, task.plan, task.factor, task.xp)
@@ -102,14 +103,14 @@ def divided_step(tasks: Sequence[Task], n_iter: int, step_of: Callable[[Task], S
 
 
 def triples_of(
-    tasks: Sequence[Task], n_iter: int, power_iterations: PowerIterations = power_iterations
+    tasks: Sequence[Task], n_iter: int, iterations: Iterations = iterations
 ) -> list[PowerIteration]:
     """(σ, u, v) of each weight after so many iterations; after none, those of the step before."""
     if n_iter == 0:
         return [last_of(task) for task in tasks]
     matrices = [lying_matrix(task.weight, task.plan, task.xp) for task in tasks]
     vectors = [lay(task.v, task.plan, task.xp) for task in tasks]
-    triples = power_iterations(matrices, vectors, n_iter)
+    triples = iterations(matrices, vectors, n_iter)
     return [
         triple._replace(v=unlay(triple.v, task.plan, task.xp))
         for task, triple in zip(tasks, triples, strict=True)

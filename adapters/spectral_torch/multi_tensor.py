@@ -11,18 +11,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spectral_core import PowerIteration, power_iteration
+from spectral_core import PowerIteration
+from spectral_core.block import iterations as one_by_one
+
+_PLAIN = (torch.float32, torch.float64)
 
 
-def power_iterations(
+def iterations(
     matrices: Sequence[Tensor], vectors: Sequence[Tensor], n_iter: int
 ) -> list[PowerIteration]:
-    """`spectral_core.power_iteration` of each matrix, from its vector.
+    """`spectral_core.block.iterations` of these matrices, from their vectors.
 
     Parameters
     ----------
     matrices : sequence of tensor, shape (..., m, n)
-    vectors : sequence of tensor, shape (..., n)
+    vectors : sequence of tensor, shape (..., n) or (..., k, n)
     n_iter : int
         At least one.
 
@@ -33,10 +36,15 @@ def power_iterations(
     found: dict[int, PowerIteration] = {}
     alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, (W, v) in enumerate(zip(matrices, vectors, strict=True)):
-        if W.ndim == 2 and W.dtype in (torch.float32, torch.float64) and v.dtype == W.dtype:
+        if (
+            W.ndim == 2
+            and v.ndim == 1
+            and W.dtype in (torch.float32, torch.float64)
+            and v.dtype == W.dtype
+        ):
             alike.setdefault((W.device, W.dtype), []).append(i)
-        else:  # stacks, half precision, complex
-            found[i] = power_iteration(W, v, n_iter=n_iter)
+        else:  # stacks, several vectors, half precision, complex
+            (found[i],) = one_by_one([W], [v], n_iter)
     for indices in alike.values():
         triples = _together([matrices[i] for i in indices], [vectors[i] for i in indices], n_iter)
         found.update(zip(indices, triples, strict=True))

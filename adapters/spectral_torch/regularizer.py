@@ -39,6 +39,10 @@ class SpectralNormRegularizer:
         λ. May be set anew at any time, as a schedule does: ``reg.factor = 0.02``.
     n_iter : int
         Power iterations a step.
+    n_vectors : int
+        How many vectors to iterate with for each matrix. More than one keep track of σ where σ₂
+        comes close to it or overtakes it, at the price of many small operations
+        (`spectral_core.block_iteration`).
     every_n_steps : int
         Iterate only in every n-th step of a weight, and in between add the term of the last one
         again: a step then reads no weight, and σ, u and v are up to n - 1 steps old.
@@ -96,6 +100,7 @@ class SpectralNormRegularizer:
         model: Model,
         factor: Factor = 0.01,
         n_iter: int = 1,
+        n_vectors: int = 1,
         every_n_steps: int = 1,
         warmup_iters: int = 15,
         include: Choice | None = None,
@@ -112,7 +117,7 @@ class SpectralNormRegularizer:
         self._steps_taken = dict.fromkeys(self._parameters, 0)
         self._step = Steps(kernels)
         with self._full_precision():
-            self._state = sc.init(self._parameters, seed=seed, layouts=chosen)
+            self._state = sc.init(self._parameters, seed=seed, layouts=chosen, n_vectors=n_vectors)
         if warmup_iters != 0:
             self.iterate_(checked_int(warmup_iters, "warmup_iters"))
 

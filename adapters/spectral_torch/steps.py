@@ -13,7 +13,7 @@ from spectral_core.numba_step import Memory, NumbaStep
 from spectral_core.penalty import add_outer_
 from spectral_core.step import Advance, Step, Task, divided_step, last_of, plain_step
 
-from .multi_tensor import power_iterations
+from .multi_tensor import iterations
 
 MEMORY = Memory(
     address=Tensor.data_ptr,
@@ -22,7 +22,7 @@ MEMORY = Memory(
     threads=torch.get_num_threads,
 )
 
-multi_tensor_step: Step = partial(plain_step, power_iterations=power_iterations, add=add_outer_)
+multi_tensor_step: Step = partial(plain_step, iterations=iterations, add=add_outer_)
 
 
 class Steps:

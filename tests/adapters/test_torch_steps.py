@@ -160,6 +160,43 @@ def test_a_captured_graph_goes_on_iterating(kernels):
     torch.testing.assert_close(replayed.state_dict(), stepped.state_dict(), rtol=1e-4, atol=1e-4)
 
 
+# Several vectors
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_several_vectors_follow_a_crossing(kernels):
+    """The regularizer pushes σ1 under σ2: one vector stays where the first was."""
+    values = torch.tensor([1.0, 0.9, 0.5, 0.2], dtype=torch.float64)
+    sigmas = {}
+    for n_vectors in (1, 3):
+        weight = nn.Parameter(torch.diag(values))
+        optimizer = torch.optim.SGD([weight], lr=0.2)
+        reg = SpectralNormRegularizer(
+            {"w": weight}, 1.0, n_vectors=n_vectors, warmup_iters=50, kernels=kernels
+        ).attach(optimizer)
+        for _ in range(4):
+            weight.grad = torch.zeros_like(weight)
+            optimizer.step()
+        exact = torch.linalg.matrix_norm(weight.detach(), 2)
+        sigmas[n_vectors] = float(reg.penalty()) * 2, float(exact) ** 2
+    assert sigmas[1][0] < 0.8 * sigmas[1][1]
+    assert sigmas[3][0] == pytest.approx(sigmas[3][1], rel=0.05)
+
+
+def test_several_vectors_resume(tmp_path):
+    model = zoo()
+    reg = SpectralNormRegularizer(model, n_vectors=2)
+    reg.add_gradients_()
+    torch.save(reg.state_dict(), tmp_path / "state")
+    resumed = SpectralNormRegularizer(model, n_vectors=2, seed=3)
+    resumed.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    for each in (reg, resumed):
+        each.add_gradients_()
+    torch.testing.assert_close(reg.state_dict(), resumed.state_dict(), rtol=0, atol=0)
+    with pytest.raises(sc.NamesError, match="of another shape"):
+        SpectralNormRegularizer(model).load_state_dict(reg.state_dict())
+
+
 # Not each time
 
 

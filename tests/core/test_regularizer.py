@@ -202,6 +202,43 @@ def test_step_is_replaceable():
     assert_equal(new.v, after.v)
 
 
+# Several vectors for each matrix
+
+
+@pytest.mark.parametrize("layout", ["oihw", "hwio", "iohw", Layout("hwi(go)", groups=2)])
+def test_several_vectors_are_block_iteration(backend, layout):
+    weights, grads = model(shapes={"w": (4, 3, 2, 6)})
+    mine, start = backend.tree(weights), backend.tree(grads)
+    state = init(mine, layouts=layout, n_vectors=3)
+    matrix = as_matrix(weights["w"], layout)
+    V = backend.to_numpy(state.v["w"])
+    assert V.shape == (*matrix.shape[:-2], 3, matrix.shape[-1])
+    found = start
+    for _ in range(3):
+        found, state = add_gradient(mine, start, state, factor=0.3)
+        sigma, u, v, V = sc.block_iteration(matrix, V)
+        np.testing.assert_allclose(backend.to_numpy(state.v["w"]), V, atol=1e-10)
+        np.testing.assert_allclose(backend.to_numpy(state.sigma["w"]), sigma, rtol=1e-10)
+    term = as_matrix(backend.to_numpy(found["w"]) - grads["w"], layout)
+    np.testing.assert_allclose(term, 0.3 * outer(sigma, u, v), atol=1e-10)
+
+
+@on(in_place=True)
+def test_several_vectors_in_place(backend):
+    weights, grads = model()
+    mine, expected_state = backend.tree(weights), init(weights, layouts=LAYOUTS, n_vectors=2)
+    state, mine_grads = init(mine, layouts=LAYOUTS, n_vectors=2), backend.tree(grads)
+    expected, _ = add_gradient(weights, grads, expected_state)
+    add_gradient_(mine, mine_grads, state)
+    assert_close(backend.tree_to_numpy(mine_grads), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, "2"])
+def test_the_number_of_vectors_is_checked(wrong):
+    with pytest.raises(sc.ArgumentError, match="n_vectors must be an integer ≥ 1"):
+        init(model()[0], n_vectors=wrong)
+
+
 # A step without an iteration
 
 
