@@ -75,7 +75,7 @@ def layer_sets() -> list[Case]:
         ("llama-1b", "Llama-like, 1 B", llama(), ("float32", "bfloat16")),
     ]
     return [
-        Case(f"{name}-{dtype}", f"{title}: {len(shapes)}", shapes, dtype)
+        Case(f"{name}-{dtype}", f"{title}, {len(shapes)} weights", shapes, dtype)
         for name, title, shapes, dtypes in sets
         for dtype in dtypes
     ]

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .markdown import OURS, where
 
@@ -85,7 +85,7 @@ def draw_squares(axis: Axes, result: Result, group: str) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.minorticks_off()
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.legend(loc="upper left", fontsize=8)
+    axis.legend(loc="lower right", fontsize=8)
 
 
 def draw_sets(axis: Axes, result: Result, group: str, *, named: bool) -> None:
@@ -104,8 +104,10 @@ def draw_sets(axis: Axes, result: Result, group: str, *, named: bool) -> None:
     axis.set_yticks(
         range(len(cases)), [f"{case['title']}\n{case['dtype']}" for case in cases] if named else []
     )
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.tick_params(axis="x", labelsize=8)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=8)
 
 

@@ -20,9 +20,14 @@ def session(given: Namespace, console: Console) -> None:
     if given.list:
         console.print("\n".join(names(given.device)))
         return
-    start = perf_counter()
-    result = run(options_of(given), lambda parts: shown(parts, console))
-    result["seconds"] = perf_counter() - start
+    start, result = perf_counter(), None
+    for result in run(options_of(given), lambda parts: shown(parts, console)):
+        result["seconds"] = perf_counter() - start
+        if given.out is not None:
+            results.write(given.out, result)
+    if result is None:
+        console.print(f"no case matches {given.only}: --list names them")
+        return
     report.show(console, result)
     console.print(f"{result['seconds']:.0f} s", style="dim")
     for folder in (given.out, results.FOLDER if given.save else None):

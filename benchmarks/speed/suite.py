@@ -75,7 +75,10 @@ def training_result(one: training.Training, options: Options) -> dict[str, Any]:
     return {one.name: training.share(one, options.device, budget)}
 
 
-def run(options: Options, progress: Callable[[list[Part]], Iterator[Part]]) -> dict[str, Any]:
+def run(
+    options: Options, progress: Callable[[list[Part]], Iterator[Part]]
+) -> Iterator[dict[str, Any]]:
+    """The result as it grows, after each part: a run that is cut off loses its last part only."""
     bytes_per_second = bandwidth(options.device)
     result: dict[str, Any] = {
         "machine": machine(options.device),
@@ -94,9 +97,9 @@ def run(options: Options, progress: Callable[[list[Part]], Iterator[Part]]) -> d
         else:
             result[part.section].update(measured)
         give_memory_back(options.device)
-    result["notes"].update(notes(result["cases"]))
-    result["bars"] = [bar.as_json() for bar in bars(result)]
-    return result
+        result["notes"].update(notes(result["cases"]))
+        result["bars"] = [bar.as_json() for bar in bars(result)]
+        yield result
 
 
 def notes(cases: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
