@@ -18,7 +18,8 @@ def main() -> None:
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     from .session import session
 
-    session(options, Console())
+    terminal = Console()
+    session(options, terminal if terminal.is_terminal else Console(width=140))
 
 
 def arguments() -> argparse.Namespace:

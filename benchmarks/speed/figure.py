@@ -52,7 +52,7 @@ STYLE = {
 def save(path: Path, result: Result) -> None:
     groups = [group for group in OURS if any(steps_of(case, group) for case in result["cases"])]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.6 * len(groups), 9.5), layout="constrained")
+        figure = Figure(figsize=(4.6 * len(groups), 10), layout="constrained")
         figure.suptitle(f"Time of one step, {where(result['machine'])}", fontweight="bold")
         axes = figure.subplots(2, len(groups), squeeze=False, height_ratios=(1, 1.15))
         for column, group in enumerate(groups):
@@ -85,7 +85,7 @@ def draw_squares(axis: Axes, result: Result, group: str) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.minorticks_off()
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.legend(loc="lower right", fontsize=8)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=2, fontsize=8)
 
 
 def draw_sets(axis: Axes, result: Result, group: str, *, named: bool) -> None:
