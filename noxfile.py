@@ -132,6 +132,6 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """What a step costs, beside its peers in the same run."""
-    install(session, "-e", ".", "torch", "numpy", "rich")
+    """What a step costs beside its peers: `nox -s bench -- --quick` is the short one."""
+    install(session, "-e", ".[torch,jax]", *group("bench"))
     session.run("python", "-m", "benchmarks.speed", *session.posargs)

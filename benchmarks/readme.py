@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks.speed import markdown, results
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 
@@ -59,31 +61,8 @@ def demo() -> str:
 
 
 def speed() -> str:
-    """What a step costs."""
-    result = _load("speed/results/cpu.json")
-    machine = result["machine"]
-    rows = [
-        "| weights | `spectral_torch` | paper's formula with `torch.outer` | `G.add_(W)` |",
-        "|---|---|---|---|",
-    ]
-    for case, steps in result["cases"].items():
-        ours, naive, floor = (
-            steps[name]["median_ms"]
-            for name in ("spectral_torch", "paper's formula, torch.outer", "G.add_(W)")
-        )
-        rows.append(
-            f"| {case} | {ours:.2f} ms | {naive:.2f} ms ({naive / ours:.1f} ×) "
-            f"| {floor:.2f} ms ({floor / ours:.2f} ×) |"
-        )
-    return "\n".join(
-        [
-            f"`nox -s bench`: one step in {machine['dtype']}, medians of interleaved rounds, "
-            f"PyTorch {machine['torch']}, {machine['threads']} threads on {machine['cpus']} "
-            f"{machine['processor']} cores. `G.add_(W)` moves the fewest bytes that any step can.",
-            "",
-            *rows,
-        ]
-    )
+    """What a step costs, on each device that was measured."""
+    return "\n\n".join(markdown.summary(result) for result in results.read_all())
 
 
 def written(text: str) -> str:

@@ -1,99 +1,51 @@
-"""`python -m benchmarks.speed`: time every case, print a table, save the numbers."""
+"""`python -m benchmarks.speed`: time a step beside its peers, report, and save the numbers."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-from datetime import date
 from pathlib import Path
-from statistics import median, quantiles
-from time import perf_counter
-from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-
-import spectral_core as sc
-
-from .cases import CASES, Step, peers
-
-RESULTS = Path(__file__).parent / "results"
-Times = dict[str, list[float]]
-
-
-def interleaved(steps: dict[str, Step], rounds: int) -> Times:
-    """Seconds of each step, taken in turns so that a slow moment of the machine hits all."""
-    times: Times = {name: [] for name in steps}
-    for timed in range(-3, rounds):
-        for name, step in steps.items():
-            start = perf_counter()
-            step()
-            if timed >= 0:
-                times[name].append(perf_counter() - start)
-    return times
-
-
-def summary(times: Times) -> dict[str, dict[str, float]]:
-    ours = median(times["spectral_torch"])
-    return {
-        name: {
-            "median_ms": 1e3 * median(taken),
-            "quartiles_ms": [1e3 * q for q in quantiles(taken, n=4)[::2]],
-            "ratio_of_spectral_torch": ours / median(taken),
-        }
-        for name, taken in times.items()
-    }
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "date": date.today().isoformat(),
-        "processor": platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "spectral_core": sc.__version__,
-        "dtype": "float32",
-    }
-
-
-def table(results: dict[str, Any]) -> Table:
-    shown = Table("case", "step", "median", "quartiles", "spectral_torch takes")
-    for case, rows in results.items():
-        for name, row in rows.items():
-            low, high = row["quartiles_ms"]
-            shown.add_row(
-                case,
-                name,
-                f"{row['median_ms']:.2f} ms",
-                f"{low:.2f}–{high:.2f}",
-                f"{row['ratio_of_spectral_torch']:.2f} ×",
-            )
-            case = ""
-        shown.add_section()
-    return shown
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=40, help="timed rounds a case")
-    parser.add_argument("--save", action="store_true", help="write the result file of README")
+    options = arguments()
+    # Before the frameworks are imported: each on the device that is asked for, and quiet.
+    os.environ["JAX_PLATFORMS"] = "cpu" if options.device == "cpu" else ""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler counts memory, and announces itself
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+    from .session import session
+
+    terminal = Console()
+    session(options, terminal if terminal.is_terminal else Console(width=140))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="PATTERN",
+        default=["*"],
+        help="cases by name, such as 'square-4096-*', 'training-*', compilation",
+    )
+    parser.add_argument("--list", action="store_true", help="the names of the cases")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a case and framework")
+    parser.add_argument("--rounds", type=int, default=200, help="at most, of a case and framework")
+    parser.add_argument("--quick", action="store_true", help="a few small cases, briefly")
+    parser.add_argument("--out", type=Path, help="folder to write the results into")
+    parser.add_argument("--save", action="store_true", help="write the repository's results")
     options = parser.parse_args()
-    torch.manual_seed(0)
-    results = {
-        case: summary(interleaved(peers(make()), options.rounds))
-        for case, make in track(list(CASES.items()), "timing")
-    }
-    Console().print(table(results))
-    if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        content = {"machine": machine(), "cases": results}
-        (RESULTS / "cpu.json").write_text(json.dumps(content, indent=2) + "\n")
+    if options.save and (options.quick or options.only != ["*"]):
+        parser.error("--save writes a whole run: leave --quick and --only out")
+    return options
 
 
 if __name__ == "__main__":

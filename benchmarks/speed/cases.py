@@ -1,85 +1,109 @@
-"""The weights that are timed, and who times against whom."""
+"""The weights that are timed: single matrices, and all the layers of known networks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
-import spectral_core as sc
-from spectral_torch import SpectralNormRegularizer
+from benchmarks import models
 
-Step = Callable[[], object]
-Weights = dict[str, torch.Tensor]
-
-
-def square(n: int) -> Weights:
-    """One n × n matrix."""
-    return {"w": torch.randn(n, n) / n**0.5}
+Shape = tuple[int, ...]
+ITEMSIZE = {"float32": 4, "float64": 8, "bfloat16": 2}
 
 
-def densenet_40() -> Weights:
-    """The 3 × 3 and transition convolutions of a DenseNet of depth 40, growth 12, on 3 channels."""
-    shapes, channels = [(16, 3, 3, 3)], 16
-    for block in range(3):
-        for _ in range(12):
-            shapes.append((12, channels, 3, 3))
-            channels += 12
-        if block < 2:
-            shapes.append((channels, channels, 1, 1))
-    return {f"conv{i}": torch.randn(shape) * 0.05 for i, shape in enumerate(shapes)}
+@dataclass(frozen=True)
+class Case:
+    """Weights by shape, in the order of axes of PyTorch: output, input, kernel."""
+
+    name: str  # what --only matches
+    title: str
+    shapes: Mapping[str, Shape]
+    dtype: str = "float32"
+
+    @property
+    def n(self) -> int | None:
+        """Of one n × n matrix."""
+        rows, *columns = next(iter(self.shapes.values()))
+        return rows if len(self.shapes) == 1 and columns == [rows] else None
+
+    @cached_property
+    def matrices(self) -> list[tuple[int, int]]:
+        return [(shape[0], prod(shape[1:])) for shape in self.shapes.values()]
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of all weights."""
+        return ITEMSIZE[self.dtype] * sum(m * n for m, n in self.matrices)
+
+    @property
+    def bytes_moved(self) -> int:
+        """What any step must move: it reads W, and reads and writes G."""
+        return 3 * self.size
+
+    @cached_property
+    def vectors_size(self) -> int:
+        """Bytes of one left and one right vector of each matrix."""
+        return ITEMSIZE[self.dtype] * sum(m + n for m, n in self.matrices)
 
 
-CASES: dict[str, Callable[[], Weights]] = {
-    "512 × 512": lambda: square(512),
-    "2048 × 2048": lambda: square(2048),
-    "4096 × 4096": lambda: square(4096),
-    "DenseNet-40, 39 convolutions": densenet_40,
-}
+def squares() -> list[Case]:
+    dtypes = {n: list(ITEMSIZE) if n in (1024, 4096, 8192) else ["float32"] for n in SIZES}
+    return [
+        Case(f"square-{n}-{dtype}", f"{n} × {n}", {"w": (n, n)}, dtype)
+        for n, chosen in dtypes.items()
+        for dtype in chosen
+    ]
 
 
-def peers(weights: Weights) -> dict[str, Step]:
-    """What is timed side by side, each with gradients and vectors of its own."""
-    return {
-        "spectral_torch": _hook(weights),
-        "spectral_core.add_gradient (pure)": _pure(weights),
-        "paper's formula, torch.outer": _naive(weights),
-        "G.add_(W)": _floor(weights),
+def layer_sets() -> list[Case]:
+    densenet = models.weight_shapes(models.densenet_40)
+    convolutions = {name: shape for name, shape in densenet.items() if len(shape) == 4}
+    in_blocks = {name: shape for name, shape in convolutions.items() if shape[0] == 12}
+    gpt2 = models.weight_shapes(models.gpt2_small_blocks)
+    sets: list[tuple[str, str, Mapping[str, Shape], tuple[str, ...]]] = [
+        ("vgg-16", "VGG-16", models.weight_shapes(models.vgg_16), ("float32",)),
+        ("densenet-40-36", "DenseNet-40, blocks", in_blocks, ("float32",)),
+        ("densenet-40-39", "DenseNet-40, convolutions", convolutions, ("float32",)),
+        ("densenet-121", "DenseNet-121", models.weight_shapes(models.densenet_121), ("float32",)),
+        ("resnet-50", "ResNet-50", models.weight_shapes(models.resnet_50), ("float32",)),
+        ("gpt2-small", "GPT-2 small", gpt2, ("float32", "bfloat16")),
+        ("llama-1b", "Llama-like, 1 B", llama(), ("float32", "bfloat16")),
+    ]
+    return [
+        Case(f"{name}-{dtype}", f"{title}, {len(shapes)} weights", shapes, dtype)
+        for name, title, shapes, dtypes in sets
+        for dtype in dtypes
+    ]
+
+
+def llama(layers: int = 16, hidden: int = 2048, kv: int = 512, mlp: int = 8192) -> dict[str, Shape]:
+    """The linear layers of a Llama-like model of a billion parameters."""
+    block = {
+        "q": (hidden, hidden),
+        "k": (kv, hidden),
+        "v": (kv, hidden),
+        "o": (hidden, hidden),
+        "gate": (mlp, hidden),
+        "up": (mlp, hidden),
+        "down": (hidden, mlp),
     }
+    return {f"{k}.{name}": shape for k in range(layers) for name, shape in block.items()}
 
 
-def _hook(weights: Weights) -> Step:
-    parameters = {name: torch.nn.Parameter(w) for name, w in weights.items()}
-    for parameter in parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    return SpectralNormRegularizer(parameters, warmup_iters=1).add_gradients_
+def filled(shape: Shape, seed: int = 0) -> NDArray[np.float32]:
+    """Normal numbers of the scale of weights, drawn once and repeated: drawing takes long.
+
+    Never zeros: untouched pages of a zero array are one page, and reading it costs nothing. The
+    period is a prime, and so rows are not alike.
+    """
+    pool = np.random.default_rng(seed).standard_normal(1_000_003, dtype=np.float32)
+    pool *= prod(shape[1:]) ** -0.5
+    return np.resize(pool, shape)
 
 
-def _pure(weights: Weights) -> Step:
-    grads = {name: torch.zeros_like(w) for name, w in weights.items()}
-    state = sc.init(weights)
-    return lambda: sc.add_gradient(weights, grads, state)
-
-
-def _naive(weights: Weights) -> Step:
-    """A loop over layers as it is commonly copied, but for the misprint."""
-    grads = {name: torch.zeros_like(w) for name, w in weights.items()}
-    vectors = {name: torch.randn(w[0].numel()) for name, w in weights.items()}
-
-    def step() -> None:
-        for name, w in weights.items():
-            matrix = w.reshape(w.shape[0], -1)
-            u = matrix @ vectors[name]
-            v = matrix.t() @ u
-            sigma = v.norm() / u.norm()
-            u, v = u / u.norm(), v / v.norm()
-            vectors[name] = v
-            grads[name] += (0.01 * sigma * torch.outer(u, v)).reshape(w.shape)
-
-    return step
-
-
-def _floor(weights: Weights) -> Step:
-    """One read of W, one read and write of G: no step can move fewer bytes."""
-    grads = [torch.zeros_like(w) for w in weights.values()]
-    return lambda: [grad.add_(w) for grad, w in zip(grads, weights.values(), strict=True)]
+SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384)

@@ -1,0 +1,171 @@
+"""Networks whose weights and training steps are timed, written short: the usual architectures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def conv(i: int, o: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False)
+
+
+def activated(i: int, o: int, kernel: int) -> nn.Sequential:
+    """Batch normalization and activation before the convolution, as in DenseNet."""
+    return nn.Sequential(nn.BatchNorm2d(i), nn.ReLU(inplace=True), conv(i, o, kernel))
+
+
+def normalized(i: int, o: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+    """Batch normalization after the convolution, as in VGG and ResNet."""
+    return [conv(i, o, kernel, stride), nn.BatchNorm2d(o)]
+
+
+class Dense(nn.Module):
+    """A layer of DenseNet: what it computes joins what it got."""
+
+    def __init__(self, channels: int, growth: int, bottleneck: bool) -> None:
+        super().__init__()
+        inner = 4 * growth
+        self.layers = (
+            nn.Sequential(activated(channels, inner, 1), activated(inner, growth, 3))
+            if bottleneck
+            else activated(channels, growth, 3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.layers(x)], 1)
+
+
+class DenseNet(nn.Module):
+    """Huang et al., 2017. Without bottlenecks the transitions keep the number of channels."""
+
+    def __init__(
+        self, stem: nn.Module, channels: int, blocks: Sequence[int], growth: int, bottleneck: bool
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [stem]
+        for count in blocks:
+            if len(layers) > 1:
+                narrow = channels // 2 if bottleneck else channels
+                layers += [activated(channels, narrow, 1), nn.AvgPool2d(2)]
+                channels = narrow
+            for _ in range(count):
+                layers.append(Dense(channels, growth, bottleneck))
+                channels += growth
+        layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(channels, 1000 if bottleneck else 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))
+
+
+def densenet_40() -> DenseNet:
+    """For 32 × 32 images, growth 12, as in the paper."""
+    return DenseNet(conv(3, 16, 3), 16, (12, 12, 12), growth=12, bottleneck=False)
+
+
+def densenet_121() -> DenseNet:
+    """For 224 × 224 images."""
+    stem = nn.Sequential(*normalized(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
+    return DenseNet(stem, 64, (6, 12, 24, 16), growth=32, bottleneck=True)
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, i: int, width: int, stride: int) -> None:
+        super().__init__()
+        o = 4 * width
+        self.layers = nn.Sequential(
+            *normalized(i, width, 1),
+            nn.ReLU(inplace=True),
+            *normalized(width, width, 3, stride),
+            nn.ReLU(inplace=True),
+            *normalized(width, o, 1),
+        )
+        same = i == o and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Sequential(*normalized(i, o, 1, stride))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.layers(x) + self.shortcut(x))
+
+
+def resnet_50() -> nn.Sequential:
+    """He et al., 2016, for 224 × 224 images."""
+    layers = [*normalized(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
+    channels = 64
+    for width, count in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for k in range(count):
+            layers.append(Bottleneck(channels, width, 2 if k == 0 and width > 64 else 1))
+            channels = 4 * width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000))
+
+
+def vgg_16() -> nn.Sequential:
+    """Simonyan & Zisserman, 2015, for 32 × 32 images: its 13 convolutions, and narrow layers on."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(count):
+            layers += [*normalized(channels, width, 3), nn.ReLU(inplace=True)]
+            channels = width
+        layers.append(nn.MaxPool2d(2))
+    layers.append(nn.Flatten())
+    for _ in range(2):
+        layers += [nn.Linear(512, 512), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(512, 10))
+
+
+class Block(nn.Module):
+    """Attention and MLP of GPT-2."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc, self.out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        q, k, v = (part.transpose(-2, -3) for part in (q, k, v))
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(mixed.transpose(-2, -3).flatten(-2))
+        return x + self.out(functional.gelu(self.fc(self.norm_2(x)), approximate="tanh"))
+
+
+class GPT2(nn.Module):
+    """Radford et al., 2019: 12 blocks of width 768; the head is the embedding."""
+
+    def __init__(self, vocabulary: int, context: int, width: int, blocks: nn.Module) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(context, width)
+        self.blocks = blocks
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        logits = functional.linear(self.norm(self.blocks(x)), self.tokens.weight)
+        return logits.flatten(0, 1)
+
+
+def gpt2_small_blocks() -> nn.Sequential:
+    return nn.Sequential(*(Block(width=768, heads=12) for _ in range(12)))
+
+
+def gpt2_small() -> GPT2:
+    return GPT2(vocabulary=50257, context=1024, width=768, blocks=gpt2_small_blocks())
+
+
+def weight_shapes(make: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Of the convolutions and linear layers, by name; without taking memory for them."""
+    with torch.device("meta"):
+        model = make()
+    return {
+        name: tuple(module.weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear))
+    }
