@@ -26,11 +26,12 @@ class CuPyRuntime:
 
     def at(self, place: tuple[int, int]) -> AbstractContextManager[Any]:
         """The device is the current one; its stream is so anyway."""
-        return cupy.cuda.Device(place[0])
+        device: AbstractContextManager[Any] = cupy.cuda.Device(place[0])
+        return device
 
     def address(self, x: cupy.ndarray) -> int:
         """The address of the first element."""
-        return x.data.ptr
+        return int(x.data.ptr)
 
     def upload(self, table: Table) -> cupy.ndarray:
         """A copy of ``table``, by way of pinned memory of CuPy's: without waiting."""

@@ -74,7 +74,7 @@ class Runtime(Protocol):
     def place(self, x: Array) -> Hashable:
         """Where work on ``x`` goes: its device and that device's current stream."""
 
-    def at(self, place: Hashable) -> AbstractContextManager[Any]:
+    def at(self, place: Any) -> AbstractContextManager[Any]:
         """A context in which the methods below work there."""
 
     def address(self, x: Array) -> int:
@@ -97,7 +97,7 @@ class Matrix(NamedTuple):
     """A row of the table of matrices: the struct of this name in ``kernels.cu``."""
 
     task: int
-    index: int
+    entry: int
     rows: int
     columns: int
     block_rows: int
@@ -171,17 +171,17 @@ def geometry(shapes: Sequence[Shape], itemsize: int) -> Geometry:
         results = at.v + count * n
         tiles = tiling(m, n, itemsize, work)
         by_rows, by_columns = -(-m // tiles.block_rows), -(-n // WARP)
-        for index in range(count):
+        for entry in range(count):
             x, y, partial = scratch, scratch + m, scratch + m + n
             x_squares = partial + by_rows * n
             x_scales = x_squares + by_rows
             y_squares = x_scales + by_rows
             scratch = y_squares + by_columns
             blocks = (row_blocks, by_rows, column_blocks, by_columns)
-            found = (at.u + index * m, at.v + index * n, at.sigma + index)
+            found = (at.u + entry * m, at.v + entry * n, at.sigma + entry)
             matrices.append(
                 Matrix(
-                    *(task, index, m, n, *tiles, *blocks),
+                    *(task, entry, m, n, *tiles, *blocks),
                     *(x, y, partial, x_squares, x_scales, y_squares, *found),
                 )
             )
@@ -246,19 +246,21 @@ class FusedStep:
     def __call__(self, tasks: Sequence[Task], n_iter: int) -> Advance:
         """Lines 5–9 of Algorithm 1 (`spectral_core.step`)."""
         groups, rest = self._divided(tasks, n_iter)
-        triples: list[PowerIteration | None] = [None] * len(tasks)
+        triples: dict[int, PowerIteration] = {}
         # First all that can go wrong, so that a gradient is not left with half of a step.
         jobs = [
             (indices, self._prepared(group, [tasks[i] for i in indices], n_iter))
             for group, indices in groups.items()
         ]
         if rest:
-            _fill(triples, rest, self._plain([tasks[i] for i in rest], n_iter).triples)
+            found = self._plain([tasks[i] for i in rest], n_iter).triples
+            triples.update(zip(rest, found, strict=True))
         for indices, job in jobs:
             chosen = [tasks[i] for i in indices]
             self._run(job, n_iter)
-            _fill(triples, indices, self._triples(job, chosen, n_iter))
-        return Advance([task.grad for task in tasks], triples)
+            found = self._triples(job, chosen, n_iter)
+            triples.update(zip(indices, found, strict=True))
+        return Advance([task.grad for task in tasks], [triples[i] for i in range(len(tasks))])
 
     def _divided(
         self, tasks: Sequence[Task], n_iter: int
@@ -402,13 +404,6 @@ class FusedStep:
 
 
 _BITS_IN, _BITS_OUT = struct.Struct("=d"), struct.Struct("=q")
-
-
-def _fill(
-    triples: list[PowerIteration | None], indices: list[int], found: Sequence[PowerIteration]
-) -> None:
-    for i, triple in zip(indices, found, strict=True):
-        triples[i] = triple
 
 
 def _power_of_two(least: int) -> int:

@@ -45,7 +45,7 @@ struct Task {
 
 // A row of the host's table of matrices. Places are in elements of the scratch or the results.
 struct Matrix {
-    Int task, index;                   // its place in the task's stack
+    Int task, entry;                   // its place in the task's stack
     Int rows, columns;
     Int block_rows, tile_rows, width;  // width: threads that share a row, a power of two
     Int row_block, row_blocks;         // the first of its blocks in `rows` and `apply`, their number
@@ -169,8 +169,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) spectral_rows(PARA
     const Task &task = tasks[M.task];
     const int thread = threadIdx.x, block = blockIdx.x - M.row_block, n = M.columns;
     const int first = block * M.block_rows, end = end_of(first, M);
-    const Weight *W = reinterpret_cast<const Weight *>(task.weight) + (M.index * M.rows + first) * n;
-    const Real *v = flags & FIRST ? came_vector(came, task.v, M.index * n) : out + M.out_v;
+    const Weight *W = reinterpret_cast<const Weight *>(task.weight) + (M.entry * M.rows + first) * n;
+    const Real *v = flags & FIRST ? came_vector(came, task.v, M.entry * n) : out + M.out_v;
     Real *partial = scratch + M.partial + static_cast<Int>(block) * n;
     Real square = 0, scale = 0;
 #pragma unroll 1
@@ -195,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) spectral_rows(PARA
             for (int i = 0; i < height; ++i, down += n) sum += x[i] * real(*down);
             partial[j] = sum;
         }
-        __syncthreads();  // before the next tile takes x
+        // The next tile takes x only behind a barrier in `products`.
     }
     square = block_sum(square);
     if (thread == 0) {
@@ -237,9 +237,9 @@ struct Term {
 
 static __device__ __forceinline__ Term last_term(const Task &task, const Matrix &M, const char *came)
 {
-    return {came_vector(came, task.u, M.index * M.rows),
-            came_vector(came, task.v, M.index * M.columns), 1, 1,
-            *came_vector(came, task.sigma, M.index)};
+    return {came_vector(came, task.u, M.entry * M.rows),
+            came_vector(came, task.v, M.entry * M.columns), 1, 1,
+            *came_vector(came, task.sigma, M.entry)};
 }
 
 static __device__ __forceinline__ Term fresh_term(
@@ -251,7 +251,7 @@ static __device__ __forceinline__ Term fresh_term(
     const Real of_y = inverse_length(square);
     if (of_y > 0) return {scratch + M.x, scratch + M.y, of_x, of_y, sqrt(square)};
     // v stays. It may lie where this kernel writes it: then the same numbers are written.
-    const Real *v = flags & FIRST ? came_vector(came, task.v, M.index * M.columns) : out + M.out_v;
+    const Real *v = flags & FIRST ? came_vector(came, task.v, M.entry * M.columns) : out + M.out_v;
     return {scratch + M.x, v, of_x, 1, sqrt(square)};
 }
 
@@ -295,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) spectral_apply(PAR
     const Term term = flags & FRESH ? fresh_term(task, M, came, out, scratch, flags)
                                     : last_term(task, M, came);
     const Real weight = factor_of(task) * term.sigma;
-    Grad *G = reinterpret_cast<Grad *>(task.grad) + M.index * M.rows * n;
+    Grad *G = reinterpret_cast<Grad *>(task.grad) + M.entry * M.rows * n;
 #pragma unroll 1
     for (int row = first + thread / width; row < end; row += groups) {
         const Real u = term.x[row] * term.of_x;

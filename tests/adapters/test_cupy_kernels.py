@@ -1,8 +1,8 @@
 """The kernels of the CuPy adapter, run on the CPU: the same text, compiled by g++.
 
-Each CUDA thread of a block is a fiber; they run one after the other up to a barrier or a shuffle.
-In two opposite orders, a missing barrier shows. Shared memory, scratch and results start as NaN,
-and arrays have guards before and after them.
+Each CUDA thread of a block is a fiber. A warp runs until it waits for the block, then the next one:
+in two opposite orders, so that a missing barrier shows. Shared memory, scratch and results start as
+NaN, and arrays have guards before and after them.
 """
 
 import ctypes
@@ -126,16 +126,23 @@ static bool run_block(bool backwards)
     prepare();
     std::memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
     for (Fiber &fiber : fibers) fiber.done = false;
+    bool moved = false;
     for (int left = kThreads; left > 0;) {
         bool progress = false;
         for (int k = 0; k < kThreads; ++k) {
             const int i = backwards ? kThreads - 1 - k : k;
             Fiber &fiber = fibers[i];
-            if (fiber.done || (fiber.at && fiber.at->generation == fiber.since)) continue;
-            progress = true;
-            threadIdx.x = i;
-            resume(fiber);
-            if (fiber.done) --left;
+            if (!fiber.done && !(fiber.at && fiber.at->generation == fiber.since)) {
+                moved = true;
+                threadIdx.x = i;
+                resume(fiber);
+                if (fiber.done) --left;
+            }
+            if (k % kWarp == kWarp - 1 && moved) {  // the same warp again, as far as it gets
+                progress = true;
+                moved = false;
+                k -= kWarp;
+            }
         }
         if (!progress) return false;  // a barrier that not all threads reach
     }
