@@ -1,0 +1,310 @@
+// Algorithm 1, lines 7-9, of many matrices in three kernels.
+//
+// rows     reads each weight once: a block takes some rows W_b of one matrix, x_b = W_b v, and while
+//          they lie in the caches, p_b = W_b^T x_b.
+// columns  y = W^T u = (sum of p_b) / |x|, for 32 columns a block.
+// apply    u = x / |x|, sigma = |y|, v = y / |y|, G += factor sigma u v^T.
+//
+// Which block takes what stands in tables that the host made (fused.py). A sum has the same order
+// in every run: no atomics. The host defines the types before this text:
+//
+// SPECTRAL_WEIGHT, SPECTRAL_GRAD  as they lie in memory
+// SPECTRAL_REAL                   of the iteration: float, or double for double weights
+// SPECTRAL_SUM                    in which a gradient's sum is taken, then rounded once
+// SPECTRAL_TINY                   the smallest normal number of SPECTRAL_REAL
+// SPECTRAL_HALF                   if one of them is half
+//
+// Nothing here relies on subnormal numbers: CuPy compiles with -ftz=true.
+
+#ifdef SPECTRAL_HALF
+#include <cuda_fp16.h>
+#endif
+
+typedef long long Int;
+typedef SPECTRAL_WEIGHT Weight;
+typedef SPECTRAL_GRAD Grad;
+typedef SPECTRAL_REAL Real;
+typedef SPECTRAL_SUM Sum;
+
+#define THREADS 512
+#define BLOCKS 2  // on a multiprocessor at once, so registers must do: while one waits, one reads
+#define WARP 32
+#define WARPS (THREADS / WARP)
+#define MAX_TILE 256  // rows
+#define BATCH 4       // loads of a gradient on their way before the first is used
+
+// Flags of a launch.
+#define FIRST 1  // v is the caller's; later iterations take the one before's
+#define FRESH 2  // there was an iteration: (sigma, u, v) come from the scratch and go to the results
+#define ADD 4    // change the gradient
+
+// A row of the host's table of tasks: addresses; those of vectors are relative to `came`, in bytes.
+struct Task {
+    Int weight, grad, factor_size, factor, v, u, sigma;
+};
+
+// A row of the host's table of matrices. Places are in elements of the scratch or the results.
+struct Matrix {
+    Int task, entry;                   // its place in the task's stack
+    Int rows, columns;
+    Int block_rows, tile_rows, width;  // width: threads that share a row, a power of two
+    Int row_block, row_blocks;         // the first of its blocks in `rows` and `apply`, their number
+    Int column_block, column_blocks;   // the same in `columns`
+    Int x, y, partial;
+    Int x_squares, x_scales, y_squares;
+    Int out_u, out_v, out_sigma;
+};
+
+#define PARAMETERS                                                                          \
+    const Task *__restrict__ tasks, const Matrix *__restrict__ matrices,                    \
+        const Int *__restrict__ work, const char *came, Real *out, Real *scratch, Int flags
+
+static __device__ __forceinline__ Real real(float x) { return static_cast<Real>(x); }
+static __device__ __forceinline__ double real(double x) { return x; }
+static __device__ __forceinline__ Sum wide(float x) { return static_cast<Sum>(x); }
+static __device__ __forceinline__ double wide(double x) { return x; }
+#ifdef SPECTRAL_HALF
+static __device__ __forceinline__ Real real(__half x) { return real(__half2float(x)); }
+static __device__ __forceinline__ Sum wide(__half x) { return wide(__half2float(x)); }
+#endif
+
+static __device__ __forceinline__ Real absolute(Real x) { return x < 0 ? -x : x; }
+
+// The sum over `lanes` neighbours, a power of two, in each of them. All threads of a warp call it.
+static __device__ __forceinline__ Real lanes_sum(Real value, int lanes)
+{
+    for (int other = lanes / 2; other > 0; other /= 2)
+        value += __shfl_xor_sync(0xffffffffu, value, other);
+    return value;
+}
+
+// The sum over the block, in each thread of it.
+static __device__ __forceinline__ Real block_sum(Real value)
+{
+    __shared__ Real of_warp[WARPS];
+    value = lanes_sum(value, WARP);
+    __syncthreads();  // whoever reads the sum before
+    if (threadIdx.x % WARP == 0) of_warp[threadIdx.x / WARP] = value;
+    __syncthreads();
+    Real total = 0;
+    for (int warp = 0; warp < WARPS; ++warp) total += of_warp[warp];
+    return total;
+}
+
+static __device__ __forceinline__ Real total(const Real *values, int count)
+{
+    Real sum = 0;
+    for (int i = threadIdx.x; i < count; i += THREADS) sum += values[i];
+    return block_sum(sum);
+}
+
+// 1/|x| from |x|^2 as in power.py: zero for zero, NaN where the square is not finite.
+static __device__ __forceinline__ Real inverse_length(Real square)
+{
+    return sqrt(square) / (square + static_cast<Real>(SPECTRAL_TINY));
+}
+
+static __device__ __forceinline__ const Real *came_vector(const char *came, Int bytes, Int elements)
+{
+    return reinterpret_cast<const Real *>(came + bytes) + elements;
+}
+
+// x = W v of some rows: `width` threads share a row, and so read along it.
+static __device__ __forceinline__ void products(
+    const Weight *__restrict__ W, const Real *__restrict__ v, int height, int n, int width, Real *x)
+{
+    __shared__ Real parts[MAX_TILE];  // of the warps that share a row; height * warps fits
+    const int thread = threadIdx.x, member = thread % width, groups = THREADS / width;
+    const int lanes = width < WARP ? width : WARP, warps = width / lanes;
+#pragma unroll 1
+    for (int top = 0; top < height; top += groups) {  // as often in every thread: they shuffle
+        const int row = top + thread / width;
+        Real sum = 0;
+        if (row < height) {
+            const Weight *along = W + static_cast<Int>(row) * n;
+#pragma unroll 8
+            for (int j = member; j < n; j += width) sum += real(along[j]) * v[j];
+        }
+        sum = lanes_sum(sum, lanes);
+        if (row < height && member % lanes == 0) parts[row * warps + member / lanes] = sum;
+    }
+    __syncthreads();
+    if (thread < height) {
+        Real sum = 0;
+        for (int warp = 0; warp < warps; ++warp) sum += parts[thread * warps + warp];
+        x[thread] = sum;
+    }
+    __syncthreads();
+}
+
+// The largest |x|, and `before` if that is larger. NaN is passed over: it shows in the products.
+static __device__ __forceinline__ Real largest(const Real *x, int height, Real before)
+{
+    __shared__ Real found;
+    if (threadIdx.x < WARP) {
+        Real most = before;
+        for (int i = threadIdx.x; i < height; i += WARP)
+            if (absolute(x[i]) > most) most = absolute(x[i]);
+        for (int other = WARP / 2; other > 0; other /= 2) {
+            const Real theirs = __shfl_xor_sync(0xffffffffu, most, other);
+            if (theirs > most) most = theirs;
+        }
+        if (threadIdx.x == 0) found = most;
+    }
+    __syncthreads();
+    return found;
+}
+
+static __device__ __forceinline__ int end_of(int first, const Matrix &M)
+{
+    return first + M.block_rows < M.rows ? first + M.block_rows : M.rows;
+}
+
+// A tile of rows is small enough for the second look at it to find it in a cache. W^T x has the size of sigma squared, which float32 does not hold where sigma itself is in range.
+// So the partial sums are those of x over its largest element so far.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) spectral_rows(PARAMETERS)
+{
+    __shared__ Real x[MAX_TILE];
+    const Matrix &M = matrices[work[blockIdx.x]];
+    const Task &task = tasks[M.task];
+    const int thread = threadIdx.x, block = blockIdx.x - M.row_block, n = M.columns;
+    const int first = block * M.block_rows, end = end_of(first, M);
+    const Weight *W = reinterpret_cast<const Weight *>(task.weight) + (M.entry * M.rows + first) * n;
+    const Real *v = flags & FIRST ? came_vector(came, task.v, M.entry * n) : out + M.out_v;
+    Real *partial = scratch + M.partial + static_cast<Int>(block) * n;
+    Real square = 0, scale = 0;
+#pragma unroll 1
+    for (int top = first; top < end; top += M.tile_rows, W += M.tile_rows * n) {
+        const int height = end - top < M.tile_rows ? end - top : M.tile_rows;
+        products(W, v, height, n, M.width, x);
+        const Real before = scale;
+        scale = largest(x, height, before);
+        const Real keep = scale > 0 ? before / scale : 0;
+        if (thread < height) {
+            const Real mine = x[thread];
+            square += mine * mine;
+            scratch[M.x + top + thread] = mine;
+            x[thread] = scale > 0 ? mine / scale : mine;
+        }
+        __syncthreads();
+#pragma unroll 1
+        for (int j = thread; j < n; j += THREADS) {
+            Real sum = top == first ? 0 : partial[j] * keep;
+            const Weight *down = W + j;
+#pragma unroll 8
+            for (int i = 0; i < height; ++i, down += n) sum += x[i] * real(*down);
+            partial[j] = sum;
+        }
+        // The next tile takes x only behind a barrier in `products`.
+    }
+    square = block_sum(square);
+    if (thread == 0) {
+        scratch[M.x_squares + block] = square;
+        scratch[M.x_scales + block] = scale;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) spectral_columns(PARAMETERS)
+{
+    __shared__ Real sums[WARPS][WARP];
+    const Matrix &M = matrices[work[blockIdx.x]];
+    const int block = blockIdx.x - M.column_block, n = M.columns, blocks = M.row_blocks;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, j = block * WARP + lane;
+    const Real *partial = scratch + M.partial, *scales = scratch + M.x_scales;
+    const Real inverse = inverse_length(total(scratch + M.x_squares, blocks));
+    Real sum = 0;
+    if (j < n) {
+#pragma unroll 8
+        for (int b = warp; b < blocks; b += WARPS)
+            sum += partial[static_cast<Int>(b) * n + j] * (scales[b] * inverse);
+    }
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp == 0) {
+        Real y = 0;
+        for (int w = 0; w < WARPS; ++w) y += sums[w][lane];
+        if (j < n) scratch[M.y + j] = y;
+        const Real square = lanes_sum(j < n ? y * y : 0, WARP);
+        if (lane == 0) scratch[M.y_squares + block] = square;
+    }
+}
+
+// What `apply` multiplies: u = x * of_x, v = y * of_y.
+struct Term {
+    const Real *x, *y;
+    Real of_x, of_y, sigma;
+};
+
+static __device__ __forceinline__ Term last_term(const Task &task, const Matrix &M, const char *came)
+{
+    return {came_vector(came, task.u, M.entry * M.rows),
+            came_vector(came, task.v, M.entry * M.columns), 1, 1,
+            *came_vector(came, task.sigma, M.entry)};
+}
+
+static __device__ __forceinline__ Term fresh_term(
+    const Task &task, const Matrix &M, const char *came, const Real *out, const Real *scratch,
+    Int flags)
+{
+    const Real of_x = inverse_length(total(scratch + M.x_squares, M.row_blocks));
+    const Real square = total(scratch + M.y_squares, M.column_blocks);
+    const Real of_y = inverse_length(square);
+    if (of_y > 0) return {scratch + M.x, scratch + M.y, of_x, of_y, sqrt(square)};
+    // v stays. It may lie where this kernel writes it: then the same numbers are written.
+    const Real *v = flags & FIRST ? came_vector(came, task.v, M.entry * M.columns) : out + M.out_v;
+    return {scratch + M.x, v, of_x, 1, sqrt(square)};
+}
+
+static __device__ __forceinline__ Real factor_of(const Task &task)
+{
+    if (task.factor_size == 4) return static_cast<Real>(*reinterpret_cast<const float *>(task.factor));
+    if (task.factor_size == 8) return static_cast<Real>(*reinterpret_cast<const double *>(task.factor));
+    return static_cast<Real>(__longlong_as_double(task.factor));  // a Python float
+}
+
+static __device__ __forceinline__ void add_row(
+    Grad *G, Real u, const Real *y, Real of_y, int n, int member, int width)
+{
+#pragma unroll 1
+    for (int start = member; start < n; start += BATCH * width) {
+        Grad g[BATCH];
+        Real v[BATCH];
+#pragma unroll
+        for (int k = 0; k < BATCH; ++k) {
+            const int j = start + k * width;
+            if (j < n) {
+                g[k] = G[j];
+                v[k] = y[j] * of_y;
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < BATCH; ++k) {
+            const int j = start + k * width;
+            if (j < n) G[j] = static_cast<Grad>(wide(g[k]) + wide(u) * wide(v[k]));
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) spectral_apply(PARAMETERS)
+{
+    const Matrix &M = matrices[work[blockIdx.x]];
+    const Task &task = tasks[M.task];
+    const int thread = threadIdx.x, block = blockIdx.x - M.row_block, n = M.columns;
+    const int first = block * M.block_rows, end = end_of(first, M);
+    const int width = M.width, member = thread % width, groups = THREADS / width;
+    const Term term = flags & FRESH ? fresh_term(task, M, came, out, scratch, flags)
+                                    : last_term(task, M, came);
+    const Real weight = factor_of(task) * term.sigma;
+    Grad *G = reinterpret_cast<Grad *>(task.grad) + M.entry * M.rows * n;
+#pragma unroll 1
+    for (int row = first + thread / width; row < end; row += groups) {
+        const Real u = term.x[row] * term.of_x;
+        if (flags & FRESH && member == 0) out[M.out_u + row] = u;
+        if (flags & ADD)
+            add_row(G + static_cast<Int>(row) * n, u * weight, term.y, term.of_y, n, member, width);
+    }
+    if (flags & FRESH && block == 0) {
+        for (int j = thread; j < n; j += THREADS) out[M.out_v + j] = term.y[j] * term.of_y;
+        if (thread == 0) out[M.out_sigma] = term.sigma;
+    }
+}

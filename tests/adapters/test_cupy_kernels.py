@@ -1,0 +1,550 @@
+"""The kernels of the CuPy adapter, run on the CPU: the same text, compiled by g++.
+
+Each CUDA thread of a block is a fiber. A warp runs until it waits for the block, then the next one:
+in two opposite orders, so that a missing barrier shows. Shared memory, scratch and results start as
+NaN, and arrays have guards before and after them.
+"""
+
+import ctypes
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import spectral_core as sc
+from spectral_core.regularizer import _task
+from spectral_core.step import plain_step_
+
+ADAPTER = Path(__file__).parents[2] / "adapters" / "spectral_cupy"
+SOURCE = ADAPTER / "kernels.cu"
+
+# By its path: the package itself needs CuPy, and this part of it does not.
+_spec = importlib.util.spec_from_file_location("spectral_cupy_fused", ADAPTER / "fused.py")
+fused = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = fused
+_spec.loader.exec_module(fused)
+
+SHIM = r"""
+#undef _FORTIFY_SOURCE
+#include <setjmp.h>
+#include <ucontext.h>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
+#ifdef SPECTRAL_HALF
+typedef _Float16 __half;
+static inline float __half2float(__half x) { return x; }
+#endif
+using std::sqrt;
+struct Dim { unsigned x; };
+static Dim threadIdx, blockIdx;
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static __attribute__((section("emulated_shared")))
+extern "C" char __start_emulated_shared[], __stop_emulated_shared[];
+
+struct Barrier { int arrived; long generation; };
+struct Fiber { jmp_buf jump; ucontext_t start; bool started, done; const Barrier *at; long since; };
+static const int kThreads = 512, kWarp = 32, kStack = 1 << 16;
+static Fiber fibers[kThreads];
+static std::vector<char> stacks(kThreads * kStack);
+static Barrier of_block, of_warp[kThreads / kWarp];
+static double slots[2][kThreads];
+static jmp_buf scheduler;
+static void (*body)();
+
+static void leave() { if (!_setjmp(fibers[threadIdx.x].jump)) _longjmp(scheduler, 1); }
+static void __attribute__((noinline)) resume(Fiber &fiber)
+{
+    if (_setjmp(scheduler)) return;
+    if (fiber.started) _longjmp(fiber.jump, 1);
+    fiber.started = true;
+    setcontext(&fiber.start);
+}
+static void live()  // over all blocks
+{
+    for (;;) { body(); fibers[threadIdx.x].done = true; leave(); }
+}
+static void arrive(Barrier &barrier, int expected)
+{
+    if (++barrier.arrived == expected) { barrier.arrived = 0; ++barrier.generation; return; }
+    Fiber &me = fibers[threadIdx.x];
+    me.at = &barrier;
+    me.since = barrier.generation;
+    leave();
+    me.at = nullptr;
+}
+static void __syncthreads() { arrive(of_block, kThreads); }
+template <class T> static T __shfl_xor_sync(unsigned, T value, int other)
+{
+    Barrier &warp = of_warp[threadIdx.x / kWarp];
+    double *slot = slots[warp.generation % 2];  // two, as a neighbour may be one shuffle ahead
+    slot[threadIdx.x] = value;
+    arrive(warp, kWarp);
+    return static_cast<T>(slot[threadIdx.x ^ other]);
+}
+static double __longlong_as_double(long long bits)
+{
+    double number;
+    std::memcpy(&number, &bits, sizeof number);
+    return number;
+}
+static void prepare()
+{
+    for (int i = 0; i < kThreads && !fibers[i].started; ++i) {
+        ucontext_t &start = fibers[i].start;
+        getcontext(&start);
+        start.uc_stack.ss_sp = &stacks[i * kStack];
+        start.uc_stack.ss_size = kStack;
+        makecontext(&start, live, 0);
+    }
+}
+// Subnormal numbers are zero, as CuPy compiles with -ftz=true.
+struct FlushToZero {
+#ifdef __SSE2__
+    unsigned before = _mm_getcsr();
+    FlushToZero() { _mm_setcsr(before | 0x8040); }
+    ~FlushToZero() { _mm_setcsr(before); }
+#endif
+};
+static bool run_block(bool backwards)
+{
+    FlushToZero mode;
+    prepare();
+    std::memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
+    for (Fiber &fiber : fibers) fiber.done = false;
+    bool moved = false;
+    for (int left = kThreads; left > 0;) {
+        bool progress = false;
+        for (int k = 0; k < kThreads; ++k) {
+            const int i = backwards ? kThreads - 1 - k : k;
+            Fiber &fiber = fibers[i];
+            if (!fiber.done && !(fiber.at && fiber.at->generation == fiber.since)) {
+                moved = true;
+                threadIdx.x = i;
+                resume(fiber);
+                if (fiber.done) --left;
+            }
+            if (k % kWarp == kWarp - 1 && moved) {  // the same warp again, as far as it gets
+                progress = true;
+                moved = false;
+                k -= kWarp;
+            }
+        }
+        if (!progress) return false;  // a barrier that not all threads reach
+    }
+    return true;
+}
+"""
+
+ENTRIES = r"""
+static const Task *g_tasks; static const Matrix *g_matrices; static const Int *g_work;
+static const char *g_came; static Real *g_out, *g_scratch; static Int g_flags;
+#define ENTRY(name)                                                                             \
+    extern "C" int emulate_##name(long long blocks, int backwards, const void *tasks,           \
+        const void *matrices, const void *work, const void *came, void *out, void *scratch,     \
+        long long flags)                                                                        \
+    {                                                                                           \
+        g_tasks = (const Task *)tasks; g_matrices = (const Matrix *)matrices;                   \
+        g_work = (const Int *)work; g_came = (const char *)came; g_out = (Real *)out;           \
+        g_scratch = (Real *)scratch; g_flags = flags;                                           \
+        body = [] { name(g_tasks, g_matrices, g_work, g_came, g_out, g_scratch, g_flags); };    \
+        for (long long k = 0; k < blocks; ++k) {                                                \
+            blockIdx.x = backwards ? blocks - 1 - k : k;                                        \
+            if (!run_block(backwards)) return 1;                                                \
+        }                                                                                       \
+        return 0;                                                                               \
+    }
+ENTRY(spectral_rows)
+ENTRY(spectral_columns)
+ENTRY(spectral_apply)
+"""
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory):
+    """``libraries(kernels)`` is the emulation for these dtypes."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is not here to compile the kernels for the CPU")
+    folder = tmp_path_factory.mktemp("kernels")
+
+    @cache
+    def library(kernels):
+        text = folder / f"{kernels.weight}_{kernels.grad}.cpp"
+        source = SOURCE.read_text().replace("#include <cuda_fp16.h>", "")
+        text.write_text(SHIM + source + ENTRIES)
+        built = text.with_suffix(".so")
+        flags = ("-std=c++17", "-O1", "-w", "-shared", "-fPIC", *kernels.options)
+        done = subprocess.run(
+            [compiler, *flags, str(text), "-o", str(built)], capture_output=True, text=True
+        )
+        if "_Float16" in done.stderr:
+            pytest.skip("this g++ has no _Float16")
+        assert done.returncode == 0, done.stderr
+        return ctypes.CDLL(str(built))
+
+    return library
+
+
+GUARD = 64
+
+
+def guarded(x):
+    """A copy of ``x`` with a guard before and after it, and a check that both are whole."""
+    x = np.asarray(x)
+    buffer = np.full(x.size + 2 * GUARD, 7, dtype=x.dtype)
+    inner = buffer[GUARD : GUARD + x.size]
+    inner[...] = x.ravel()
+
+    def whole():
+        return bool(np.all(buffer[:GUARD] == 7) and np.all(buffer[-GUARD:] == 7))
+
+    return inner.reshape(x.shape), whole
+
+
+class Emulation:
+    """The runtime of `fused.FusedStep` for NumPy arrays, which counts what it is asked for."""
+
+    def __init__(self, libraries, backwards=False):
+        self.libraries = libraries
+        self.backwards = backwards
+        self.launches = []
+        self.uploads = 0
+        self.guards = []
+
+    def owns(self, x):
+        return isinstance(x, np.ndarray)
+
+    def place(self, x):
+        return "cpu"
+
+    def at(self, place):
+        return nullcontext()
+
+    def address(self, x):
+        return x.ctypes.data
+
+    def upload(self, table):
+        self.uploads += 1
+        return table.copy()
+
+    def empty(self, size, dtype):
+        array, whole = guarded(np.full(size, np.nan, dtype))
+        self.guards.append(whole)
+        return array
+
+    def view(self, x, start, shape):
+        return x[start : start + int(np.prod(shape, dtype=int))].reshape(shape)
+
+    def launch(self, kernels, name, blocks, arguments):
+        self.launches.append(name)
+        pointers = [
+            ctypes.c_void_p(x if isinstance(x, int) else x.ctypes.data) for x in arguments[:-1]
+        ]
+        emulate = getattr(self.libraries(kernels), f"emulate_{name}")
+        stuck = emulate(
+            ctypes.c_longlong(blocks),
+            ctypes.c_int(self.backwards),
+            *pointers,
+            ctypes.c_longlong(arguments[-1]),
+        )
+        assert not stuck, f"not all threads of {name} reach a barrier"
+        assert all(whole() for whole in self.guards)
+
+
+SHAPES = {
+    "row": (1, 700),
+    "column": (900, 1),
+    "one": (1, 1),
+    "conv": (12, 12, 3, 3),
+    "first": (64, 3, 3, 3),
+    "dense": (300, 500),
+    "wide": (2, 16500),
+    "grouped": (8, 5, 3),
+    "depthwise": (6, 1, 9),
+}
+LAYOUTS = {"grouped": sc.Layout("(go)ik", 4), "depthwise": sc.Layout("(go)ik", 6)}
+TOLERANCE = {"float16": 2e-3, "float32": 2e-5, "float64": 1e-11}
+
+
+def model(dtype="float32", grad=None, shapes=SHAPES, scale=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    weights = {n: (scale * rng.standard_normal(s)).astype(dtype) for n, s in shapes.items()}
+    grads = {n: rng.standard_normal(s).astype(grad or dtype) for n, s in shapes.items()}
+    layouts = {name: layout for name, layout in LAYOUTS.items() if name in shapes}
+    return weights, grads, sc.init(weights, layouts=layouts)
+
+
+def copied(grads):
+    return {name: grad.copy() for name, grad in grads.items()}
+
+
+def never(tasks, n_iter):
+    raise AssertionError(f"{[task.name for task in tasks]} should go through the kernels")
+
+
+def forbidding(runtime):
+    return fused.FusedStep(runtime, never)
+
+
+def assert_close(found, expected, tolerance, name):
+    assert found.dtype == expected.dtype, name
+    assert found.shape == expected.shape, name
+    scale = np.max(np.abs(expected[np.isfinite(expected)]), initial=0)
+    np.testing.assert_allclose(
+        found, expected, rtol=tolerance, atol=tolerance * scale, err_msg=name
+    )
+
+
+def check(libraries, weights, grads, state, tolerance, steps=2, **options):
+    """The emulated kernels give what the core gives, over a few steps."""
+    runtime = Emulation(libraries)
+    step = forbidding(runtime)
+    expected, found = copied(grads), {}
+    for name, grad in grads.items():
+        found[name], whole = guarded(grad)
+        runtime.guards.append(whole)
+    plain = mine = state
+    before = {name: v.copy() for name, v in state.v.items()}
+    with np.errstate(all="ignore"):
+        for _ in range(steps):
+            plain = sc.add_gradient_(weights, expected, plain, **options)
+            mine = sc.add_gradient_(weights, found, mine, step=step, **options)
+    for name in weights:
+        assert_close(found[name], expected[name], tolerance, f"gradient of {name}")
+        for part in ("sigma", "u", "v"):
+            pair = (getattr(s, part)[name] for s in (mine, plain))
+            assert_close(*map(np.asarray, pair), tolerance, f"{part} of {name}")
+        np.testing.assert_array_equal(state.v[name], before[name])
+    return runtime, found, mine
+
+
+PAIRS = [
+    ("float32", "float32"),
+    ("float64", "float64"),
+    ("float16", "float16"),
+    ("float32", "float16"),
+    ("float16", "float32"),
+    ("float32", "float64"),
+]
+FACTOR = {"dense": 0.5, "conv": np.array(0.25), "*": 0.1}
+ONCE = ["spectral_rows", "spectral_columns", "spectral_apply"]
+
+
+def tolerance_of(dtype, grad):
+    return max(TOLERANCE[grad], TOLERANCE["float64" if dtype == "float64" else "float32"])
+
+
+@pytest.mark.parametrize(("dtype", "grad"), PAIRS)
+def test_equals_the_core(libraries, dtype, grad):
+    shapes = SHAPES if dtype == grad else {name: SHAPES[name] for name in ("row", "conv")}
+    weights, grads, state = model(dtype, grad, shapes)
+    tolerance = tolerance_of(dtype, grad)
+    runtime, _, _ = check(
+        libraries, weights, grads, state, tolerance, factor=FACTOR if dtype == grad else 0.1
+    )
+    assert runtime.launches == 2 * ONCE
+
+
+@pytest.mark.parametrize("n_iter", [0, 3])
+@pytest.mark.parametrize(("dtype", "grad"), PAIRS)
+def test_equals_the_core_without_an_iteration_and_with_several(libraries, dtype, grad, n_iter):
+    shapes = {name: SHAPES[name] for name in ("row", "conv", "grouped")}
+    weights, grads, state = model(dtype, grad, shapes)
+    tolerance = tolerance_of(dtype, grad)
+    runtime, _, _ = check(libraries, weights, grads, state, tolerance, factor=0.1, n_iter=n_iter)
+    assert runtime.launches == 2 * (ONCE * n_iter or ONCE[-1:])
+
+
+@pytest.mark.parametrize(("sigma", "tolerance"), [(1e-17, 1e-2), (1e-15, 1e-4), (1e19, 1e-4)])
+def test_where_the_square_of_sigma_is_out_of_range(libraries, sigma, tolerance):
+    weights, grads, _ = model(shapes={name: SHAPES[name] for name in ("conv", "first", "dense")})
+    for name, weight in weights.items():
+        matrix = weight.reshape(len(weight), -1)
+        weights[name] = np.float32(sigma) * (weight / np.linalg.norm(matrix, 2))
+        grads[name] *= np.float32(sigma)
+    check(libraries, weights, grads, sc.init(weights), tolerance, factor=0.1)
+
+
+def test_zero_nan_inf_and_overflow_stay_with_their_weight(libraries):
+    shapes = dict.fromkeys(("zero", "nan", "inf", "huge", "tiny", "sound"), (40, 300))
+    weights, grads, state = model(shapes=shapes)
+    weights["zero"][...] = 0
+    weights["nan"][3, 5] = np.nan
+    weights["inf"][39, 299] = np.inf
+    weights["huge"][...] = 3e38
+    weights["tiny"][...] = 1e-38
+    _, found, mine = check(libraries, weights, grads, state, 2e-5, factor=0.1)
+    assert mine.sigma["zero"] == 0
+    assert np.isfinite(found["zero"]).all()
+    assert np.isfinite(found["sound"]).all()
+    assert not any(np.isfinite(mine.sigma[name]) for name in ("nan", "inf", "huge"))
+    for name in ("zero", "nan", "inf", "huge"):
+        np.testing.assert_array_equal(mine.v[name], state.v[name])
+
+
+@pytest.mark.parametrize("n_iter", [1, 2])
+def test_the_order_of_threads_and_blocks_does_not_matter(libraries, n_iter):
+    results = []
+    shapes = {name: SHAPES[name] for name in ("row", "column", "conv", "dense", "depthwise")}
+    for backwards in (False, True):
+        weights, grads, state = model(shapes=shapes)
+        step = forbidding(Emulation(libraries, backwards))
+        state = sc.add_gradient_(weights, grads, state, factor=0.1, n_iter=n_iter, step=step)
+        results.append({**grads, **{f"v of {name}": v for name, v in state.v.items()}})
+    for name, first in results[0].items():
+        np.testing.assert_array_equal(first, results[1][name], err_msg=name)
+
+
+def test_a_start_vector_of_any_length(libraries):
+    shapes = {name: SHAPES[name] for name in ("dense", "grouped")}
+    weights, grads, state = model(shapes=shapes)
+    for name in shapes:
+        state.v[name][...] *= 1e8
+    check(libraries, weights, grads, state, 2e-5, factor=0.1)
+
+
+def test_a_factor_on_the_device_is_read_there(libraries):
+    weights, grads, state = model(shapes={"dense": (20, 30)})
+    expected = copied(grads)
+    sc.add_gradient_(weights, expected, state, factor=0.3)
+    for dtype in ("float32", "float64"):
+        found, runtime = copied(grads), Emulation(libraries)
+        layout = state.layouts["dense"]
+        task = _task("dense", weights["dense"], state, found["dense"], 0.0)
+        assert task.plan == sc.layout.plan_of(layout, (20, 30), "dense")
+        forbidding(runtime)([task._replace(factor=np.array(0.3, dtype))], 1)
+        assert_close(found["dense"], expected["dense"], 2e-5, dtype)
+
+
+def test_launches_do_not_depend_on_the_number_of_weights(libraries):
+    counts = []
+    for n in (1, 40):
+        weights, grads, state = model(shapes={f"layer {i}": (12, 20 + i) for i in range(n)})
+        runtime = Emulation(libraries)
+        sc.add_gradient_(weights, grads, state, step=forbidding(runtime))
+        counts.append(len(runtime.launches))
+    assert counts == [3, 3]
+
+
+def test_tables_are_sent_again_only_when_they_change(libraries):
+    weights, grads, state = model(shapes={"a": (12, 20), "b": (5, 7)})
+    runtime = Emulation(libraries)
+    step, uploads = forbidding(runtime), []
+
+    def advance(state, grads=grads, **options):
+        state = sc.add_gradient_(weights, grads, state, step=step, **options)
+        uploads.append(runtime.uploads)
+        return state
+
+    # The first vectors lie in arrays of their own, those of a step in one.
+    state = advance(advance(advance(advance(state))))
+    assert uploads == [2, 3, 3, 3]
+    state = advance(state, factor=0.5)  # the table of tasks alone
+    assert uploads[-1] == 4
+    other = {"a": grads["a"].copy(), "b": grads["b"]}
+    advance(state, grads={**other, "b": None})  # both
+    assert uploads[-1] == 6
+    expected = copied(other)
+    sc.add_gradient_(weights, expected, state, step=plain_step_)
+    advance(state, grads=other)
+    assert_close(other["a"], expected["a"], 2e-5, "a")
+
+
+def test_what_the_kernels_do_not_take_goes_one_by_one(libraries):
+    rng = np.random.default_rng(0)
+    shapes = {"taken": (6, 5), "hwio": (3, 3, 4, 8), "strided": (6, 5), "complex": (4, 3)}
+    weights = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    weights["strided"] = np.asfortranarray(weights["strided"])
+    weights["complex"] = weights["complex"] + 1j
+    weights["tied"] = weights["taken"] + 1
+    grads = {name: np.zeros_like(weight) for name, weight in weights.items()}
+    grads["tied"] = grads["taken"]  # one after the other, or one of two sums is lost
+    state = sc.init(weights, layouts={"hwio": "hwio"})
+    expected = copied(grads)
+    expected["tied"] = expected["taken"]
+    rest = []
+
+    def plain(tasks, n_iter):
+        rest.extend(task.name for task in tasks)
+        return plain_step_(tasks, n_iter)
+
+    step = fused.FusedStep(Emulation(libraries), plain)
+    found = sc.add_gradient_(weights, grads, state, factor=0.1, step=step)
+    wanted = sc.add_gradient_(weights, expected, state, factor=0.1)
+    assert len(set(rest) & {"taken", "tied"}) == 1
+    assert set(rest) - {"taken", "tied"} == {"hwio", "strided", "complex"}
+    for name in weights:
+        assert_close(grads[name], expected[name], 1e-11, name)
+        assert_close(found.v[name], wanted.v[name], 1e-11, name)
+
+
+def test_without_an_iteration_and_without_u_is_an_error(libraries):
+    weights, grads, state = model(shapes={"a": (4, 3), "b": (4, 3)})
+    before = copied(grads)
+    state.u.pop("b")
+    step = fused.FusedStep(Emulation(libraries), plain_step_)
+    with pytest.raises(sc.ArgumentError, match="'b'"):
+        sc.add_gradient_(weights, grads, state, n_iter=0, step=step)
+    np.testing.assert_array_equal(grads["a"], before["a"])
+
+
+def test_nothing_to_do_is_nothing(libraries):
+    runtime = Emulation(libraries)
+    assert forbidding(runtime)([], 1) == ([], [])
+    assert runtime.launches == []
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 31, 32, 33, 500, 4096, 25088, 1 << 20])
+@pytest.mark.parametrize("m", [1, 2, 12, 300, 4096, 1 << 20])
+def test_tiles_fit_the_kernels(m, n):
+    tiles = fused.tiling(m, n, 4, max(8192, m * n // 264))
+    assert 1 <= tiles.tile_rows <= min(tiles.block_rows, fused.MAX_TILE)
+    assert tiles.block_rows <= m
+    assert tiles.width in {1 << k for k in range(10)}
+    # `parts` in shared memory holds one number for each warp of each row of a tile.
+    assert tiles.tile_rows * max(1, tiles.width // fused.WARP) <= fused.MAX_TILE
+
+
+def test_the_tables_are_those_of_the_source():
+    source = SOURCE.read_text()
+    for name, expected in (("Matrix", fused.Matrix._fields), ("Task", None)):
+        body = re.search(rf"struct {name} {{(.*?)}};", source, re.DOTALL)[1]
+        body = re.sub(r"//.*|\bInt\b|\s", "", body).replace(";", ",")
+        fields = tuple(body.strip(",").split(","))
+        assert fields == expected if expected else len(fields) == 7
+    for name in ("THREADS", "WARP", "MAX_TILE", "FIRST", "FRESH", "ADD"):
+        assert int(re.search(rf"#define {name} (\d+)", source)[1]) == getattr(fused, name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_it_compiles_for_hopper_without_spills(dtype, tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not here to compile the kernels for a GPU")
+    options = ("-arch=sm_90", "-cubin", "-ftz=true", "-std=c++17", "-Xptxas", "-v")
+    files = ("-o", str(tmp_path / "kernels.cubin"), str(SOURCE))
+    done = subprocess.run(
+        [nvcc, *options, *fused.Kernels(dtype, dtype).options, *files],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    report = done.stdout + done.stderr
+    assert report.count("0 bytes spill stores, 0 bytes spill loads") == 3, report
+    # Two blocks of 512 threads on a multiprocessor with 65536 registers.
+    assert all(int(used) <= 64 for used in re.findall(r"Used (\d+) registers", report)), report
