@@ -16,7 +16,7 @@ import numpy as np
 
 from ._arrays import Array
 from .power import PowerIteration
-from .step import Advance, Step, Task, divided_step, last_of, plain_step_
+from .step import Advance, Step, Task, divided_step, last_of, overlapping, plain_step_
 
 # A thread is not worth waking (a few microseconds) for fewer elements than this.
 _GRAIN = 65536
@@ -49,8 +49,8 @@ class NumbaStep:
     memory : Memory
         Of the library that the arrays come from.
     owned : bool
-        Whether v, and the last σ and u of every task, are the caller's to be written into.
-        Otherwise they stay as they are, and new ones are made.
+        Whether v, and the last σ and u of every task, are the caller's to be written into, and no
+        two gradients share memory. Otherwise the vectors stay as they are, and new ones are made.
     other : Step
         Takes the tasks that this does not.
 
@@ -86,7 +86,17 @@ class NumbaStep:
 
     def __call__(self, tasks: Sequence[Task], n_iter: int) -> Advance:
         """Advance all tasks: those that this does not take by ``other``."""
-        return divided_step(tasks, n_iter, lambda task: self._steps[self._kind(task)])
+        shared = set() if self._owned else self._sharing_memory(tasks)
+
+        def step_of(task: Task) -> Step:
+            return self._steps[None if task.name in shared else self._kind(task)]
+
+        return divided_step(tasks, n_iter, step_of)
+
+    def _sharing_memory(self, tasks: Sequence[Task]) -> set[str]:
+        there = [task for task in tasks if task.grad is not None]
+        ranges = [(self._memory.address(task.grad), task.grad.nbytes) for task in there]
+        return {there[i].name for i in overlapping(ranges)}
 
     def _kind(self, task: Task) -> str | None:
         """The name of the task's dtype, or None for a task that this does not take."""

@@ -8,7 +8,7 @@ to this one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
@@ -100,6 +100,19 @@ def divided_step(tasks: Sequence[Task], n_iter: int, step_of: Callable[[Task], S
         done.update(zip(share, zip(*advance, strict=True), strict=True))
     ordered = [done[i] for i in range(len(tasks))]
     return Advance([grad for grad, _ in ordered], [triple for _, triple in ordered])
+
+
+def overlapping(ranges: Iterable[tuple[int, int]]) -> set[int]:
+    """Which of these pieces of memory, (address, size), lie in one before: as of tied weights.
+
+    A kernel that writes many gradients at once must leave them out, or lose one of two sums.
+    """
+    shared, end = set(), 0
+    for start, size, i in sorted((*at, i) for i, at in enumerate(ranges)):
+        if start < end:
+            shared.add(i)
+        end = max(end, start + size)
+    return shared
 
 
 def triples_of(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 
 from spectral_core.power import PowerIteration
-from spectral_core.step import Advance, Step, Task
+from spectral_core.step import Advance, Step, Task, overlapping
 
 Array: TypeAlias = Any
 Shape: TypeAlias = tuple[int, ...]
@@ -269,8 +269,10 @@ class FusedStep:
         groups: dict[_Group, list[int]] = {}
         rest = []
         fits = [self._fits(task, n_iter) for task in tasks]
-        for i in self._sharing_memory([i for i, fit in enumerate(fits) if fit], tasks):
-            fits[i] = False
+        fitting = [i for i, fit in enumerate(fits) if fit]
+        grads = [tasks[i].grad for i in fitting]
+        for k in overlapping((self._runtime.address(grad), grad.nbytes) for grad in grads):
+            fits[fitting[k]] = False
         for i, task in enumerate(tasks):
             if fits[i]:
                 kernels = Kernels(task.weight.dtype.name, task.grad.dtype.name)
@@ -284,6 +286,7 @@ class FusedStep:
         weight, grad, plan = task.weight, task.grad, task.plan
         if not (
             self._runtime.owns(weight)
+            and grad is not None
             and {weight.dtype.name, grad.dtype.name} <= _CTYPES.keys()
             and plan.order == tuple(range(len(plan.order)))
             and max(plan.matrix[-2:]) < _LARGEST
@@ -312,18 +315,6 @@ class FusedStep:
                 and place(task.factor) == place(weight)
             )
         )
-
-    def _sharing_memory(self, indices: list[int], tasks: Sequence[Task]) -> list[int]:
-        """Those whose gradient lies in another's, as with tied weights: one after the other."""
-        shared, end = [], 0
-        ranges = sorted(
-            (self._runtime.address(tasks[i].grad), tasks[i].grad.nbytes, i) for i in indices
-        )
-        for start, size, i in ranges:
-            if start < end:
-                shared.append(i)
-            end = max(end, start + size)
-        return shared
 
     def _prepared(self, group: _Group, tasks: list[Task], n_iter: int) -> _Job:
         kept = self._kept.setdefault(group, _Kept())

@@ -187,6 +187,18 @@ def test_it_needs_no_memory_of_the_matrix_size():
     assert peak < 20 * (1500 + 1400) * 4 < weights["w"].nbytes / 30
 
 
+def test_gradients_in_one_piece_of_memory_get_every_term():
+    weights, _ = model("float32", {"a": (600, 500), "b": (600, 500), "c": (300, 500)})
+    state = sc.init(weights)
+    grads = []
+    for step in (NumbaStep(), plain_step_):
+        grad = np.zeros((600, 500), "float32")
+        shared = {"a": grad, "b": grad, "c": grad[100:400]}
+        sc.add_gradient_(weights, shared, state, factor=1.0, step=step)
+        grads.append(grad)
+    np.testing.assert_allclose(*grads, rtol=1e-4, atol=1e-6)
+
+
 def test_threads_are_given_back():
     import numba
 
