@@ -92,7 +92,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
     session.run("mypy")
-    session.run("mypy", "adapters/spectral_torch", "adapters/spectral_jax")
+    session.run("mypy", *(f"adapters/spectral_{name}" for name in ("torch", "jax", "cupy")))
 
 
 @nox.session

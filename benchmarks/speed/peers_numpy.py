@@ -11,17 +11,22 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import svds
 
 import spectral_core as sc
+from spectral_core.numba_step import NumbaStep
+from spectral_core.step import Step as StepOfWeights
+from spectral_core.step import plain_step_
 
 from .cases import Case, filled
 from .forecast import require_memory, require_patience
 from .timing import LeftOutError, Step
 
 OURS = "sc.add_gradient_"
+COMPILED = "step=NumbaStep()"
 NAIVE = "paper's formula"
 SVDS = "scipy svds(k=1)"
 
 NOTES = {
     OURS: "the core in place, on NumPy arrays",
+    COMPILED: "the same with the compiled step",
     NAIVE: "a Python loop over the layers with np.outer",
     SVDS: "scipy.sparse.linalg.svds: the converged σ of each matrix, no gradient",
 }
@@ -37,7 +42,8 @@ def peers(case: Case, device: str, patience: float) -> dict[str, Callable[[], St
     require_memory(2 * case.size, device)
     weights, grads = arrays(case, 0), arrays(case, 1)
     return {
-        OURS: partial(in_place, weights, grads),
+        OURS: partial(in_place, weights, grads, plain_step_),
+        COMPILED: partial(in_place, weights, grads, NumbaStep()),
         NAIVE: partial(naive, weights, grads),
         SVDS: partial(truncated_svd, case, weights, patience),
     }
@@ -50,12 +56,12 @@ def arrays(case: Case, seed: int) -> Arrays:
     }
 
 
-def in_place(weights: Arrays, grads: Arrays) -> Step:
+def in_place(weights: Arrays, grads: Arrays, how: StepOfWeights) -> Step:
     state = sc.init(weights)
 
     def step() -> None:
         nonlocal state
-        state = sc.add_gradient_(weights, grads, state)
+        state = sc.add_gradient_(weights, grads, state, step=how)
 
     step()  # compiles what it compiles
     return step

@@ -18,6 +18,7 @@ from .forecast import require_memory, require_patience
 from .timing import LeftOutError, Step
 
 OURS = "spectral_torch"
+UNCOMPILED = "kernels=False"
 PURE = "sc.add_gradient"
 NAIVE = "paper's formula"
 NORMALIZATION = "torch spectral_norm"
@@ -26,6 +27,7 @@ FLOOR = "G.add_(W)"
 
 NOTES = {
     OURS: "SpectralNormRegularizer(…).add_gradients_()",
+    UNCOMPILED: "the same without compiled kernels, as where Numba or Triton is not installed",
     PURE: "the core without the adapter: new gradients, the old ones stay",
     NAIVE: "a Python loop over the layers with torch.outer",
     NORMALIZATION: "torch.nn.utils.parametrizations.spectral_norm: all weights computed in "
@@ -50,7 +52,8 @@ def peers(case: Case, device: str, patience: float) -> dict[str, Callable[[], St
     require_memory(2 * case.size, device)
     weights, grads = tensors(case, device, 0), tensors(case, device, 1)
     return {
-        OURS: partial(adapter, weights, grads),
+        OURS: partial(adapter, weights, grads, kernels=True),
+        UNCOMPILED: partial(adapter, weights, grads, kernels=False),
         PURE: partial(pure, case, weights, grads),
         NAIVE: partial(naive, weights, grads),
         NORMALIZATION: partial(normalization, case, weights, grads),
@@ -59,11 +62,11 @@ def peers(case: Case, device: str, patience: float) -> dict[str, Callable[[], St
     }
 
 
-def adapter(weights: Tensors, grads: Tensors) -> Step:
+def adapter(weights: Tensors, grads: Tensors, *, kernels: bool) -> Step:
     parameters = {name: nn.Parameter(w) for name, w in weights.items()}
     for name, parameter in parameters.items():
         parameter.grad = grads[name]
-    step = SpectralNormRegularizer(parameters, warmup_iters=1).add_gradients_
+    step = SpectralNormRegularizer(parameters, warmup_iters=1, kernels=kernels).add_gradients_
     step()  # compiles what it compiles
     return step
 
