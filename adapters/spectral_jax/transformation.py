@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import optax
 
 import spectral_core as sc
+from spectral_core.errors import checked_int
 
+from .products import refresh, step
 from .selection import choose, named_leaves
 
 # The core knows no pytrees; with this, `jax.jit` takes and returns its state.
@@ -27,17 +29,19 @@ jax.tree_util.register_pytree_node(
 
 
 class SpectralNormState(NamedTuple):
-    """What the transformation carries: the step's number; v and σ of each weight by its path."""
+    """What the transformation carries: the step's number; v, σ and u of each weight by its path."""
 
     count: jax.Array  # type: ignore[assignment]
     v: Any  # dict of path to array; a bare scalar where there are no parameters
     sigma: Any
+    u: Any  # empty where each step makes its own
 
 
 def add_spectral_norm_regularization(
     factor: Any = 0.01,
     *,
     n_iter: int = 1,
+    every_n_steps: int = 1,
     mask: Any | Callable[[Any], Any] | None = None,
     layouts: Mapping[str, sc.Layout | str] | None = None,
     seed: int = 0,
@@ -56,7 +60,13 @@ def add_spectral_norm_regularization(
     factor : float, array of shape (), schedule, or mapping of name or pattern to the first two
         λ. A schedule is called with the number of the step.
     n_iter : int
-        Power iterations a step.
+        Power iterations a refresh, of which there is one a step unless ``every_n_steps`` says
+        otherwise.
+    every_n_steps : int
+        σ, u and v are refreshed in the steps whose number it divides, from 0 on. The steps between
+        add the term of the last refresh, with the λ of their own, and read no weight: cheaper, but
+        the term is as old as that refresh, and so lags behind weights that move fast. With more
+        than 1 the state holds u too.
     mask : pytree of bool or callable, optional
         As in `optax.masked`: exactly the leaves that it marks are regularized. By default the
         weights of dense, convolution and recurrent layers of Flax (NNX and Linen), Haiku and
@@ -79,14 +89,18 @@ def add_spectral_norm_regularization(
     ------
     spectral_core.SpectralError
         From ``init`` or ``update``: a leaf that has no matrix, a layout that does not fit, a
-        factor out of its range.
+        factor out of its range. Also at once, if ``every_n_steps`` is less than 1.
     ValueError
         From ``update`` if it gets no params.
 
     Notes
     -----
+    Donate the buffers of what a step replaces, ``@partial(jax.jit, donate_argnums=(0, 1))`` for
+    ``step(params, state, batch)``, as with any optax optimizer: XLA then writes where they lie.
+
     `optax.inject_hyperparams` takes a mask for a schedule, and makes arrays of numbers: with a
-    mask, or to jit ``init``, pass it ``static_args=("mask", "n_iter", "seed")``.
+    mask, or to jit ``init``, pass it
+    ``static_args=("mask", "n_iter", "every_n_steps", "seed")``.
 
     For complex weights the term is ∂/∂Re + i·∂/∂Im, the direction of steepest ascent, which is
     what optax expects: conjugate what ``jax.grad`` gives before ``update``.
@@ -107,13 +121,15 @@ def add_spectral_norm_regularization(
     {'dense/kernel': 4.854}
     """
     everything = mask is not None
+    if not isinstance(every_n_steps, jax.core.Tracer):
+        checked_int(every_n_steps, "every_n_steps")
 
     def init(params: Any) -> SpectralNormState:
         count = jnp.zeros([], jnp.int32)
         if not jax.tree.leaves(params):
             # Masked out whole, or the placeholder of `optax.tree_map_params`, which maps a leaf
             # of this state over whatever stands in its place in a real one.
-            return SpectralNormState(count, v=jnp.zeros([]), sigma=jnp.zeros([]))
+            return SpectralNormState(count, jnp.zeros([]), jnp.zeros([]), jnp.zeros([]))
         weights, chosen = choose(params, layouts, everything)
         if isinstance(seed, jax.core.Tracer):
             raise sc.ArgumentError(
@@ -122,7 +138,10 @@ def add_spectral_norm_regularization(
             )
         with jax.default_matmul_precision("highest"):
             start = sc.init(weights, seed=seed, layouts=chosen)
-        return SpectralNormState(count, dict(start.v), dict(start.sigma))
+        # Traced by `optax.inject_hyperparams`, the number may be any.
+        keeps_u = isinstance(every_n_steps, jax.core.Tracer) or every_n_steps > 1
+        u = dict(start.u) if keeps_u else {}
+        return SpectralNormState(count, dict(start.v), dict(start.sigma), u)
 
     def update(
         updates: Any, state: SpectralNormState, params: Any = None
@@ -137,19 +156,24 @@ def add_spectral_norm_regularization(
         # An optimizer state may come back from a file as NumPy arrays, and gradients so too.
         given = {name: jnp.asarray(leaf) for name, _, leaf in leaves if name in weights}
         grads = {**dict.fromkeys(weights), **given}
-        v, sigma = jax.tree.map(jnp.asarray, (state.v, state.sigma))
-        before = sc.SpectralState(v, sigma, chosen)
+        v, sigma, u = jax.tree.map(jnp.asarray, (state.v, state.sigma, state.u))
+        before = sc.SpectralState(v, sigma, chosen, u)
         # float32 means float32: the default on GPU and TPU may round the products' operands.
         with jax.default_matmul_precision("highest"):
-            before, last = _all_but_last(weights, before, n_iter)
+            if u:
+                due = state.count % every_n_steps == 0
+                before, last = _refreshed_if(due, weights, grads, before, n_iter), 0
+            else:
+                before, last = _all_but_last(weights, grads, before, n_iter)
             grads, after = sc.add_gradient(
                 weights,
                 grads,
                 before,
                 factor=factor(state.count) if callable(factor) else factor,
                 n_iter=last,
+                step=step,
             )
-        new_state = SpectralNormState(count, dict(after.v), dict(after.sigma))
+        new_state = SpectralNormState(count, dict(after.v), dict(after.sigma), dict(after.u))
         new_leaves = [grads.get(name, leaf) for name, _, leaf in leaves]
         return jax.tree.unflatten(structure, new_leaves), new_state
 
@@ -197,16 +221,36 @@ def sigmas(state: Any) -> dict[str, jax.Array]:
     }
 
 
+def _refreshed_if(
+    due: jax.Array,
+    weights: Mapping[str, jax.Array],
+    grads: Mapping[str, Any],
+    state: sc.SpectralState,
+    n_iter: Any,
+) -> sc.SpectralState:
+    """``state``, iterated where ``due``; else no weight is read."""
+
+    def refreshed(state: sc.SpectralState) -> sc.SpectralState:
+        state, last = _all_but_last(weights, grads, state, n_iter)
+        return sc.add_gradient(weights, grads, state, n_iter=last, step=refresh)[1]
+
+    def kept(state: sc.SpectralState) -> sc.SpectralState:
+        return state
+
+    return jax.lax.cond(due, refreshed, kept, state)
+
+
 def _all_but_last(
-    weights: Mapping[str, jax.Array], state: sc.SpectralState, n_iter: Any
+    weights: Mapping[str, jax.Array],
+    grads: Mapping[str, Any],
+    state: sc.SpectralState,
+    n_iter: Any,
 ) -> tuple[sc.SpectralState, int]:
     """What `add_gradient` is to do, where `optax.inject_hyperparams` has made ``n_iter`` traced."""
     if not isinstance(n_iter, jax.core.Tracer):
         return state, n_iter
 
-    def one(_: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        after = sc.iterate(weights, sc.SpectralState(*carry, state.layouts))
-        return dict(after.v), dict(after.sigma)
+    def one(_: Any, state: sc.SpectralState) -> sc.SpectralState:
+        return sc.add_gradient(weights, grads, state, n_iter=1, step=refresh)[1]
 
-    v, sigma = jax.lax.fori_loop(1, n_iter, one, (dict(state.v), dict(state.sigma)))
-    return sc.SpectralState(v, sigma, state.layouts), 1
+    return jax.lax.fori_loop(1, n_iter, one, state), 1

@@ -282,6 +282,125 @@ def test_tree_map_params_leaves_the_state_alone():
     assert bool((mapped[1].trace["dense"]["kernel"] == 1).all())
 
 
+# The products, and the steps between refreshes
+
+
+@pytest.mark.parametrize("layout", ["io", "oi", "sio", "hwio", "oihw"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
+def test_the_iteration_equals_the_core_s(layout, dtype):
+    w = RNG.standard_normal((3, 4, 5, 2)[: len(layout)])
+    w = w + 1j * RNG.standard_normal(w.shape) if dtype == jnp.complex64 else w
+    params = {"a": jnp.asarray(w, dtype), "b": jnp.asarray(2 * w, dtype)}
+    options = {"factor": {"a": 0.1, "b": 0.4}, "n_iter": 2}
+    expected, core = by_core(params, layout, **options)
+    tx = add_spectral_norm_regularization(**options, layouts={"*": layout})
+    updates, state = run(tx, params)
+    assert_trees_close(state.v, dict(core.v), rtol=1e-4)
+    assert_trees_close(state.sigma, dict(core.sigma), rtol=1e-5)
+    wide = {k: (np.asarray(updates[k], w.dtype), np.asarray(expected[k], w.dtype)) for k in "ab"}
+    for found, wanted in wide.values():
+        np.testing.assert_allclose(found, wanted, rtol=1e-2 if dtype == jnp.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize("layout", ["io", "oi", "hwio", "oihw"])
+def test_no_product_transposes_a_weight(layout):
+    # XLA's CPU compiler takes 10 times as long for it.
+    params = {"w": jnp.ones((2, 3, 4, 5)[-len(layout) :])}
+    tx = add_spectral_norm_regularization(0.1, layouts={"w": layout})
+    text = jax.jit(tx.update).lower(zeros(params), tx.init(params), params).as_text()
+    shape = "x".join(map(str, params["w"].shape)) + "xf32"
+    transposes = [line for line in text.splitlines() if "stablehlo.transpose" in line]
+    assert not [line for line in transposes if f"(tensor<{shape}>)" in line]
+    assert text.count("stablehlo.dot_general") == 2
+
+
+def every_third(params, steps, schedule):
+    """A loop by hand."""
+    w = params["dense"]["kernel"].T
+    v = sc.start_vector((w.shape[1],), w, name="dense/kernel")
+    terms = []
+    for count in range(steps):
+        if count % 3 == 0:
+            sigma, u, v = sc.power_iteration(w, v)
+        terms.append(schedule(count) * sigma * jnp.outer(v, u))
+        w = 0.9 * w
+    return terms, sigma
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_every_n_steps_equals_a_loop_by_hand_and_resumes(jit):
+    params = {"dense": params_of()["dense"]}
+    schedule = optax.linear_schedule(0.0, 0.7, 7)
+    expected, sigma = every_third(params, 7, schedule)
+    tx = add_spectral_norm_regularization(schedule, every_n_steps=3)
+    update = jax.jit(tx.update) if jit else tx.update
+    state = tx.init(params)
+    assert state.u["dense/kernel"].shape == (6,)
+    for count, term in enumerate(expected):
+        if count == 5:  # in the middle of a cycle
+            state = pickle.loads(pickle.dumps(jax.tree.map(np.asarray, state)))
+        updates, state = update(zeros(params), state, params)
+        np.testing.assert_allclose(updates["dense"]["kernel"], term, rtol=1e-5, atol=1e-6)
+        params = jax.tree.map(lambda p: 0.9 * p, params)
+    np.testing.assert_allclose(state.sigma["dense/kernel"], sigma, rtol=1e-6)
+
+
+def test_between_refreshes_no_weight_is_read_or_copied():
+    params = {"w": jnp.ones((48, 32))}
+    tx = add_spectral_norm_regularization(0.1, every_n_steps=4)
+    args = (zeros(params), tx.init(params), params)
+    text = jax.jit(tx.update, donate_argnums=(0, 1)).lower(*args).compile().as_text()
+    entry = text[text.index("ENTRY") :]
+    assert "conditional(" in entry
+    assert not any("dot" in line.split("metadata")[0] for line in entry.splitlines())
+    made = [line for line in text.splitlines() if "= f32[48,32]" in line or "= f32[32,48]" in line]
+    assert not [line for line in made if " copy(" in line or " transpose(" in line]
+
+
+def test_without_it_the_state_holds_no_u():
+    assert add_spectral_norm_regularization(0.1).init(params_of()).u == {}
+
+
+def test_every_n_steps_with_missing_updates_and_injection():
+    params = params_of()
+    injected = optax.inject_hyperparams(add_spectral_norm_regularization)(
+        factor=0.1, n_iter=2, every_n_steps=2
+    )
+    direct = add_spectral_norm_regularization(0.1, n_iter=2, every_n_steps=2)
+    assert_trees_close(run(injected, params)[0], run(direct, params)[0], rtol=1e-5)
+    updates, state = zeros(params), direct.init(params)
+    updates["dense"]["kernel"] = None
+    new, after = direct.update(updates, state, params)
+    assert new["dense"]["kernel"] is None
+    for field in ("v", "u", "sigma"):
+        before = getattr(state, field)["dense/kernel"]
+        np.testing.assert_array_equal(getattr(after, field)["dense/kernel"], before)
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, "2"])
+def test_a_bad_every_n_steps_is_refused(every):
+    with pytest.raises(sc.ArgumentError, match="every_n_steps"):
+        add_spectral_norm_regularization(0.1, every_n_steps=every)
+
+
+@pytest.mark.filterwarnings("error")
+def test_gradients_and_state_can_be_donated_without_a_warning():
+    for every in (1, 3):
+        params, tx = params_of(), add_spectral_norm_regularization(0.1, every_n_steps=every)
+        step = jax.jit(tx.update, donate_argnums=(0, 1))
+        grads, state = zeros(params), tx.init(params)
+        for _ in range(3):
+            grads, state = step(grads, state, params)
+
+
+def test_accumulated_steps():
+    params = params_of()
+    tx = optax.MultiSteps(add_spectral_norm_regularization(0.1), every_k_schedule=2)
+    updates, _ = run(tx, params, steps=4)
+    expected, _ = run(add_spectral_norm_regularization(0.1), params, steps=2)
+    assert_trees_close(updates, expected, rtol=1e-5)
+
+
 # Layouts
 
 
