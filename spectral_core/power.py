@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import index
 from typing import NamedTuple
 
@@ -92,9 +93,22 @@ def power_iteration(
     kind = _check(W, v, xp)
     W, v = cast(W, kind.iteration_dtype, xp), cast(v, kind.iteration_dtype, xp)
     tiny = kind.tiny if eps is None else eps
-    for _ in range(checked_int(n_iter, "n_iter")):
-        u, _, _ = _normalized(matvec(W, v), tiny, xp)
-        unit, inverse, sigma = _normalized(rmatvec(W, u, xp), tiny, xp)
+    n_iter = checked_int(n_iter, "n_iter")
+    return iterated(lambda v: matvec(W, v), lambda u: rmatvec(W, u, xp), v, n_iter, tiny, xp)
+
+
+def iterated(
+    times: Callable[[Array], Array],
+    adjoint_times: Callable[[Array], Array],
+    v: Array,
+    n_iter: int,
+    tiny: float,
+    xp: Namespace,
+) -> PowerIteration:
+    """The iteration of `power_iteration`, of a matrix that is given by its two products."""
+    for _ in range(n_iter):
+        u, _, _ = _normalized(times(v), tiny, xp)
+        unit, inverse, sigma = _normalized(adjoint_times(u), tiny, xp)
         v = xp.where(inverse > 0, unit, v)
     return PowerIteration(sigma[..., 0], u, v)
 
@@ -151,10 +165,14 @@ def matvec(W: Array, v: Array) -> Array:
     return W @ v if W.ndim == 2 else (W @ v[..., None])[..., 0]
 
 
+def vecmat(u: Array, W: Array) -> Array:
+    """uᵀW, stacked."""
+    return u @ W if W.ndim == 2 else (u[..., None, :] @ W)[..., 0, :]
+
+
 def rmatvec(W: Array, u: Array, xp: Namespace) -> Array:
     """Wᴴu, as (uᴴW)ᴴ: the long way round would transpose or conjugate the matrix."""
-    row = conj(u, xp)
-    return conj(row @ W if W.ndim == 2 else (row[..., None, :] @ W)[..., 0, :], xp)
+    return conj(vecmat(conj(u, xp), W), xp)
 
 
 def _check(W: Array, v: Array, xp: Namespace) -> Traits:

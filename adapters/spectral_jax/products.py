@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from spectral_core import PowerIteration
-from spectral_core._arrays import cast, conj, squared, traits
+from spectral_core._arrays import cast, conj, traits
 from spectral_core.layout import lay, lying_matrix, reshaped, unlay
-from spectral_core.step import Advance, Task, plain_step
+from spectral_core.power import iterated, matvec, vecmat
+from spectral_core.step import Advance, Task, plain_step, triples_of
 
 
 def step(tasks: Sequence[Task], n_iter: int) -> Advance:
@@ -32,16 +33,22 @@ def refresh(tasks: Sequence[Task], n_iter: int) -> Advance:
 
 
 def _iterated(task: Task, n_iter: int) -> PowerIteration:
+    if task.v.ndim > len(task.plan.right):  # several vectors: products of matrices are fast anyway
+        return triples_of([task], n_iter)[0]
     kind = traits(task.weight, jnp, task.name)
     stored, transposed = _stored(task)
     W = cast(stored, kind.iteration_dtype, jnp)
     v = lay(cast(task.v, kind.iteration_dtype, jnp), task.plan, jnp)
-    to_u, to_v = (_left, _right) if transposed else (_right, _left)
-    for _ in range(n_iter):
-        u, _, _ = _normalized(to_u(W, v), kind.tiny)
-        unit, inverse, sigma = _normalized(conj(to_v(W, conj(u, jnp)), jnp), kind.tiny)
-        v = jnp.where(inverse > 0, unit, v)
-    return PowerIteration(sigma[..., 0], u, unlay(v, task.plan, jnp))
+
+    def times(v: jax.Array) -> jax.Array:
+        return vecmat(v, W) if transposed else matvec(W, v)
+
+    def adjoint_times(u: jax.Array) -> jax.Array:
+        u = conj(u, jnp)
+        return conj(matvec(W, u) if transposed else vecmat(u, W), jnp)
+
+    triple = iterated(times, adjoint_times, v, n_iter, kind.tiny, jnp)
+    return triple._replace(v=unlay(triple.v, task.plan, jnp))
 
 
 def _stored(task: Task) -> tuple[jax.Array, bool]:
@@ -55,21 +62,3 @@ def _stored(task: Task) -> tuple[jax.Array, bool]:
         if is_cut and columns_first == tuple(range(len(columns_first))):
             return reshaped(task.weight, (*stack, n, m), jnp), True
     return lying_matrix(task.weight, plan, jnp), False
-
-
-def _right(W: jax.Array, x: jax.Array) -> jax.Array:
-    """``W @ x``, stacked."""
-    return W @ x if W.ndim == 2 else (W @ x[..., None])[..., 0]
-
-
-def _left(W: jax.Array, x: jax.Array) -> jax.Array:
-    """``x @ W``, stacked."""
-    return x @ W if W.ndim == 2 else (x[..., None, :] @ W)[..., 0, :]
-
-
-def _normalized(x: jax.Array, tiny: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(x/‖x‖, 1/‖x‖, ‖x‖) as in the core: an inverse of zero is a zero vector's alone."""
-    square = jnp.sum(squared(x, jnp), axis=-1, keepdims=True)
-    length = jnp.sqrt(square)
-    inverse = length / (square + tiny)
-    return x * inverse, inverse, length

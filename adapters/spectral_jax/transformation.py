@@ -41,6 +41,7 @@ def add_spectral_norm_regularization(
     factor: Any = 0.01,
     *,
     n_iter: int = 1,
+    n_vectors: int = 1,
     every_n_steps: int = 1,
     mask: Any | Callable[[Any], Any] | None = None,
     layouts: Mapping[str, sc.Layout | str] | None = None,
@@ -62,6 +63,9 @@ def add_spectral_norm_regularization(
     n_iter : int
         Power iterations a refresh, of which there is one a step unless ``every_n_steps`` says
         otherwise.
+    n_vectors : int
+        How many vectors to iterate with for each matrix. More than one keep track of σ where σ₂
+        comes close to it or overtakes it (`spectral_core.block_iteration`).
     every_n_steps : int
         σ, u and v are refreshed in the steps whose number it divides, from 0 on. The steps between
         add the term of the last refresh, with the λ of their own, and read no weight: cheaper, but
@@ -100,7 +104,7 @@ def add_spectral_norm_regularization(
 
     `optax.inject_hyperparams` takes a mask for a schedule, and makes arrays of numbers: with a
     mask, or to jit ``init``, pass it
-    ``static_args=("mask", "n_iter", "every_n_steps", "seed")``.
+    ``static_args=("mask", "n_iter", "n_vectors", "every_n_steps", "seed")``.
 
     For complex weights the term is ∂/∂Re + i·∂/∂Im, the direction of steepest ascent, which is
     what optax expects: conjugate what ``jax.grad`` gives before ``update``.
@@ -131,13 +135,14 @@ def add_spectral_norm_regularization(
             # of this state over whatever stands in its place in a real one.
             return SpectralNormState(count, jnp.zeros([]), jnp.zeros([]), jnp.zeros([]))
         weights, chosen = choose(params, layouts, everything)
-        if isinstance(seed, jax.core.Tracer):
-            raise sc.ArgumentError(
-                "seed is traced, but decides the start vectors on the host: give "
-                'optax.inject_hyperparams static_args=("seed",), or do not jit init'
-            )
+        for value, what in ((seed, "seed"), (n_vectors, "n_vectors")):
+            if isinstance(value, jax.core.Tracer):
+                raise sc.ArgumentError(
+                    f"{what} is traced, but decides the start vectors on the host: give "
+                    'optax.inject_hyperparams static_args=("seed", "n_vectors"), or do not jit init'
+                )
         with jax.default_matmul_precision("highest"):
-            start = sc.init(weights, seed=seed, layouts=chosen)
+            start = sc.init(weights, seed=seed, layouts=chosen, n_vectors=n_vectors)
         # Traced by `optax.inject_hyperparams`, the number may be any.
         keeps_u = isinstance(every_n_steps, jax.core.Tracer) or every_n_steps > 1
         u = dict(start.u) if keeps_u else {}

@@ -268,7 +268,7 @@ def test_a_traced_seed_is_explained():
     with pytest.raises(sc.ArgumentError, match="static_args"):
         jax.jit(injected(factor=0.1).init)(params_of())
     static = optax.inject_hyperparams(
-        add_spectral_norm_regularization, static_args=("n_iter", "seed")
+        add_spectral_norm_regularization, static_args=("n_iter", "n_vectors", "seed")
     )
     jax.jit(static(factor=0.1).init)(params_of())
 
@@ -559,3 +559,37 @@ def test_haiku():
         "conv2_d_transpose/w": (16,),
         "linear/w": (96,),
     }
+
+
+# Products
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        ("oi", (5, 7)),
+        ("io", (7, 5)),
+        ("io", (1, 5)),
+        ("io", (7, 1)),
+        ("hwio", (3, 1, 4, 5)),
+        ("hwio", (1, 1, 4, 5)),
+        ("iohw", (4, 5, 2, 2)),
+        ("sio", (3, 4, 5)),
+        ("iso", (4, 3, 5)),
+        (sc.Layout("hwi(go)", groups=2), (2, 2, 3, 6)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("n_vectors", [1, 3])
+def test_every_layout_gives_the_cores_step(layout, shape, n_vectors):
+    rng = np.random.default_rng(0)
+    w, g = rng.standard_normal(shape), rng.standard_normal(shape)
+    tx = add_spectral_norm_regularization(0.3, layouts={"w": layout}, n_vectors=n_vectors)
+    params = {"w": jnp.asarray(w)}
+    state = tx.init(params)
+    expected_state = sc.init({"w": w}, layouts=layout, n_vectors=n_vectors)
+    found, state = jax.jit(tx.update)({"w": jnp.asarray(g)}, state, params)
+    expected, expected_state = sc.add_gradient({"w": w}, {"w": g}, expected_state, factor=0.3)
+    np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(state.sigma["w"], expected_state.sigma["w"], rtol=1e-10)
+    assert state.v["w"].shape == expected_state.v["w"].shape
