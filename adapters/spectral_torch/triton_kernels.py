@@ -274,5 +274,5 @@ def update(
             v = _v_of_update(v_ptr, z_ptr, inverse_z, col, row, n, 1 << (c // 2), ITERATED)
             _rows_of_update(
                 grad_ptr, u_ptr, t_ptr, inverse_t, weight, v, col, row, end, n,
-                TILE, 1 << (c // 2), VECTOR if c % 2 else 1, SUM, ITERATED,
+                TILE if c % 2 else TILE // 2, 1 << (c // 2), VECTOR if c % 2 else 1, SUM, ITERATED,
             )  # fmt: skip

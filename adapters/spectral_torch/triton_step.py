@@ -41,6 +41,8 @@ _ITERATED = {
 }
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)  # a subclass may have no memory of its own
 
+_IDENTITY = tuple(range(64))
+
 # Widths of tiles, in powers of two. Fewer than there are: each that a model has is compiled, and
 # a tile that is half empty costs no memory traffic, only arithmetic that the kernel can spare.
 _PRODUCT_WIDTHS = (5, 7, 9, 10, 11, 12, 13, 14)
@@ -108,50 +110,45 @@ def takes(task: Task) -> bool:
         reshaped, of at most `LIMITS` columns, with a contiguous v (and last u, v and σ) in the
         dtype of the iteration.
     """
-    weight, grad, plan = task.weight, task.grad, task.plan
-    dtype = _ITERATED.get(weight.dtype)
+    weight, grad, plan, last = task.weight, task.grad, task.plan, task.last
+    dtype, order = _ITERATED.get(weight.dtype), plan.order
     # The device first: to ask what there is starts CUDA, and imports Triton.
-    if dtype is None or weight.device.type != ("cpu" if interpreted() else "cuda"):
+    if dtype is None or weight.is_cuda == interpreted() or not available():
         return False
+    shape, device = weight.shape, weight.get_device()
     return (
-        available()
-        and type(weight) in _PLAIN_TENSORS
+        type(weight) in _PLAIN_TENSORS
         and type(grad) in _PLAIN_TENSORS
         and grad.dtype in _ITERATED
         and plan.matrix[-1] <= LIMITS[dtype]
-        and plan.order == tuple(range(len(plan.order)))
-        and _fits(weight, weight.shape, weight.dtype, weight.device)
-        and _fits(grad, weight.shape, grad.dtype, weight.device)
-        and _fits(task.v, plan.right, dtype, weight.device)
-        and (task.last is None or _fits_last(task.last, task, dtype))
-        and _fits_factor(task.factor, weight.device)
+        and order == _IDENTITY[: len(order)]
+        and _fits(weight, shape, weight.dtype, device)
+        and _fits(grad, shape, grad.dtype, device)
+        and _fits(task.v, plan.right, dtype, device)
+        and (last is None or last.v is task.v or _fits(last.v, plan.right, dtype, device))
+        and (last is None or _fits(last.u, plan.matrix[:-1], dtype, device))
+        and (last is None or _fits(last.sigma, plan.matrix[:-2], dtype, device))
+        and (type(task.factor) is float or _fits_factor(task.factor, device))
     )
 
 
-def _fits(x: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> bool:
+def _fits(x: Tensor, shape: Sequence[int], dtype: torch.dtype, device: int) -> bool:
     return (
-        isinstance(x, Tensor)
-        and x.layout == torch.strided
-        and x.dtype == dtype
-        and x.device == device
+        x.dtype is dtype
+        and x.get_device() == device
         and x.shape == shape
+        and x.layout is torch.strided
         and x.is_contiguous()
     )
 
 
-def _fits_last(last: PowerIteration, task: Task, dtype: torch.dtype) -> bool:
-    matrix, device = task.plan.matrix, task.weight.device
-    return (
-        _fits(last.sigma, matrix[:-2], dtype, device)
-        and _fits(last.u, matrix[:-1], dtype, device)
-        and (last.v is task.v or _fits(last.v, task.plan.right, dtype, device))
-    )
-
-
-def _fits_factor(factor: Any, device: torch.device) -> bool:
+def _fits_factor(factor: Any, device: int) -> bool:
     if isinstance(factor, Tensor):
-        return type(factor) in _PLAIN_TENSORS and (
-            factor.dtype in _ITERATED and factor.device == device and factor.ndim == 0
+        dtype = factor.dtype
+        return (
+            type(factor) in _PLAIN_TENSORS
+            and dtype in _ITERATED
+            and _fits(factor, (), dtype, device)
         )
     return isinstance(factor, (float, int))
 
@@ -301,9 +298,11 @@ class _Group:
 
     def run(self, tasks: Sequence[Task], triples: Sequence[PowerIteration], n_iter: int) -> None:
         """Launch all kernels of a step."""
-        mine = [tasks[i] for i in self.indices]
-        pointers, classes = self._pointers(mine, [triples[i] for i in self.indices])
-        factors, gathered = self._factors(mine)
+        if len(self.indices) < len(tasks):
+            tasks = [tasks[i] for i in self.indices]
+            triples = [triples[i] for i in self.indices]
+        pointers, classes = self._pointers(tasks, triples)
+        factors, gathered = self._factors(tasks)
         with _on(self.device):
             for to_come in reversed(range(n_iter)):
                 self._iterate(pointers, classes[0], keep=to_come > 0)
@@ -368,21 +367,21 @@ class _Group:
         )
 
     def _pointers(
-        self, tasks: list[Task], triples: list[PowerIteration]
+        self, tasks: Sequence[Task], triples: Sequence[PowerIteration]
     ) -> tuple[Tensor, tuple[int, int]]:
         """The table of addresses, and which bodies the two large kernels need for it."""
-        key = tuple(
-            [
-                x.data_ptr()
-                for task, (sigma, u, v) in zip(tasks, triples, strict=True)
-                for x in (task.weight, task.grad, v, u, sigma)
-            ]
+        key = (
+            *[task.weight.data_ptr() for task in tasks],
+            *[task.grad.data_ptr() for task in tasks],
+            *[triple.v.data_ptr() for triple in triples],
+            *[triple.u.data_ptr() for triple in triples],
+            *[triple.sigma.data_ptr() for triple in triples],
         )
         table, classes = self.addresses.get(key, self._make_pointers)
         return table, classes
 
     def _make_pointers(self, key: tuple[int, ...]) -> tuple[np.ndarray, tuple[int, int]]:
-        bases = np.repeat(np.array(key, dtype=np.int64).reshape(-1, 5), self.counts, axis=0)
+        bases = np.repeat(np.array(key, dtype=np.int64).reshape(5, -1).T, self.counts, axis=0)
         strides = np.stack(
             [
                 self.m * self.n * self.weight_dtype.itemsize,
@@ -401,23 +400,20 @@ class _Group:
         bits = np.bitwise_or.reduce(1 << classes, axis=0)
         return np.concatenate([addresses, classes], axis=1), (int(bits[0]), int(bits[1]))
 
-    def _factors(self, tasks: list[Task]) -> tuple[Tensor, Tensor | None]:
+    def _factors(self, tasks: Sequence[Task]) -> tuple[Tensor, Tensor | None]:
         """The table of (number, place among the tensors or -1), and the tensors gathered."""
-        tensors: dict[int, Tensor] = {}
-        places: dict[int, int] = {}
-        key: list[tuple[float, int]] = []
-        for task in tasks:
-            factor = task.factor
-            if isinstance(factor, Tensor):
-                tensors[id(factor)] = factor
-                key.append((1.0, places.setdefault(id(factor), len(places))))
-            else:
-                key.append((float(factor), -1))
+        factors = [task.factor for task in tasks]
+        if {float}.issuperset(map(type, factors)):
+            return self.factors.get(tuple(factors), self._make_factors)[0], None
+        tensors = {id(factor): factor for factor in factors if isinstance(factor, Tensor)}
+        places = {key: place for place, key in enumerate(tensors)}
+        key = [(1.0, places[id(x)]) if id(x) in places else (float(x), -1) for x in factors]
         table, _ = self.factors.get(tuple(key), self._make_factors)
         return table, _gathered(list(tensors.values())) if tensors else None
 
-    def _make_factors(self, key: tuple[tuple[float, int], ...]) -> tuple[np.ndarray, None]:
-        return np.repeat(np.array(key, dtype=np.float64), self.counts, axis=0), None
+    def _make_factors(self, key: tuple[Any, ...]) -> tuple[np.ndarray, None]:
+        rows = [row if isinstance(row, tuple) else (row, -1) for row in key]
+        return np.repeat(np.array(rows, dtype=np.float64), self.counts, axis=0), None
 
     def _make_work(self) -> _Work:
         """Divide the matrices among programs, and give each part of the scratch memory."""

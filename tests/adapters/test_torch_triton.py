@@ -304,6 +304,21 @@ def test_in_triton_s_interpreter():
     assert " passed" in done.stdout
 
 
+WITHOUT = """
+import sys
+sys.modules["triton"] = None
+sys.path[:0] = ["adapters"]
+from spectral_torch import triton_step
+assert not triton_step.available()
+assert not triton_step.interpreted()
+assert triton_step.TritonStep()([], 1) == ([], [])
+"""
+
+
+def test_without_triton_it_is_not_available():
+    subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, check=True)
+
+
 # Launches as `TritonStep` makes them, compiled for sm_90 and not run: a driver that has no device.
 COMPILE = """
 import re, subprocess, sys, tempfile
@@ -343,6 +358,8 @@ for model in models:
     tasks = [here.task(shape, W, grad=G) for shape, W, G in model]
     for n_iter in (2, 0):
         triton_step.TritonStep()(tasks, n_iter)
+    factor = torch.tensor(0.1)
+    triton_step.TritonStep()([one._replace(factor=factor) for one in tasks], 1)
 ptxas = triton.knobs.nvidia.ptxas.path
 for name, kwargs, ptx in compiled.values():
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -364,7 +381,7 @@ for name, kwargs, ptx in compiled.values():
 def test_compiles_for_hopper_without_spills():
     done = subprocess.run(
         [sys.executable, "-c", COMPILE],
-        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
+        env={**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""},
         cwd=ROOT,
         capture_output=True,
         text=True,
