@@ -521,12 +521,12 @@ class _Table:
 
     def _fill(self, key: Hashable, make: Callable[[Any], tuple[np.ndarray, Any]]) -> _Filled:
         values, more = make(key)
-        host = torch.from_numpy(values)
-        if self._device.type == "cuda":
-            # New pinned memory each time: PyTorch keeps it until the copy from it has been made.
+        host, pinned = torch.from_numpy(values), self._device.type == "cuda"
+        while len(self._spare) < _SPARE_TABLES:
+            self._spare.append((self._empty(), torch.empty_like(host, pin_memory=pinned)))
+        if pinned:
+            # New memory each time: PyTorch keeps it until the copy from it has been made.
             host = host.pin_memory()
-            while len(self._spare) < _SPARE_TABLES:
-                self._spare.append((self._empty(), torch.empty_like(host, pin_memory=True)))
         if self._filled is None or self._frozen:
             if self._filled is not None:
                 self._kept.append(self._filled)
