@@ -246,7 +246,7 @@ def test_the_tables_of_a_capture_are_its_own(monkeypatch):
     assert get(3, 4) is moved  # the captured one may not have been filled yet
     assert (first.tolist(), captured.tolist()) == ([2, 3], [3, 4])
     assert table.captured
-    for i in range(triton_step._SPARE_TABLES - 1):
+    for i in range(triton_step._SPARE_TABLES):
         get(i, i, capturing=True)
     with pytest.raises(RuntimeError, match="run one between them"):
         get(9, 9, capturing=True)
