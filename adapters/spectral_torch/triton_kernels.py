@@ -1,0 +1,278 @@
+"""The Triton kernels of `triton_step`: Algorithm 1 on all matrices of a model at once.
+
+One iteration is three launches, whatever the number of matrices and their shapes:
+
+1. `products` reads W once. A program takes some rows of one matrix and holds all of v and a sum
+   over its rows in registers: ``t = Wv`` of a tile of rows, then at once ``y += tᵀW`` of the same
+   tile. What a program has summed goes to scratch.
+2. `columns` adds up the sums of all programs, a block of columns each: ``z = Wᵀt/‖t‖``.
+3. `update` computes σ = ‖z‖ and v = z/σ on the way, and adds the term to G. Where another
+   iteration follows, `directions` stores v alone.
+
+No atomics, and every sum in one order: the same input gives the same bits.
+
+What a program works on, it looks up: every kernel is given ``pointers`` and ``shapes``, with one
+row a matrix, and a table of its work, with one row a program. A matrix's rows and columns come
+in many sizes, and a Triton tile is a power of two: the body of a kernel is compiled once for each
+width that the model has (the bits of ``CLASSES``), and a program branches to the one it needs.
+
+Range: everything that is added up is of the order of σ² or σ, never σ⁴, for t is divided by its
+length before z is squared. This is the range of the core's arithmetic.
+"""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# The columns of the table `pointers`, and of `shapes`.
+N_POINTERS = tl.constexpr(7)
+W, G, V, U, SIGMA, PRODUCTS_CLASS, UPDATE_CLASS = (tl.constexpr(i) for i in range(7))
+N_SHAPES = tl.constexpr(10)
+ROWS, COLUMNS, FIRST_ITEM, N_ITEMS, PARTIAL, STRIDE, FIRST_BLOCK, N_BLOCKS, T, Z = (
+    tl.constexpr(i) for i in range(10)
+)
+
+BLOCK = tl.constexpr(64)  # columns of a program of `columns` and `directions`
+MOST_BLOCKS = tl.constexpr(256)  # of a matrix: the limit on columns over BLOCK
+
+
+@triton.jit
+def _pointer(pointers, matrix, FIELD: tl.constexpr, DTYPE: tl.constexpr):
+    address = tl.load(pointers + matrix * N_POINTERS + FIELD)
+    return address.to(tl.pointer_type(DTYPE), bitcast=True)
+
+
+@triton.jit
+def _shape(shapes, matrix, FIELD: tl.constexpr):
+    return tl.load(shapes + matrix * N_SHAPES + FIELD)
+
+
+@triton.jit
+def _size(shapes, matrix, FIELD: tl.constexpr):
+    return _shape(shapes, matrix, FIELD).to(tl.int32)
+
+
+@triton.jit
+def _length_and_inverse(square, TINY: tl.constexpr):
+    """The core's ``_normalized``: an inverse of 0 for 0, and NaN where it is not finite."""
+    if square.dtype == tl.float64:
+        length = tl.sqrt(square)
+        inverse = length / (square + TINY)
+    else:  # the plain ones are approximate, and flush what is subnormal
+        length = tl.sqrt_rn(square)
+        inverse = tl.div_rn(length, square + TINY)
+    return length, inverse
+
+
+@triton.jit
+def _rows_of_products(
+    matrix_ptr, v_ptr, t_ptr, sum_ptr, row, end, n,
+    TILE: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Rows ``row`` to ``end``: their t and the sum of tᵀW to scratch; returns ‖t‖²."""
+    HEIGHT: tl.constexpr = TILE // WIDTH
+    if VECTOR > 1:  # say to the compiler what the launcher has checked: 16 bytes a load
+        n = n // VECTOR * VECTOR
+    lines = tl.arange(0, HEIGHT)
+    cols = tl.arange(0, WIDTH)
+    inside = (cols < n)[None, :]
+    v_places, sum_places = v_ptr + cols, sum_ptr + cols
+    if VECTOR > 1:
+        v_places, sum_places = tl.multiple_of(v_places, 16), tl.multiple_of(sum_places, 16)
+    v = tl.load(v_places, mask=cols < n, other=0.0)[None, :]
+    total = tl.zeros((HEIGHT, WIDTH), ACC)
+    square = tl.zeros((HEIGHT,), ACC)
+    # Stages: tiles on their way to shared memory while one is worked on.
+    for start in tl.range(row, end, HEIGHT, num_stages=STAGES):
+        rows = start + lines
+        there = (rows < end)[:, None] & inside
+        places = (matrix_ptr + rows.to(tl.int64) * n)[:, None] + cols[None, :]
+        if VECTOR > 1:
+            places = tl.multiple_of(places, [1, 16])
+        tile = tl.load(places, mask=there, other=0.0).to(ACC)
+        t = tl.sum(tile * v, axis=1)
+        tl.store(t_ptr + rows, t, mask=rows < end)
+        square += t * t
+        total += tile * t[:, None]
+    tl.store(sum_places, tl.sum(total, axis=0), mask=cols < n)
+    return tl.sum(square, axis=0)
+
+
+@triton.jit
+def products(
+    pointers, shapes, items, sums, ts, squares,
+    DTYPE: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
+    CLASSES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """``t = Wv`` and ``Wᵀt`` of the rows of an item (matrix, first row, row after the last).
+
+    Class 2c + a: width 2ᶜ, and with a = 1 rows that 16-byte loads may be used on.
+    """
+    item = tl.program_id(0)
+    matrix = tl.load(items + 3 * item)
+    row = tl.load(items + 3 * item + 1)
+    end = tl.load(items + 3 * item + 2)
+    kind = tl.load(pointers + matrix * N_POINTERS + PRODUCTS_CLASS).to(tl.int32)
+    matrix_ptr = _pointer(pointers, matrix, W, DTYPE)
+    v_ptr = _pointer(pointers, matrix, V, ACC)
+    n = _size(shapes, matrix, COLUMNS)
+    t_ptr = ts + _shape(shapes, matrix, T)
+    nth = item - _size(shapes, matrix, FIRST_ITEM)
+    sum_ptr = sums + _shape(shapes, matrix, PARTIAL) + nth * _shape(shapes, matrix, STRIDE)
+    for c in tl.static_range(32):
+        if (CLASSES >> c) & 1 and kind == c:
+            square = _rows_of_products(
+                matrix_ptr, v_ptr, t_ptr, sum_ptr, row, end, n,
+                TILE, 1 << (c // 2), VECTOR if c % 2 else 1, ACC, STAGES,
+            )  # fmt: skip
+            tl.store(squares + item, square)
+
+
+@triton.jit
+def columns(
+    shapes, blocks, sums, squares, zs, z_squares, inverses,
+    ACC: tl.constexpr, TINY: tl.constexpr, HEIGHT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """``z = Wᵀt/‖t‖`` of a block of columns (matrix, nth block), and its share of ‖z‖²."""
+    block = tl.program_id(0)
+    matrix = tl.load(blocks + 2 * block)
+    nth = tl.load(blocks + 2 * block + 1)
+    n = _size(shapes, matrix, COLUMNS)
+    n_items = _size(shapes, matrix, N_ITEMS)
+    # Scratch rows are padded: what lies past the n columns is loaded, in whole vectors, and unused.
+    stride = _size(shapes, matrix, STRIDE) // 32 * 32
+    cols = nth * BLOCK + tl.arange(0, BLOCK)
+    lines = tl.arange(0, HEIGHT)
+    some_squares = tl.zeros((HEIGHT,), ACC)
+    square_ptr = squares + _size(shapes, matrix, FIRST_ITEM)
+    total = tl.zeros((HEIGHT, BLOCK), ACC)
+    sum_ptr = sums + _shape(shapes, matrix, PARTIAL)
+    for start in tl.range(0, n_items, HEIGHT, num_stages=STAGES):
+        rows = start + lines
+        some_squares += tl.load(square_ptr + rows, mask=rows < n_items, other=0.0)
+        there = (rows < n_items)[:, None] & (cols < stride)[None, :]
+        places = (sum_ptr + rows.to(tl.int64) * stride)[:, None] + cols[None, :]
+        places = tl.multiple_of(places, [1, 16])
+        total += tl.load(places, mask=there, other=0.0)
+    _, inverse = _length_and_inverse(tl.sum(some_squares, axis=0), TINY)
+    z = tl.sum(total, axis=0) * inverse
+    tl.store(zs + _shape(shapes, matrix, Z) + cols, z, mask=cols < n)
+    tl.store(z_squares + block, tl.sum(tl.where(cols < n, z * z, 0.0), axis=0))
+    if nth == 0:
+        tl.store(inverses + matrix, inverse)
+
+
+@triton.jit
+def _sigma_and_inverse(shapes, z_squares, matrix, TINY: tl.constexpr):
+    nth = tl.arange(0, MOST_BLOCKS)
+    there = nth < _size(shapes, matrix, N_BLOCKS)
+    first = z_squares + _size(shapes, matrix, FIRST_BLOCK)
+    return _length_and_inverse(tl.sum(tl.load(first + nth, mask=there, other=0.0), axis=0), TINY)
+
+
+@triton.jit
+def directions(
+    pointers, shapes, blocks, zs, z_squares, ACC: tl.constexpr, TINY: tl.constexpr
+):  # fmt: skip
+    """``v = z/‖z‖`` of a block of columns, for the next iteration."""
+    block = tl.program_id(0)
+    matrix = tl.load(blocks + 2 * block)
+    cols = tl.load(blocks + 2 * block + 1) * BLOCK + tl.arange(0, BLOCK)
+    _, inverse = _sigma_and_inverse(shapes, z_squares, matrix, TINY)
+    n_usable = tl.where(inverse > 0, _size(shapes, matrix, COLUMNS), 0)
+    z = tl.load(zs + _shape(shapes, matrix, Z) + cols, mask=cols < n_usable, other=0.0)
+    tl.store(_pointer(pointers, matrix, V, ACC) + cols, z * inverse, mask=cols < n_usable)
+
+
+@triton.jit
+def _rows_of_update(
+    grad_ptr, u_ptr, t_ptr, inverse, weight, v, col, row, end, n,
+    TILE: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
+    SUM: tl.constexpr, ITERATED: tl.constexpr,
+):  # fmt: skip
+    """``G += weight·u·vᵀ`` in the rows ``row`` to ``end`` of a block of columns."""
+    HEIGHT: tl.constexpr = TILE // WIDTH
+    if VECTOR > 1:
+        n = n // VECTOR * VECTOR
+    cols = col * WIDTH + tl.arange(0, WIDTH)
+    v = v.to(SUM)[None, :]
+    for start in range(row, end, HEIGHT):
+        rows = start + tl.arange(0, HEIGHT)
+        there = (rows < end)[:, None] & (cols < n)[None, :]
+        places = (grad_ptr + rows.to(tl.int64) * n)[:, None] + cols[None, :]
+        if VECTOR > 1:
+            places = tl.multiple_of(places, [1, 16])
+        grad = tl.load(places, mask=there, other=0.0).to(SUM)
+        if ITERATED:
+            u = tl.load(t_ptr + rows, mask=rows < end, other=0.0) * inverse
+            tl.store(u_ptr + rows, u, mask=rows < tl.where(col == 0, end, 0))
+        else:
+            u = tl.load(u_ptr + rows, mask=rows < end, other=0.0)
+        total = grad + (u * weight).to(SUM)[:, None] * v
+        tl.store(places, total.to(grad_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _v_of_update(
+    v_ptr, z_ptr, inverse, col, row, n, WIDTH: tl.constexpr, ITERATED: tl.constexpr
+):  # fmt: skip
+    """A block of v; stored by the program of its first rows."""
+    cols = col * WIDTH + tl.arange(0, WIDTH)
+    if ITERATED:
+        # v is stored where it is usable and read where it is not: no program waits for another.
+        n_usable = tl.where(inverse > 0, n, 0)
+        unit = tl.load(z_ptr + cols, mask=cols < n, other=0.0) * inverse
+        tl.store(v_ptr + cols, unit, mask=cols < tl.where(row == 0, n_usable, 0))
+        old = tl.load(v_ptr + cols, mask=cols < n - n_usable, other=0.0)
+        v = tl.where(cols < n_usable, unit, old)
+    else:
+        v = tl.load(v_ptr + cols, mask=cols < n, other=0.0)
+    return v
+
+
+@triton.jit(do_not_specialize=["gathered"])
+def update(
+    pointers, shapes, tiles, factors, gathered, zs, z_squares, inverses, ts,
+    DTYPE: tl.constexpr, ACC: tl.constexpr, SUM: tl.constexpr, TINY: tl.constexpr,
+    TILE: tl.constexpr, VECTOR: tl.constexpr, CLASSES: tl.constexpr,
+    ITERATED: tl.constexpr, GATHERED: tl.constexpr,
+):  # fmt: skip
+    """``G += factor·σ·u·vᵀ`` in a tile (matrix, first row, row after the last, nth block).
+
+    Where iterations went before (``ITERATED``), this also stores v, u and σ.
+    """
+    tile = tl.program_id(0)
+    matrix = tl.load(tiles + 4 * tile)
+    row = tl.load(tiles + 4 * tile + 1)
+    end = tl.load(tiles + 4 * tile + 2)
+    col = tl.load(tiles + 4 * tile + 3)
+    n = _size(shapes, matrix, COLUMNS)
+    kind = tl.load(pointers + matrix * N_POINTERS + UPDATE_CLASS).to(tl.int32)
+    grad_ptr = _pointer(pointers, matrix, G, DTYPE)
+    v_ptr = _pointer(pointers, matrix, V, ACC)
+    u_ptr = _pointer(pointers, matrix, U, ACC)
+    sigma_ptr = _pointer(pointers, matrix, SIGMA, ACC)
+    if ITERATED:
+        sigma, inverse_z = _sigma_and_inverse(shapes, z_squares, matrix, TINY)
+        inverse_t = tl.load(inverses + matrix)
+        tl.store(sigma_ptr, sigma, mask=(row == 0) & (col == 0))
+    else:
+        sigma = tl.load(sigma_ptr)
+        inverse_z = sigma
+        inverse_t = sigma
+    weight = tl.load(factors + 2 * matrix).to(ACC) * sigma
+    if GATHERED:  # the table's number, then, is 1 where a tensor has the factor
+        slot = tl.load(factors + 2 * matrix + 1).to(tl.int32)
+        weight *= tl.load(gathered + slot, mask=slot >= 0, other=1.0).to(ACC)
+    z_ptr = zs + _shape(shapes, matrix, Z)
+    t_ptr = ts + _shape(shapes, matrix, T)
+    for c in tl.static_range(32):
+        if (CLASSES >> c) & 1 and kind == c:
+            v = _v_of_update(v_ptr, z_ptr, inverse_z, col, row, n, 1 << (c // 2), ITERATED)
+            _rows_of_update(
+                grad_ptr, u_ptr, t_ptr, inverse_t, weight, v, col, row, end, n,
+                TILE if c % 2 else TILE // 2, 1 << (c // 2), VECTOR if c % 2 else 1, SUM, ITERATED,
+            )  # fmt: skip
