@@ -158,6 +158,40 @@ def _add(G, u, v, weight, lo, hi):
 
 
 @njit(**_OPTIONS)
+def _read_chunk(t, chunks, pieces, matrices, like, scratch):
+    """Both products of what thread t takes."""
+    for p in range(chunks[t], chunks[t + 1]):
+        k, lo, hi, place = pieces[p, 0], pieces[p, 1], pieces[p, 2], pieces[p, 3]
+        m, n = matrices[k, 0], matrices[k, 1]
+        _read(
+            carray(_pointer(matrices[k, 2]), (m, n), like.dtype),
+            carray(_pointer(matrices[k, 4]), (n,), scratch.dtype),
+            carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
+            scratch[place : place + n],
+            lo,
+            hi,
+        )
+
+
+@njit(**_OPTIONS)
+def _add_chunk(t, chunks, pieces, matrices, factors, like, scratch):
+    """The update of what thread t takes."""
+    for p in range(chunks[t], chunks[t + 1]):
+        k, lo, hi = pieces[p, 0], pieces[p, 1], pieces[p, 2]
+        if matrices[k, 3] != 0:
+            m, n = matrices[k, 0], matrices[k, 1]
+            sigma = carray(_pointer(matrices[k, 6]), (1,), scratch.dtype)[0]
+            _add(
+                carray(_pointer(matrices[k, 3]), (m, n), like.dtype),
+                carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
+                carray(_pointer(matrices[k, 4]), (n,), scratch.dtype),
+                factors[k] * sigma,
+                lo,
+                hi,
+            )
+
+
+@njit(**_OPTIONS)
 def _finish(k, matrices, pieces, scratch):
     """Normalize the vectors of one matrix, all of whose pieces are read."""
     m, n, first, end = matrices[k, 0], matrices[k, 1], matrices[k, 7], matrices[k + 1, 7]
@@ -193,42 +227,25 @@ def advance(matrices, pieces, chunks, factors, like, scratch, n_iter):
     n_iter : int
         Power iterations. The update follows them, where G has an address.
     """
-    count = factors.size
-    weights = np.empty(count, np.float64)
+    count, threads = factors.size, chunks.size - 1
+    # One thread alone runs plain loops: to enter a parallel one takes longer than a small matrix.
     for _ in range(n_iter):
-        for t in prange(chunks.size - 1):
-            for p in range(chunks[t], chunks[t + 1]):
-                k, lo, hi, place = pieces[p, 0], pieces[p, 1], pieces[p, 2], pieces[p, 3]
-                m, n = matrices[k, 0], matrices[k, 1]
-                _read(
-                    carray(_pointer(matrices[k, 2]), (m, n), like.dtype),
-                    carray(_pointer(matrices[k, 4]), (n,), scratch.dtype),
-                    carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
-                    scratch[place : place + n],
-                    lo,
-                    hi,
-                )
-        if scratch.size < _WORTH_THREADS:
+        if threads == 1:
+            _read_chunk(0, chunks, pieces, matrices, like, scratch)
+        else:
+            for t in prange(threads):
+                _read_chunk(t, chunks, pieces, matrices, like, scratch)
+        if threads == 1 or scratch.size < _WORTH_THREADS:
             for k in range(count):
                 _finish(k, matrices, pieces, scratch)
         else:
             for k in prange(count):
                 _finish(k, matrices, pieces, scratch)
-    for k in range(count):
-        weights[k] = factors[k] * carray(_pointer(matrices[k, 6]), (1,), scratch.dtype)[0]
-    for t in prange(chunks.size - 1):
-        for p in range(chunks[t], chunks[t + 1]):
-            k, lo, hi = pieces[p, 0], pieces[p, 1], pieces[p, 2]
-            if matrices[k, 3] != 0:
-                m, n = matrices[k, 0], matrices[k, 1]
-                _add(
-                    carray(_pointer(matrices[k, 3]), (m, n), like.dtype),
-                    carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
-                    carray(_pointer(matrices[k, 4]), (n,), scratch.dtype),
-                    weights[k],
-                    lo,
-                    hi,
-                )
+    if threads == 1:
+        _add_chunk(0, chunks, pieces, matrices, factors, like, scratch)
+    else:
+        for t in prange(threads):
+            _add_chunk(t, chunks, pieces, matrices, factors, like, scratch)
 
 
 def most_threads() -> int:
@@ -237,9 +254,9 @@ def most_threads() -> int:
 
 
 def with_threads(count: int, function: Callable[..., object], *args: object) -> None:
-    """Call a compiled function with so many threads."""
+    """Call a compiled function that runs in so many threads."""
     before = numba.get_num_threads()
-    if count == before:
+    if count in (1, before):
         function(*args)
         return
     numba.set_num_threads(count)

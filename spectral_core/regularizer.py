@@ -5,16 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from ._arrays import (
-    Array,
-    Namespace,
-    array_namespace,
-    check_same_device,
-    constant,
-    is_complex,
-    traits,
-)
-from .errors import DTypeError, NamesError, ShapeError, checked_int
+from ._arrays import Array, array_namespace, constant
+from .checks import Checks
+from .errors import NamesError, ShapeError, checked_int
 from .layout import Layout, as_layout, default_layout, plan_of
 from .patterns import by_name
 from .penalty import Factor, check_writeable, factors_of
@@ -41,6 +34,8 @@ class SpectralState:
     u : mapping of name to array, shape (*stack, n_out)
         The left singular vectors that belong to sigma. A step with ``n_iter=0`` needs them; one
         that iterates does not, and keeps none where there were none.
+    checks : Checks
+        What has been found to fit. No part of the computation.
 
     Examples
     --------
@@ -63,6 +58,7 @@ class SpectralState:
     sigma: Arrays
     layouts: Mapping[str, Layout]
     u: Arrays = field(default_factory=dict)
+    checks: Checks = field(default_factory=Checks, repr=False)
 
 
 def init(
@@ -362,40 +358,8 @@ def _task(
     grad: Array | None = None,
     factor: float | Array = 0.0,
 ) -> Task:
-    """Check that all that belongs to a weight fits it."""
     v = state.v[name]
-    arrays = [x for x in (v, grad, factor) if x is not None and not isinstance(x, float)]
-    xp = array_namespace(weight, *arrays, name=f"weight {name!r}, its v, its gradient and factor")
-    if grad is not None:
-        _check_grad(name, weight, grad, xp)
-    plan = plan_of(state.layouts[name], weight.shape, f"weight {name!r}")
-    if tuple(v.shape) != plan.right and not _are_several(tuple(v.shape), plan.right):
-        raise ShapeError(
-            f"weight {name!r} of shape {tuple(weight.shape)} needs a v of shape {plan.right}, but "
-            f"the state's has {tuple(v.shape)}: call init again for other weights"
-        )
-    check_same_device(weight, v, xp, f"weight {name!r}", "its v")
-    if not isinstance(factor, float) and not xp.isdtype(factor.dtype, "real floating"):
-        raise DTypeError(f"factor of {name!r} has dtype {factor.dtype}: it must be a real float")
+    plan, xp = state.checks.of(name, weight, v, grad, factor, state.layouts[name])
     u = state.u.get(name)
     last = None if u is None else PowerIteration(state.sigma[name], u, v)
     return Task(name, constant(weight), grad, v, factor, plan, xp, last)
-
-
-def _are_several(shape: tuple[int, ...], right: tuple[int, ...]) -> bool:
-    """Whether ``shape`` is that of several vectors of shape ``right``."""
-    return len(shape) == len(right) + 1 and (*shape[:-2], shape[-1]) == right and shape[-2] > 0
-
-
-def _check_grad(name: str, weight: Array, grad: Array, xp: Namespace) -> None:
-    if tuple(grad.shape) != tuple(weight.shape):
-        raise ShapeError(
-            f"the gradient of {name!r} has shape {tuple(grad.shape)}, the weight "
-            f"{tuple(weight.shape)}"
-        )
-    if traits(grad, xp, f"the gradient of {name!r}").complex != is_complex(weight, xp):
-        raise DTypeError(
-            f"the gradient of {name!r} has dtype {grad.dtype}, the weight {weight.dtype}: both "
-            "must be real or both complex"
-        )
-    check_same_device(weight, grad, xp, f"weight {name!r}", "its gradient")
