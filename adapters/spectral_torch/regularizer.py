@@ -60,8 +60,9 @@ class SpectralNormRegularizer:
         What the axes of a parameter are where its module does not tell, or tells otherwise. What
         is named here is regularized, if the default would leave it out.
     kernels : bool
-        Whether to use compiled kernels where they can be: Numba's for weights on the CPU, if it is
-        installed. Otherwise, and where they cannot, PyTorch's own operations.
+        Whether to use compiled kernels where they can be: Triton's for weights on a GPU, and
+        Numba's on the CPU if it is installed. Otherwise, and for weights that do not lie as their
+        matrix does, PyTorch's own operations.
 
     Raises
     ------
@@ -408,10 +409,16 @@ class SpectralNormRegularizer:
         factors = factors_of(self.factor, self._parameters)
         if not isinstance(scale, Tensor):
             return {name: factor * scale for name, factor in factors.items()}
-        return {
-            name: factor * scale.reshape(()).to(self._parameters[name].device, non_blocking=True)
-            for name, factor in factors.items()
-        }
+        # One product for all weights of a factor and a device: each is an operation there.
+        products: dict[tuple[Any, torch.device], Tensor] = {}
+        scaled = {}
+        for name, factor in factors.items():
+            device = self._parameters[name].device
+            key = (factor if isinstance(factor, float) else id(factor), device)
+            if key not in products:
+                products[key] = factor * scale.reshape(()).to(device, non_blocking=True)
+            scaled[name] = products[key]
+        return scaled
 
     def _full_precision(self) -> AbstractContextManager[object]:
         """Out of reach of an autocast around the training step: it would round the products."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 
@@ -14,6 +15,7 @@ from spectral_core.penalty import add_outer_
 from spectral_core.step import Advance, Step, Task, divided_step, last_of, plain_step
 
 from .multi_tensor import iterations
+from .triton_step import TritonStep, takes
 
 MEMORY = Memory(
     address=Tensor.data_ptr,
@@ -33,12 +35,14 @@ class Steps:
     Parameters
     ----------
     kernels : bool
-        Whether to use kernels compiled by Numba where it is installed.
+        Whether to use kernels compiled by Numba and Triton, where these are installed.
     """
 
     def __init__(self, kernels: bool) -> None:
         self._kernels = kernels
         self._cpu = _numba_step() if kernels else multi_tensor_step
+        self._gpu = TritonStep() if kernels else None
+        self._gpu_has_run = False
 
     def __reduce__(self) -> tuple[type[Steps], tuple[bool]]:
         # What it has compiled and measured is not copied, but found anew.
@@ -46,16 +50,38 @@ class Steps:
 
     def __call__(self, tasks: Sequence[Task], n_iter: int) -> Advance:
         """Advance all tasks, in place."""
-        grads, triples = divided_step(tasks, n_iter, self._step_of)
+        if torch.compiler.is_compiling():
+            advance = multi_tensor_step(tasks, n_iter)
+        else:
+            advance = divided_step(tasks, n_iter, self._step_of)
         buffers = [last_of(task) for task in tasks]
-        _write(buffers, triples)
-        return Advance(grads, buffers)
+        _write(buffers, advance.triples)
+        return Advance(advance.grads, buffers)
 
     def _step_of(self, task: Task) -> Step:
-        strange = type(task.weight) is not Tensor or torch.compiler.is_compiling()
-        if strange or task.weight.device.type != "cpu":
-            return multi_tensor_step
-        return self._cpu
+        weight = task.weight
+        if weight.is_cpu and type(weight) is Tensor:
+            return self._cpu
+        return self._on_gpu if self._gpu is not None and takes(task) else multi_tensor_step
+
+    def _on_gpu(self, tasks: Sequence[Task], n_iter: int) -> Advance:
+        assert self._gpu is not None
+        try:
+            advance = self._gpu(tasks, n_iter)
+        except Exception as error:
+            # Before it has run once, no gradient has changed: Triton may lack a C compiler, say.
+            if self._gpu_has_run or torch.cuda.is_current_stream_capturing():
+                raise
+            warnings.warn(
+                f"Triton's kernels cannot be used here, and so PyTorch's operations are, which are "
+                f"slower (kernels=False says so without a warning): {error!r}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self._gpu = None
+            return multi_tensor_step(tasks, n_iter)
+        self._gpu_has_run = True
+        return advance
 
 
 def _numba_step() -> Step:
@@ -69,6 +95,7 @@ def _write(buffers: list[PowerIteration], triples: list[PowerIteration]) -> None
     pairs = [
         (old, new)
         for buffer, triple in zip(buffers, triples, strict=True)
+        if buffer is not triple
         for old, new in zip(buffer, triple, strict=True)
         if old is not new
     ]
