@@ -18,11 +18,14 @@ PYTEST = ("python", "-m", "pytest", "--durations=5")
 PLAIN = ("numpy", "numpy-readonly")
 STRICT = ("array-api-strict", "array-api-strictest")
 
+# Triton has wheels for Linux alone. Without a GPU its kernels are interpreted.
+TORCH = ["torch", "numba", *(["triton"] if sys.platform == "linux" else [])]
+
 # backend: what it installs, and the entries of tests/backends.py that it runs
 BACKENDS = {
     "numpy": (["numba"], PLAIN),
     "strict": (["array-api-strict"], STRICT),
-    "torch": (["torch", "numba"], ("torch-cpu", "torch-cuda")),
+    "torch": (TORCH, ("torch-cpu", "torch-cuda")),
     "jax": (["jax", "optax", "flax", "equinox", "dm-haiku"], ("jax-cpu", "jax-gpu")),
     "cupy": (["cupy-cuda13x"], ("cupy",)),
 }
