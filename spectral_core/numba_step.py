@@ -93,6 +93,39 @@ class NumbaStep:
 
         return divided_step(tasks, n_iter, step_of)
 
+    def repeated(
+        self, tasks: Sequence[Task], n_iter: int
+    ) -> Callable[[Sequence[Array]], bool] | None:
+        """The step for other gradients of these tasks, if it can be made in one call.
+
+        Returns
+        -------
+        callable or None
+            ``repeat(grads)`` makes the step without a check but that each gradient is plain; it
+            returns False, and has done nothing, where one is not. Only for owned vectors, and
+            while weights and vectors stay where they are.
+        """
+        kinds = {self._kind(task) for task in tasks}
+        kind = kinds.pop() if len(kinds) == 1 and self._owned else None
+        if kind is None or not all(isinstance(task.factor, float) for task in tasks):
+            return None
+        division, memory = self._division(kind, tasks), self._memory
+        # Tables of its own: those of the division are filled anew by every other step.
+        matrices = division.matrices(self._addresses(tasks)).copy()
+        factors = division.of_each(np.asarray([task.factor for task in tasks]))
+        arguments = (division.pieces, division.chunks, factors, division.like, division.scratch)
+        threads, n_threads = memory.threads(), len(division.chunks) - 1
+        call, advance = self._kernels.with_threads, self._kernels.advance
+
+        def repeat(grads: Sequence[Array]) -> bool:
+            if memory.threads() != threads or not all(map(memory.plain, grads)):
+                return False
+            division.place_grads(matrices, list(map(memory.address, grads)))
+            call(n_threads, advance, matrices, *arguments, n_iter)
+            return True
+
+        return repeat
+
     def _sharing_memory(self, tasks: Sequence[Task]) -> set[str]:
         there = [task for task in tasks if task.grad is not None]
         ranges = [(self._memory.address(task.grad), task.grad.nbytes) for task in there]
@@ -200,6 +233,13 @@ class Division:
             start = np.where(start > 0, start + self._offsets, 0)
         self._table[:-1, 2:7] = start
         return self._table
+
+    def place_grads(self, matrices: np.ndarray[Any, Any], addresses: list[int]) -> None:
+        """Write the gradients' addresses into a table of matrices."""
+        if self._stacked:
+            matrices[:-1, 3] = np.asarray(addresses)[self._task] + self._offsets[:, 1]
+        else:
+            matrices[:-1, 3] = addresses
 
 
 def _pieces(ms: list[int], ns: list[int], share: int) -> Iterator[tuple[int, int, int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -19,7 +19,9 @@ from spectral_core._arrays import array_namespace, traits_of
 from spectral_core.errors import checked_int
 from spectral_core.penalty import Factor, factors_of
 from spectral_core.regularizer import triple_of
+from spectral_core.step import Advance, Task
 
+from .repetition import Repetition
 from .selection import Choice, Model, choose
 from .steps import Steps
 
@@ -117,6 +119,7 @@ class SpectralNormRegularizer:
         self.every_n_steps = checked_int(every_n_steps, "every_n_steps")
         self._steps_taken = dict.fromkeys(self._parameters, 0)
         self._step = Steps(kernels)
+        self._last: Repetition | None = None
         with self._full_precision():
             self._state = sc.init(self._parameters, seed=seed, layouts=chosen, n_vectors=n_vectors)
         if warmup_iters != 0:
@@ -124,10 +127,10 @@ class SpectralNormRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of an optimizer lose its hooks, and so a copy of this is attached to none.
-        return {key: value for key, value in vars(self).items() if key != "_handles"}
+        return {**vars(self), "_handles": None, "_last": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _handles=WeakKeyDictionary())
+        vars(self).update({**state, "_handles": WeakKeyDictionary()})
 
     def __repr__(self) -> str:
         return (
@@ -366,8 +369,20 @@ class SpectralNormRegularizer:
         parameter = self._parameters[name]
         return parameter.requires_grad and parameter.grad is not None
 
-    @torch.no_grad()
     def _add_gradients_(self, names: Collection[str], scale: float | Tensor | None) -> None:
+        may_repeat = scale is None and self.every_n_steps == 1
+        if (
+            may_repeat
+            and self._last is not None
+            and self._last.step(names, self._parameters, self._factor, self.n_iter)
+        ):
+            return
+        tasks = self._add_checked_(names, scale)
+        if may_repeat:
+            self._last = Repetition(tasks, self.n_iter, self._factor, self._step)
+
+    @torch.no_grad()
+    def _add_checked_(self, names: Collection[str], scale: float | Tensor | None) -> Sequence[Task]:
         self._follow()
         grads: dict[str, Tensor | None] = dict.fromkeys(self._parameters)
         for name in names:
@@ -379,16 +394,18 @@ class SpectralNormRegularizer:
                         "form, so exclude the weight or make its gradient dense (sparse=False)"
                     )
         factor = self.factor if scale is None else self._scaled(scale)
+        taken: list[Task] = []
+
+        def step(tasks: Sequence[Task], n_iter: int) -> Advance:
+            taken.extend(tasks)
+            return self._step(tasks, n_iter)
+
         for n_iter, due in self._iterations(grads):
             with self._full_precision():
                 self._state = sc.add_gradient_(
-                    self._parameters,
-                    due,
-                    self._state,
-                    factor=factor,
-                    n_iter=n_iter,
-                    step=self._step,
+                    self._parameters, due, self._state, factor=factor, n_iter=n_iter, step=step
                 )
+        return taken
 
     def _iterations(
         self, grads: dict[str, Tensor | None]
@@ -451,6 +468,7 @@ class SpectralNormRegularizer:
                 for name, p in self._parameters.items()
             }
 
+        self._last = None
         self._state = replace(
             state,
             v=moved(state.v, real=False),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -57,6 +57,14 @@ class Steps:
         buffers = [last_of(task) for task in tasks]
         _write(buffers, advance.triples)
         return Advance(advance.grads, buffers)
+
+    def repeated(
+        self, tasks: Sequence[Task], n_iter: int
+    ) -> Callable[[Sequence[Tensor]], bool] | None:
+        """The same step with other gradients, where one compiled call does all of it."""
+        if not isinstance(self._cpu, NumbaStep) or not all(task.weight.is_cpu for task in tasks):
+            return None
+        return self._cpu.repeated(tasks, n_iter)
 
     def _step_of(self, task: Task) -> Step:
         weight = task.weight

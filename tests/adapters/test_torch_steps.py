@@ -1,6 +1,8 @@
 """How a step of the PyTorch adapter is made: kernels or not, in place, and not each time."""
 
+import gc
 import importlib.util
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -87,6 +89,128 @@ def test_threads_of_torch_are_kept_to(kernels):
             reg.add_gradients_()
     finally:
         torch.set_num_threads(before)
+
+
+# A step like the one before
+
+
+def other_gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator).to(p)
+
+
+def less_contiguous(model, reg):
+    model["linear"].weight.grad = torch.arange(35.0).view(7, 5).T
+
+
+def moved(model, reg):
+    with torch.no_grad():
+        model["conv"].weight.data = model["conv"].weight.data.clone()
+
+
+def in_place(model, reg):
+    with torch.no_grad():
+        model["conv"].weight.mul_(2)
+
+
+def no_gradient(model, reg):
+    model["grouped"].weight.grad = None
+
+
+def frozen(model, reg):
+    model["wide"].weight.requires_grad_(False)
+
+
+def another_factor(model, reg):
+    reg.factor = 0.7
+
+
+def a_mapping(model, reg):
+    reg.factor = {"linear.weight": 0.2, "*": 0.1}
+
+
+def a_tensor(model, reg):
+    reg.factor = torch.tensor(0.4)
+
+
+def more_iterations(model, reg):
+    reg.n_iter = 3
+
+
+def doubled(model, reg):
+    model.double()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+
+
+def loaded(model, reg):
+    reg.load_state_dict(SpectralNormRegularizer(model, seed=5).state_dict())
+
+
+def one_thread(model, reg):
+    torch.set_num_threads(1)
+
+
+CHANGES = [
+    *(less_contiguous, moved, in_place, no_gradient, frozen, another_factor, a_mapping, a_tensor),
+    *(more_iterations, doubled, loaded, one_thread),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("include", [None, ["linear.*", "wide.*", "conv.*", "grouped.*"]])
+def test_a_repeated_step_notices_what_changes(change, include, device):
+    if device != "cpu" and change in (less_contiguous, a_tensor, one_thread):
+        pytest.skip("of the CPU")
+    threads = torch.get_num_threads()
+    try:
+        models = zoo(device=device), zoo(device=device)
+        regs = [SpectralNormRegularizer(model, factor=0.3, include=include) for model in models]
+        for step in range(6):
+            for model, reg in zip(models, regs, strict=True):
+                other_gradients(model, seed=step)
+                if step == 3:
+                    change(model, reg)
+                if reg is regs[1]:
+                    reg._last = None  # it checks all, each time
+                reg.add_gradients_()
+            found, expected = (
+                {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+                for model in models
+            )
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            if step == 2 and include and device == "cpu" and importlib.util.find_spec("numba"):
+                assert regs[0]._last._compiled is not None  # all in one call
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_optimizers_that_take_turns_repeat_their_own_steps():
+    models = zoo(), zoo()
+    regs = [SpectralNormRegularizer(model, factor=0.3) for model in models]
+    for step in range(4):
+        for model, reg in zip(models, regs, strict=True):
+            other_gradients(model, seed=step)
+            for names in (["linear.weight"], ["conv.weight", "wide.weight"]):
+                if reg is regs[1]:
+                    reg._last = None
+                reg._add_gradients_(names, None)
+    torch.testing.assert_close(*(gradients(model) for model in models), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_no_gradient_is_kept_alive(kernels):
+    model = zoo()
+    reg = SpectralNormRegularizer(model, kernels=kernels)
+    for step in range(3):
+        other_gradients(model, seed=step)
+        kept = [weakref.ref(p.grad) for p in model.parameters()]
+        reg.add_gradients_()
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        assert not any(ref() is not None for ref in kept)
 
 
 # In place
