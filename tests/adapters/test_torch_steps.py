@@ -145,7 +145,8 @@ def doubled(model, reg):
 
 
 def loaded(model, reg):
-    reg.load_state_dict(SpectralNormRegularizer(model, seed=5).state_dict())
+    other = SpectralNormRegularizer(model, include=list(reg.sigmas()), seed=5)
+    reg.load_state_dict(other.state_dict())
 
 
 def one_thread(model, reg):
