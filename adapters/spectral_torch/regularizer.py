@@ -370,6 +370,9 @@ class SpectralNormRegularizer:
         return parameter.requires_grad and parameter.grad is not None
 
     def _add_gradients_(self, names: Collection[str], scale: float | Tensor | None) -> None:
+        if torch.compiler.is_compiling():
+            self._break_graph(names, scale)
+            return
         may_repeat = scale is None and self.every_n_steps == 1
         if (
             may_repeat
@@ -380,6 +383,11 @@ class SpectralNormRegularizer:
         tasks = self._add_checked_(names, scale)
         if may_repeat:
             self._last = Repetition(tasks, self.n_iter, self._factor, self._step)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _break_graph(self, names: Collection[str], scale: float | Tensor | None) -> None:
+        """Make the step between two compiled graphs: its kernels are compiled already."""
+        self._add_gradients_(names, scale)
 
     @torch.no_grad()
     def _add_checked_(self, names: Collection[str], scale: float | Tensor | None) -> Sequence[Task]:

@@ -47,7 +47,7 @@ class Repetition:
         self, names: Iterable[str], parameters: Mapping[str, Tensor], factor: Any, n_iter: int
     ) -> bool:
         """Make that step with the gradients of now; False, and nothing done, if it is another."""
-        if factor is not self._factor or n_iter != self._n_iter or _surroundings_matter():
+        if factor is not self._factor or n_iter != self._n_iter or _autocast_rounds():
             return False
         grads: list[Tensor] = []
         weights = self._weights
@@ -72,10 +72,5 @@ class Repetition:
         return True
 
 
-def _surroundings_matter() -> bool:
-    """Whether autocast would round products, or a compiler would follow addresses."""
-    return (
-        torch.is_autocast_enabled("cpu")
-        or torch.is_autocast_enabled("cuda")
-        or torch.compiler.is_compiling()
-    )
+def _autocast_rounds() -> bool:
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")

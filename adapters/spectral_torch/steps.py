@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from spectral_core import PowerIteration
 from spectral_core.numba_step import Memory, NumbaStep
-from spectral_core.penalty import add_outer_
-from spectral_core.step import Advance, Step, Task, divided_step, last_of, plain_step
+from spectral_core.step import Advance, Step, Task, divided_step, last_of
 
-from .multi_tensor import iterations
+from .multi_tensor import MultiTensorStep
 from .triton_step import TritonStep, takes
 
 MEMORY = Memory(
@@ -23,8 +21,6 @@ MEMORY = Memory(
     dtypes={torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "uint16"},
     threads=torch.get_num_threads,
 )
-
-multi_tensor_step: Step = partial(plain_step, iterations=iterations, add=add_outer_)
 
 
 class Steps:
@@ -40,7 +36,8 @@ class Steps:
 
     def __init__(self, kernels: bool) -> None:
         self._kernels = kernels
-        self._cpu = _numba_step() if kernels else multi_tensor_step
+        self._plain = MultiTensorStep()
+        self._cpu = _numba_step(self._plain) if kernels else self._plain
         self._gpu = TritonStep() if kernels else None
         self._gpu_has_run = False
 
@@ -50,10 +47,7 @@ class Steps:
 
     def __call__(self, tasks: Sequence[Task], n_iter: int) -> Advance:
         """Advance all tasks, in place."""
-        if torch.compiler.is_compiling():
-            advance = multi_tensor_step(tasks, n_iter)
-        else:
-            advance = divided_step(tasks, n_iter, self._step_of)
+        advance = divided_step(tasks, n_iter, self._step_of)
         buffers = [last_of(task) for task in tasks]
         _write(buffers, advance.triples)
         return Advance(advance.grads, buffers)
@@ -70,7 +64,7 @@ class Steps:
         weight = task.weight
         if weight.is_cpu and type(weight) is Tensor:
             return self._cpu
-        return self._on_gpu if self._gpu is not None and takes(task) else multi_tensor_step
+        return self._on_gpu if self._gpu is not None and takes(task) else self._plain
 
     def _on_gpu(self, tasks: Sequence[Task], n_iter: int) -> Advance:
         assert self._gpu is not None
@@ -87,16 +81,16 @@ class Steps:
                 stacklevel=2,
             )
             self._gpu = None
-            return multi_tensor_step(tasks, n_iter)
+            return self._plain(tasks, n_iter)
         self._gpu_has_run = True
         return advance
 
 
-def _numba_step() -> Step:
+def _numba_step(other: Step) -> Step:
     try:
-        return NumbaStep(MEMORY, owned=True, other=multi_tensor_step)
+        return NumbaStep(MEMORY, owned=True, other=other)
     except ImportError:
-        return multi_tensor_step
+        return other
 
 
 def _write(buffers: list[PowerIteration], triples: list[PowerIteration]) -> None:

@@ -641,4 +641,4 @@ def test_a_step_neither_waits_for_the_device_nor_allocates_a_matrix():
         p.grad = torch.zeros_like(p)
     with Watch() as watch:
         optimizer.step()
-    assert watch.largest <= 16 * 9
+    assert watch.largest <= 512  # rows and columns of all, less than the smallest weight

@@ -244,6 +244,7 @@ def test_sigmas_are_of_their_time():
     assert any(not torch.equal(sigma, before[name]) for name, sigma in reg.sigmas().items())
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_compiled_training_step_learns_the_same():
     plain, compiled = zoo(torch.float64)["linear"], zoo(torch.float64)["linear"]
     regs = [SpectralNormRegularizer(model, factor=0.3) for model in (plain, compiled)]
