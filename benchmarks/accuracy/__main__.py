@@ -15,7 +15,7 @@ from rich.table import Table
 from . import figure
 from .errors import errors, exact, quantiles
 from .matrices import RATIOS, close_pair, drifting, training
-from .schemes import SCHEMES, Matrix
+from .schemes import SCHEMES, SELDOM, Matrix
 
 RESULTS = Path(__file__).parent / "results"
 BUDGET = 120  # readings of W from a cold start
@@ -57,7 +57,7 @@ def tracking() -> dict[str, Any]:
         truths = [exact(W) for W in matrices]
         found[title] = {
             name: {"passes": scheme.passes} | errors(scheme, matrices, truths)._asdict()
-            for name, scheme in SCHEMES.items()
+            for name, scheme in (SCHEMES | SELDOM).items()
         }
     return found
 
@@ -76,16 +76,18 @@ def summary(tracks: dict[str, Any], skip: int = 50) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> Table:
     """σ after 48 and 120 readings; of the moving, the worst path's term."""
     shown = Table("scheme", "reads/step", *(f"σ₂/σ₁ = {r}" for r in RATIOS), *map(str, GROUPS))
-    for name, scheme in SCHEMES.items():
+    for name, scheme in (SCHEMES | SELDOM).items():
         cells = [
             " ".join(f"{rows[name]['sigma'][p // scheme.passes - 1]:.0e}" for p in (48, BUDGET))
+            if name in rows
+            else ""
             for rows in results["static"].values()
         ]
         for group in GROUPS:
             of = [rows for title, rows in results["summary"].items() if title.startswith(group)]
             worst = max((rows[name]["term"] for rows in of), key=lambda q: q["p95"])
             cells.append(" ".join(f"{value:.0e}" for value in worst.values()))
-        shown.add_row(name, str(scheme.passes), *cells)
+        shown.add_row(name, f"{scheme.passes / scheme.every:g}", *cells)
     return shown
 
 

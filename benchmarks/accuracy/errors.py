@@ -19,7 +19,7 @@ class Triple(NamedTuple):
 class Errors(NamedTuple):
     """One entry a step."""
 
-    sigma: list[float]  # (σ₁ − σ) / σ₁
+    sigma: list[float]  # |σ₁ − σ| / σ₁: an old σ may be too large
     angle: list[float]  # sine of the angle between v and v₁
     term: list[float]  # ‖σuvᴴ − σ₁u₁v₁ᴴ‖ / σ₁
 
@@ -33,14 +33,15 @@ def errors(
     scheme: Scheme, matrices: Iterable[Matrix], truths: Iterable[Triple], seed: int = 0
 ) -> Errors:
     found, V = Errors([], [], []), None
-    for W, truth in zip(matrices, truths, strict=True):
+    for step, (W, truth) in enumerate(zip(matrices, truths, strict=True)):
         if V is None:
             V = start(scheme, W.shape[1], seed)
-        sigma, u, v, V = scheme.step(W, V)
+        if step % scheme.every == 0:
+            sigma, u, v, V = scheme.step(W, V)
         # Through scalars: ‖σuvᵀ − σ₁u₁v₁ᵀ‖² without two matrices whose difference rounds.
         du, dv = u - truth.u * np.sign(v @ truth.v), v - truth.v * np.sign(v @ truth.v)
         ratio, a, b = float(sigma) / truth.sigma, du @ du / 2, dv @ dv / 2
-        found.sigma.append(max(1 - ratio, 1e-16))
+        found.sigma.append(max(abs(1 - ratio), 1e-16))
         found.angle.append(float(np.linalg.norm(v - truth.v * (v @ truth.v))))
         found.term.append(float(((ratio - 1) ** 2 + 2 * ratio * (a + b - a * b)) ** 0.5))
     return found

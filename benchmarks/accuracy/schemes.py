@@ -15,11 +15,12 @@ Step = Callable[[Matrix, Matrix], BlockIteration]
 
 
 class Scheme(NamedTuple):
-    """``k`` vectors start it, and a step reads W ``passes`` times."""
+    """``k`` vectors start it, and in every ``every``-th step it reads W ``passes`` times."""
 
     step: Step
     k: int
     passes: int = 2
+    every: int = 1
 
 
 def ritz(W: Matrix, V: Matrix) -> tuple[Matrix, Matrix, Matrix]:
@@ -73,4 +74,11 @@ SCHEMES = {
     "block, k = 3": Scheme(block_iteration, 3),
     "block, k = 4": Scheme(block_iteration, 4),
     "block, k = 8": Scheme(block_iteration, 8),
+}
+
+# Of matrices that stay, these are the same with fewer readings: they matter where W moves.
+SELDOM = {
+    f"{name}, every {every} steps": SCHEMES[name]._replace(every=every)
+    for name in ("power", "block, k = 4")
+    for every in (2, 4, 8, 16)
 }
