@@ -9,10 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from .peers_jax import LOOP, OURS, loop_step, ours, start_vectors
+import spectral_jax
 
-NOTE = "GPT-2 blocks (qkv, proj, fc, out), a leaf each; seconds to trace and to compile"
+from .bars import STACKED
+from .peers_jax import FACTOR, FLOOR, LOOP, OURS, loop_step, ours, start_vectors
+
+NOTE = (
+    "GPT-2 blocks (qkv, proj, fc, out); seconds to trace and to compile. Each weight a leaf, but "
+    "where stacked: there all blocks are one leaf a kind, as nn.scan makes them"
+)
 BLOCKS = (12, 96)
 REPEATS, SLOW_SECONDS = 3, 10.0
 
@@ -25,8 +32,10 @@ def compile_times(counts: tuple[int, ...] = BLOCKS) -> dict[str, dict[str, dict[
     return {
         who: {str(count): measured(make, count) for count in counts}
         for who, make in (
-            (OURS, (lambda count: updates(blocks(count)))),
-            (LOOP, (lambda count: by_hand(blocks(count)))),
+            (OURS, lambda count: updates(ours(), blocks(count))),
+            (STACKED, lambda count: updates(of_stacks(), stacks(count))),
+            (LOOP, lambda count: by_hand(blocks(count))),
+            (FLOOR, lambda count: updates(optax.add_decayed_weights(FACTOR), blocks(count))),
         )
     }
 
@@ -39,8 +48,20 @@ def blocks(count: int) -> dict[str, Any]:
     }
 
 
-def updates(params: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    tx = ours()
+def stacks(count: int) -> dict[str, Any]:
+    return {
+        name: {"kernel": jax.ShapeDtypeStruct((count, *shape), jnp.float32)}
+        for name, shape in SHAPES.items()
+    }
+
+
+def of_stacks() -> optax.GradientTransformation:
+    return spectral_jax.add_spectral_norm_regularization(FACTOR, layouts={"*/kernel": "sio"})
+
+
+def updates(
+    tx: optax.GradientTransformation, params: Any
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     return tx.update, (params, jax.eval_shape(tx.init, params), params)
 
 
