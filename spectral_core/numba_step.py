@@ -21,6 +21,9 @@ from .step import Advance, Step, Task, divided_step, last_of, overlapping, plain
 # A thread is not worth waking (a few microseconds) for fewer elements than this.
 _GRAIN = 65536
 
+# Of sets of shapes: several optimizers take turns.
+_DIVISIONS = 16
+
 _VECTORS = {"float32": "float32", "float64": "float64", "uint16": "float32"}
 
 
@@ -82,7 +85,7 @@ class NumbaStep:
         self._owned = owned
         self._steps: dict[str | None, Step] = {None: other}
         self._steps.update({kind: partial(self._advance, kind) for kind in _VECTORS})
-        self._divisions: dict[str, tuple[list[Any], Division]] = {}
+        self._divisions: dict[Any, Division] = {}
 
     def __call__(self, tasks: Sequence[Task], n_iter: int) -> Advance:
         """Advance all tasks: those that this does not take by ``other``."""
@@ -133,18 +136,17 @@ class NumbaStep:
 
     def _kind(self, task: Task) -> str | None:
         """The name of the task's dtype, or None for a task that this does not take."""
-        weight, grad, v, plan, memory = task.weight, task.grad, task.v, task.plan, self._memory
+        weight, grad, plan, memory = task.weight, task.grad, task.plan, self._memory
         kind = memory.dtypes.get(weight.dtype)
-        if (
-            kind is None
-            or memory.dtypes.get(v.dtype) != _VECTORS[kind]
-            or v.ndim != len(plan.right)
-            or plan.order != tuple(range(len(plan.order)))
-            or not memory.plain(weight)
-            or not (grad is None or (grad.dtype == weight.dtype and memory.plain(grad)))
-        ):
+        if kind is None or task.v.ndim != len(plan.right) or not memory.plain(weight):
             return None
-        return kind
+        if not (grad is None or (grad.dtype == weight.dtype and memory.plain(grad))):
+            return None
+        vectors = (task.v,) if task.last is None else (task.v, task.last.u, task.last.sigma)
+        for x in vectors:
+            if memory.dtypes.get(x.dtype) != _VECTORS[kind] or not memory.plain(x):
+                return None
+        return kind if plan.order == tuple(range(len(plan.order))) else None
 
     def _advance(self, kind: str, tasks: Sequence[Task], n_iter: int) -> Advance:
         if not self._owned:
@@ -177,13 +179,14 @@ class NumbaStep:
         ]
 
     def _division(self, kind: str, tasks: Sequence[Task]) -> Division:
-        plans, threads = [task.plan for task in tasks], self._memory.threads()
-        key = [threads, *plans]
-        if kind not in self._divisions or self._divisions[kind][0] != key:
+        threads, shapes = self._memory.threads(), tuple(task.plan.matrix for task in tasks)
+        key = kind, threads, shapes
+        if key not in self._divisions:
+            if len(self._divisions) == _DIVISIONS:
+                self._divisions.pop(next(iter(self._divisions)))
             most = self._kernels.most_threads()
-            shapes = [plan.matrix for plan in plans]
-            self._divisions[kind] = key, Division(kind, shapes, min(threads or most, most))
-        return self._divisions[kind][1]
+            self._divisions[key] = Division(kind, shapes, min(threads or most, most))
+        return self._divisions[key]
 
 
 class Division:

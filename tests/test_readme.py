@@ -18,6 +18,8 @@ def test_there_are_examples_for_each_framework():
 def test_an_example_runs(block):
     for module in re.findall(r"\b(?:torch|jax|optax)\b", block.splitlines()[0]):
         pytest.importorskip(module, reason=f"{module} is not installed")
+    if "numba_step" in block:
+        pytest.importorskip("numba", reason="Numba is not installed")
     exec(block, {})
 
 

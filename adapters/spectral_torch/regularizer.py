@@ -119,7 +119,7 @@ class SpectralNormRegularizer:
         self.every_n_steps = checked_int(every_n_steps, "every_n_steps")
         self._steps_taken = dict.fromkeys(self._parameters, 0)
         self._step = Steps(kernels)
-        self._last: Repetition | None = None
+        self._last: dict[int, Repetition] = {}
         with self._full_precision():
             self._state = sc.init(self._parameters, seed=seed, layouts=chosen, n_vectors=n_vectors)
         if warmup_iters != 0:
@@ -127,7 +127,7 @@ class SpectralNormRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of an optimizer lose its hooks, and so a copy of this is attached to none.
-        return {**vars(self), "_handles": None, "_last": None}
+        return {**vars(self), "_handles": None, "_last": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({**state, "_handles": WeakKeyDictionary()})
@@ -352,7 +352,7 @@ class SpectralNormRegularizer:
         # still scaled, and where one of them is not finite, the step will change no weight.
         scale, found_inf = (getattr(optimizer, key, None) for key in ("grad_scale", "found_inf"))
         before = None if found_inf is None else [tensor.clone() for tensor in self._buffers()]
-        self._add_gradients_(held, scale)
+        self._add_gradients_(held, scale, turn=id(optimizer))
         if found_inf is not None and before is not None:
             _take_back(self._buffers(), before, found_inf)
         return [name for name in held if self._takes_part(name)]
@@ -369,25 +369,21 @@ class SpectralNormRegularizer:
         parameter = self._parameters[name]
         return parameter.requires_grad and parameter.grad is not None
 
-    def _add_gradients_(self, names: Collection[str], scale: float | Tensor | None) -> None:
+    def _add_gradients_(
+        self, names: Collection[str], scale: float | Tensor | None, turn: int = 0
+    ) -> None:
+        """Make a step; ``turn`` tells optimizers that take turns apart."""
         if torch.compiler.is_compiling():
-            self._break_graph(names, scale)
+            # Between two compiled graphs: its own kernels are compiled already.
+            torch.compiler.disable(self._add_gradients_)(names, scale, turn)
             return
         may_repeat = scale is None and self.every_n_steps == 1
-        if (
-            may_repeat
-            and self._last is not None
-            and self._last.step(names, self._parameters, self._factor, self.n_iter)
-        ):
+        last = self._last.get(turn) if may_repeat else None
+        if last and last.step(names, self._parameters, self._factor, self.n_iter):
             return
         tasks = self._add_checked_(names, scale)
         if may_repeat:
-            self._last = Repetition(tasks, self.n_iter, self._factor, self._step)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _break_graph(self, names: Collection[str], scale: float | Tensor | None) -> None:
-        """Make the step between two compiled graphs: its kernels are compiled already."""
-        self._add_gradients_(names, scale)
+            self._last[turn] = Repetition(tasks, self.n_iter, self._factor, self._step)
 
     @torch.no_grad()
     def _add_checked_(self, names: Collection[str], scale: float | Tensor | None) -> Sequence[Task]:
@@ -476,7 +472,7 @@ class SpectralNormRegularizer:
                 for name, p in self._parameters.items()
             }
 
-        self._last = None
+        self._last.clear()
         self._state = replace(
             state,
             v=moved(state.v, real=False),

@@ -20,6 +20,8 @@ COLORS = {
     "spectral_jax": "#d55e00",
     "sc.add_gradient_": "#d55e00",
     "spectral_cupy": "#d55e00",
+    "kernels=False": "#999999",
+    "step=NumbaStep()": "#999999",
     "sc.add_gradient": "#e69f00",
     "paper's formula": "#0072b2",
     "jitted loop": "#0072b2",

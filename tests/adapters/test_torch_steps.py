@@ -175,7 +175,7 @@ def test_a_repeated_step_notices_what_changes(change, include, device):
                 if step == 3:
                     change(model, reg)
                 if reg is regs[1]:
-                    reg._last = None  # it checks all, each time
+                    reg._last.clear()  # it checks all, each time
                 reg.add_gradients_()
             found, expected = (
                 {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -183,7 +183,7 @@ def test_a_repeated_step_notices_what_changes(change, include, device):
             )
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
             if step == 2 and include and device == "cpu" and importlib.util.find_spec("numba"):
-                assert regs[0]._last._compiled is not None  # all in one call
+                assert regs[0]._last[0]._compiled is not None  # all in one call
     finally:
         torch.set_num_threads(threads)
 
@@ -196,8 +196,9 @@ def test_optimizers_that_take_turns_repeat_their_own_steps():
             other_gradients(model, seed=step)
             for names in (["linear.weight"], ["conv.weight", "wide.weight"]):
                 if reg is regs[1]:
-                    reg._last = None
-                reg._add_gradients_(names, None)
+                    reg._last.clear()
+                reg._add_gradients_(names, None, turn=len(names))
+    assert len(regs[0]._last) == 2
     torch.testing.assert_close(*(gradients(model) for model in models), rtol=0, atol=0)
 
 

@@ -1,5 +1,6 @@
 """The compiled step gives what the plain step gives, for every dtype, shape and division."""
 
+import dataclasses
 import tracemalloc
 
 import numpy as np
@@ -133,6 +134,23 @@ def test_arrays_that_do_not_lie_plainly_are_left_to_the_plain_step():
     grads = {name: np.asfortranarray(grad) for name, grad in grads.items()}
     weights = {name: np.ascontiguousarray(weight) for name, weight in weights.items()}
     assert_same_step(weights, grads, sc.init(weights))
+
+
+def test_vectors_that_do_not_lie_plainly_are_left_to_the_plain_step():
+    weights, grads = model("float64", {"stack": (3, 5, 4), "w": (6, 8)})
+    state = sc.init(weights, layouts={"stack": "soi"})
+    strange = {
+        field: {"stack": np.asfortranarray(getattr(state, field)["stack"])} for field in ("v", "u")
+    }
+    spaced = np.zeros(16)
+    spaced[::2] = state.v["w"]
+    state = dataclasses.replace(
+        state,
+        v={**strange["v"], "w": spaced[::2]},
+        u={**strange["u"], "w": state.u["w"].astype("float32")},
+    )
+    assert_same_step(weights, grads, state)
+    assert_same_step(weights, grads, state, n_iter=0, rtol=1e-6)
 
 
 def test_a_gradient_of_another_dtype_is_left_to_the_plain_step():
