@@ -9,6 +9,7 @@ from array_api_compat import is_jax_namespace
 from ._arrays import Array, Namespace, array_namespace, check_same_device, is_complex, traits
 from .errors import DTypeError, ShapeError
 from .layout import Layout, Plan, plan_of
+from .power import PowerIteration
 
 
 class _Found(NamedTuple):
@@ -37,8 +38,9 @@ class Checks:
         grad: Array | None,
         factor: float | Array,
         layout: Layout,
+        last: PowerIteration | None,
     ) -> tuple[Plan, Namespace]:
-        """The plan and the namespace of a weight whose v, gradient and factor fit it.
+        """The plan and the namespace of a weight that its vectors, gradient and factor fit.
 
         Raises
         ------
@@ -46,25 +48,43 @@ class Checks:
             If one does not.
         """
         found = self._found.get(name)
-        if found is None or found.kinds != _kinds(weight, v, grad, factor, layout):
+        sigma, u = (None, None) if last is None else last[:2]
+        others = (v, grad, factor, sigma, u)
+        if found is None or found.kinds != _kinds(layout, weight, others):
             plan, xp = _checked(name, weight, v, grad, factor, layout)
+            _check_last(name, weight, plan, sigma, u, xp)
             if is_jax_namespace(xp):  # in a trace, arrays have no device
                 return plan, xp
-            found = _Found(_kinds(weight, v, grad, factor, layout), plan, xp)
+            found = _Found(_kinds(layout, weight, others), plan, xp)
             self._found[name] = found
         return found.plan, found.xp
 
 
-def _kinds(
-    weight: Array, v: Array, grad: Array | None, factor: float | Array, layout: Layout
-) -> tuple[Any, ...]:
-    kinds = [layout, type(weight), weight.shape, weight.dtype, weight.device]
-    others: tuple[Any, ...] = (v, grad, factor)
-    for x in others:
-        kinds.append(type(x))
-        if not (x is None or type(x) is float):
-            kinds += (x.shape, x.dtype, x.device)
+def _kinds(layout: Layout, weight: Array, others: tuple[Any, ...]) -> tuple[Any, ...]:
+    kinds = [layout, type(weight)]
+    try:
+        kinds += (weight.shape, weight.dtype, weight.device)
+        for x in others:
+            kinds.append(type(x))
+            if not (x is None or type(x) is float):
+                kinds += (x.shape, x.dtype, x.device)
+    except AttributeError:  # no array: what it is instead, the checks say
+        return ()
     return tuple(kinds)
+
+
+def _check_last(
+    name: str, weight: Array, plan: Plan, sigma: Array | None, u: Array | None, xp: Namespace
+) -> None:
+    for what, x, shape in (("sigma", sigma, plan.matrix[:-2]), ("u", u, plan.matrix[:-1])):
+        if x is not None:
+            if tuple(x.shape) != shape:
+                raise ShapeError(
+                    f"weight {name!r} of shape {tuple(weight.shape)} needs a {what} of shape "
+                    f"{shape}, but the state's has {tuple(x.shape)}: call init again for other "
+                    "weights"
+                )
+            check_same_device(weight, x, xp, f"weight {name!r}", f"its {what}")
 
 
 def _checked(

@@ -1,6 +1,7 @@
 """The loops of `numba_step`, compiled at first use and kept on disk."""
 
-from collections.abc import Callable
+from functools import partial
+from threading import Lock
 
 import numba
 import numpy as np
@@ -11,7 +12,17 @@ from numba.extending import intrinsic, overload
 _FAST = {"reassoc", "contract", "nsz"}
 # Normalizing fewer elements than this takes no longer than to wake the threads for it.
 _WORTH_THREADS = 65536
-_OPTIONS = {"fastmath": _FAST, "nogil": True, "cache": True}
+
+
+def _compiled(function=None, **options):
+    """``njit``, kept on disk where there is a folder that can be written to."""
+    if function is None:
+        return partial(_compiled, **options)
+    options = {"fastmath": _FAST, "nogil": True, **options}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # "no locator available": a read-only installation
+        return njit(**options)(function)
 
 
 @intrinsic
@@ -58,7 +69,7 @@ def _store_in(x, i, value):  # noqa: ARG001
     return assign
 
 
-@njit(**_OPTIONS)
+@_compiled
 def _read(W, v, u, w, lo, hi):
     """``u[lo:hi] = W v`` and ``w = Wᵀu`` of these rows, which come from memory once.
 
@@ -106,7 +117,7 @@ def _read(W, v, u, w, lo, hi):
         i += 1
 
 
-@njit(**_OPTIONS)
+@_compiled
 def _length(x):
     """‖x‖, whose square overflows in float32 before x does."""
     square = 0.0
@@ -115,7 +126,7 @@ def _length(x):
     return np.sqrt(square)
 
 
-@njit(**_OPTIONS)
+@_compiled
 def _inverse(length):
     """Zero for zero, NaN for what is not finite."""
     if length == 0.0:
@@ -123,7 +134,7 @@ def _inverse(length):
     return 1.0 / length if length < np.inf else np.nan
 
 
-@njit(**_OPTIONS)
+@_compiled
 def _normalize(parts, n, v, u):
     """Make unit vectors of u = Wv and of ``parts`` of Wᵀu, and return σ.
 
@@ -146,7 +157,7 @@ def _normalize(parts, n, v, u):
     return sigma
 
 
-@njit(**_OPTIONS)
+@_compiled
 def _add(G, u, v, weight, lo, hi):
     """``G += weight * u vᵀ`` in these rows."""
     for i in range(lo, hi):
@@ -157,7 +168,7 @@ def _add(G, u, v, weight, lo, hi):
             _store(row, j, _wide(row[j]) + scaled * v[j])
 
 
-@njit(**_OPTIONS)
+@_compiled
 def _read_chunk(t, chunks, pieces, matrices, like, scratch):
     """Both products of what thread t takes."""
     for p in range(chunks[t], chunks[t + 1]):
@@ -173,7 +184,7 @@ def _read_chunk(t, chunks, pieces, matrices, like, scratch):
         )
 
 
-@njit(**_OPTIONS)
+@_compiled
 def _add_chunk(t, chunks, pieces, matrices, factors, like, scratch):
     """The update of what thread t takes."""
     for p in range(chunks[t], chunks[t + 1]):
@@ -191,7 +202,7 @@ def _add_chunk(t, chunks, pieces, matrices, factors, like, scratch):
             )
 
 
-@njit(**_OPTIONS)
+@_compiled
 def _finish(k, matrices, pieces, scratch):
     """Normalize the vectors of one matrix, all of whose pieces are read."""
     m, n, first, end = matrices[k, 0], matrices[k, 1], matrices[k, 7], matrices[k + 1, 7]
@@ -205,15 +216,25 @@ def _finish(k, matrices, pieces, scratch):
     )
 
 
-@njit(parallel=True, **_OPTIONS)
-def advance(matrices, pieces, chunks, factors, like, scratch, n_iter):
+@_compiled
+def _alone(matrices, pieces, chunks, factors, like, scratch, n_iter):
+    """`_together` by one thread, which starts no others."""
+    for _ in range(n_iter):
+        _read_chunk(0, chunks, pieces, matrices, like, scratch)
+        for k in range(factors.size):
+            _finish(k, matrices, pieces, scratch)
+    _add_chunk(0, chunks, pieces, matrices, factors, like, scratch)
+
+
+@_compiled(parallel=True)
+def _together(matrices, pieces, chunks, factors, like, scratch, n_iter):
     """Algorithm 1, lines 5–9, of many matrices.
 
     Parameters
     ----------
-    matrices : int64, (K, 8)
-        m, n; addresses of W, G, v, u, σ; the first of the matrix's pieces. A row more closes the
-        last one's.
+    matrices : int64, (K + 1, 8)
+        m, n; addresses of W, G, v, u, σ; the first of the matrix's pieces. The last row closes the
+        one before.
     pieces : int64, (P, 4)
         The rows of one matrix that one thread takes: matrix, first row, last row, place in scratch.
     chunks : int64, (T + 1,)
@@ -228,39 +249,41 @@ def advance(matrices, pieces, chunks, factors, like, scratch, n_iter):
         Power iterations. The update follows them, where G has an address.
     """
     count, threads = factors.size, chunks.size - 1
-    # One thread alone runs plain loops: to enter a parallel one takes longer than a small matrix.
     for _ in range(n_iter):
-        if threads == 1:
-            _read_chunk(0, chunks, pieces, matrices, like, scratch)
-        else:
-            for t in prange(threads):
-                _read_chunk(t, chunks, pieces, matrices, like, scratch)
-        if threads == 1 or scratch.size < _WORTH_THREADS:
+        for t in prange(threads):
+            _read_chunk(t, chunks, pieces, matrices, like, scratch)
+        if scratch.size < _WORTH_THREADS:
             for k in range(count):
                 _finish(k, matrices, pieces, scratch)
         else:
             for k in prange(count):
                 _finish(k, matrices, pieces, scratch)
-    if threads == 1:
-        _add_chunk(0, chunks, pieces, matrices, factors, like, scratch)
-    else:
-        for t in prange(threads):
-            _add_chunk(t, chunks, pieces, matrices, factors, like, scratch)
+    for t in prange(threads):
+        _add_chunk(t, chunks, pieces, matrices, factors, like, scratch)
 
 
-def most_threads() -> int:
-    """The number of threads that Numba may use."""
-    return numba.config.NUMBA_NUM_THREADS
+# Numba's simplest threading layer ends the process if two threads enter it at once.
+_POOL = Lock()
 
 
-def with_threads(count: int, function: Callable[..., object], *args: object) -> None:
-    """Call a compiled function that runs in so many threads."""
-    before = numba.get_num_threads()
-    if count in (1, before):
-        function(*args)
+def threads(most: int | None) -> int:
+    """The number of threads to use: at most so many, if it is given."""
+    if most is None:
+        return numba.get_num_threads()
+    return max(1, min(most, numba.config.NUMBA_NUM_THREADS))
+
+
+def run(count: int, *arguments: object) -> None:
+    """Make the step in so many threads."""
+    if count == 1:
+        _alone(*arguments)
         return
-    numba.set_num_threads(count)
-    try:
-        function(*args)
-    finally:
-        numba.set_num_threads(before)
+    with _POOL:
+        before = numba.get_num_threads()
+        if count != before:
+            numba.set_num_threads(count)
+        try:
+            _together(*arguments)
+        finally:
+            if count != before:
+                numba.set_num_threads(before)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ class Memory(NamedTuple):
     address: Callable[[Array], int]
     plain: Callable[[Array], bool]  # elements one after another, as they are
     dtypes: Mapping[Any, str]  # NumPy's name of a dtype; uint16 stands for bfloat16
-    threads: Callable[[], int | None]  # None: as many as Numba has
+    threads: Callable[[], int | None]  # at most; None: as many as Numba is set to use
 
 
 NUMPY = Memory(
@@ -52,8 +53,8 @@ class NumbaStep:
     memory : Memory
         Of the library that the arrays come from.
     owned : bool
-        Whether v, and the last σ and u of every task, are the caller's to be written into, and no
-        two gradients share memory. Otherwise the vectors stay as they are, and new ones are made.
+        Whether v, and the last σ and u of every task, are the caller's to be written into.
+        Otherwise they stay as they are, and new ones are made.
     other : Step
         Takes the tasks that this does not.
 
@@ -61,6 +62,10 @@ class NumbaStep:
     ------
     ImportError
         If Numba is not installed.
+
+    Notes
+    -----
+    It may be called from several threads, and is then one call after the other.
 
     Examples
     --------
@@ -72,6 +77,8 @@ class NumbaStep:
     >>> np.round(grads["w"], 4)
     array([[0.3, 0.4]])
     """
+
+    in_place = True
 
     def __init__(
         self, memory: Memory = NUMPY, *, owned: bool = False, other: Step = plain_step_
@@ -86,10 +93,11 @@ class NumbaStep:
         self._steps: dict[str | None, Step] = {None: other}
         self._steps.update({kind: partial(self._advance, kind) for kind in _VECTORS})
         self._divisions: dict[Any, Division] = {}
+        self._lock = Lock()  # of tables and scratch: the kernel lets other threads run
 
     def __call__(self, tasks: Sequence[Task], n_iter: int) -> Advance:
         """Advance all tasks: those that this does not take by ``other``."""
-        shared = set() if self._owned else self._sharing_memory(tasks)
+        shared = self._sharing_memory(tasks)
 
         def step_of(task: Task) -> Step:
             return self._steps[None if task.name in shared else self._kind(task)]
@@ -110,24 +118,46 @@ class NumbaStep:
         """
         kinds = {self._kind(task) for task in tasks}
         kind = kinds.pop() if len(kinds) == 1 and self._owned else None
-        if kind is None or not all(isinstance(task.factor, float) for task in tasks):
+        if (
+            kind is None
+            or not all(isinstance(task.factor, float) for task in tasks)
+            or self._sharing_memory(tasks)
+        ):
             return None
         division, memory = self._division(kind, tasks), self._memory
         # Tables of its own: those of the division are filled anew by every other step.
         matrices = division.matrices(self._addresses(tasks)).copy()
         factors = division.of_each(np.asarray([task.factor for task in tasks]))
-        arguments = (division.pieces, division.chunks, factors, division.like, division.scratch)
-        threads, n_threads = memory.threads(), len(division.chunks) - 1
-        call, advance = self._kernels.with_threads, self._kernels.advance
+        sizes = [task.grad.nbytes for task in tasks]
+        threads, known = memory.threads(), [memory.address(task.grad) for task in tasks]
 
         def repeat(grads: Sequence[Array]) -> bool:
+            nonlocal known
+            addresses = [memory.address(grad) for grad in grads]
             if memory.threads() != threads or not all(map(memory.plain, grads)):
                 return False
-            division.place_grads(matrices, list(map(memory.address, grads)))
-            call(n_threads, advance, matrices, *arguments, n_iter)
+            if addresses != known and overlapping(zip(addresses, sizes, strict=True)):
+                return False
+            known = addresses
+            with self._lock:
+                division.place_grads(matrices, addresses)
+                self._call(division, matrices, factors, n_iter)
             return True
 
         return repeat
+
+    def _call(
+        self,
+        division: Division,
+        matrices: np.ndarray[Any, Any],
+        factors: np.ndarray[Any, Any],
+        n_iter: int,
+    ) -> None:
+        self._kernels.run(
+            len(division.chunks) - 1,
+            *(matrices, division.pieces, division.chunks, factors),
+            *(division.like, division.scratch, n_iter),
+        )
 
     def _sharing_memory(self, tasks: Sequence[Task]) -> set[str]:
         there = [task for task in tasks if task.grad is not None]
@@ -149,20 +179,15 @@ class NumbaStep:
         return kind if plan.order == tuple(range(len(plan.order))) else None
 
     def _advance(self, kind: str, tasks: Sequence[Task], n_iter: int) -> Advance:
+        if n_iter == 0:
+            for task in tasks:
+                last_of(task)  # or the error that says which has none
         if not self._owned:
             tasks = [_with_own_vectors(task) for task in tasks]
-        division = self._division(kind, tasks)
-        self._kernels.with_threads(
-            len(division.chunks) - 1,
-            self._kernels.advance,
-            division.matrices(self._addresses(tasks)),
-            division.pieces,
-            division.chunks,
-            division.of_each(np.asarray([float(task.factor) for task in tasks])),
-            division.like,
-            division.scratch,
-            n_iter,
-        )
+        with self._lock:
+            division = self._division(kind, tasks)
+            factors = division.of_each(np.asarray([float(task.factor) for task in tasks]))
+            self._call(division, division.matrices(self._addresses(tasks)), factors, n_iter)
         return Advance([task.grad for task in tasks], [last_of(task) for task in tasks])
 
     def _addresses(self, tasks: Sequence[Task]) -> list[tuple[int, ...]]:
@@ -179,13 +204,15 @@ class NumbaStep:
         ]
 
     def _division(self, kind: str, tasks: Sequence[Task]) -> Division:
-        threads, shapes = self._memory.threads(), tuple(task.plan.matrix for task in tasks)
+        shapes = tuple(task.plan.matrix for task in tasks)
+        # Numba's threads are not even counted for what one thread does: that would start them.
+        few = sum(map(prod, shapes)) < 2 * _GRAIN
+        threads = 1 if few else self._kernels.threads(self._memory.threads())
         key = kind, threads, shapes
         if key not in self._divisions:
             if len(self._divisions) == _DIVISIONS:
                 self._divisions.pop(next(iter(self._divisions)))
-            most = self._kernels.most_threads()
-            self._divisions[key] = Division(kind, shapes, min(threads or most, most))
+            self._divisions[key] = Division(kind, shapes, threads)
         return self._divisions[key]
 
 

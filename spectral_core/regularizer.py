@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from ._arrays import Array, array_namespace, constant
 from .checks import Checks
-from .errors import NamesError, ShapeError, checked_int
+from .errors import ArgumentError, NamesError, ShapeError, checked_int
 from .layout import Layout, as_layout, default_layout, plan_of
 from .patterns import by_name
 from .penalty import Factor, check_writeable, factors_of
@@ -39,7 +39,8 @@ class SpectralState:
 
     Examples
     --------
-    A run goes on bit for bit from the weights, the optimizer's state and v:
+    A run goes on bit for bit from the weights, the optimizer's state and v (where steps are made
+    with ``n_iter=0``, from sigma and u too):
 
     >>> import dataclasses, io
     >>> import numpy as np
@@ -188,7 +189,8 @@ def add_gradient(
     n_iter : int
         Power iterations in this step. With 0, the term of the step before is added anew.
     step : callable
-        The arithmetic: a framework's faster way goes here (`spectral_core.step`).
+        The arithmetic: a framework's faster way goes here (`spectral_core.step`). None that
+        writes into the gradients.
 
     Returns
     -------
@@ -205,7 +207,7 @@ def add_gradient(
         If a gradient or a v does not fit its weight.
     ArgumentError
         If ``factor`` is negative or not finite, ``n_iter`` is negative, or it is 0 and the state
-        holds no u.
+        holds no u; if ``step`` works in place.
 
     Notes
     -----
@@ -223,6 +225,8 @@ def add_gradient(
     array([[0.02, 0.  ],
            [0.  , 0.  ]])
     """
+    if getattr(step, "in_place", False):
+        raise ArgumentError("this step writes into the gradients: give it to add_gradient_")
     return _step(weights, grads, state, factor, n_iter, step)
 
 
@@ -359,7 +363,7 @@ def _task(
     factor: float | Array = 0.0,
 ) -> Task:
     v = state.v[name]
-    plan, xp = state.checks.of(name, weight, v, grad, factor, state.layouts[name])
     u = state.u.get(name)
     last = None if u is None else PowerIteration(state.sigma[name], u, v)
+    plan, xp = state.checks.of(name, weight, v, grad, factor, state.layouts[name], last)
     return Task(name, constant(weight), grad, v, factor, plan, xp, last)

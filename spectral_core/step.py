@@ -3,13 +3,12 @@
 The regularizer checks what it is given and makes a `Task` of each weight; a `Step` advances all of
 them. `plain_step` is the arithmetic, written once. A framework's own way – many matrices a kernel,
 one pass over a weight – is another `Step`, which takes the tasks that it can and hands the others
-to this one.
+to this one. One that writes into gradients has an attribute ``in_place`` that is true.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import NamedTuple, TypeAlias
 
 from ._arrays import Array, Namespace
@@ -84,7 +83,16 @@ def _added(task: Task, term: tuple[Array, Array], add: Add) -> Array:
     return reshaped(total, task.weight.shape, task.xp)
 
 
-plain_step_ = partial(plain_step, add=add_outer_)
+class _PlainStepInPlace:
+    """`plain_step`, but that it adds to the gradients where they lie."""
+
+    in_place = True
+
+    def __call__(self, tasks: Sequence[Task], n_iter: int) -> Advance:
+        return plain_step(tasks, n_iter, add=add_outer_)
+
+
+plain_step_ = _PlainStepInPlace()
 
 
 def divided_step(tasks: Sequence[Task], n_iter: int, step_of: Callable[[Task], Step]) -> Advance:

@@ -238,6 +238,8 @@ class FusedStep:
         For all other tasks; it writes into the gradients.
     """
 
+    in_place = True
+
     def __init__(self, runtime: Runtime, plain: Step) -> None:
         self._runtime = runtime
         self._plain = plain

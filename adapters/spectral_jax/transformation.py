@@ -165,6 +165,11 @@ def add_spectral_norm_regularization(
         before = sc.SpectralState(v, sigma, chosen, u)
         # float32 means float32: the default on GPU and TPU may round the products' operands.
         with jax.default_matmul_precision("highest"):
+            if not (u or isinstance(every_n_steps, jax.core.Tracer) or every_n_steps == 1):
+                raise sc.ArgumentError(
+                    f"every_n_steps is {every_n_steps}, but the state holds no u: it comes from "
+                    "one with every_n_steps=1; init anew, and take over its v"
+                )
             if u:
                 due = state.count % every_n_steps == 0
                 before, last = _refreshed_if(due, weights, grads, before, n_iter), 0

@@ -20,6 +20,7 @@ from spectral_core.penalty import add_outer_
 from spectral_core.step import Advance, Step, Task, divided_step, last_of, plain_step_
 
 _PLAIN = (torch.float32, torch.float64)
+_SETS = 16
 
 
 class _Owners(NamedTuple):
@@ -39,6 +40,8 @@ class MultiTensorStep:
     >>> MultiTensorStep()([], 1)
     Advance(grads=[], triples=[])
     """
+
+    in_place = True
 
     def __init__(self) -> None:
         self._owners: dict[Hashable, _Owners] = {}
@@ -93,6 +96,8 @@ class MultiTensorStep:
         """Made once, for it is copied to the device."""
         key = device, tuple(task.plan.matrix for task in tasks)
         if key not in self._owners:
+            if len(self._owners) == _SETS:  # of weights that take part: some may not each time
+                self._owners.pop(next(iter(self._owners)))
             places = torch.arange(len(tasks))
             m, n = torch.tensor(key[1]).T
             u, v = (places.repeat_interleave(sizes).to(device) for sizes in (m, n))

@@ -47,7 +47,8 @@ class SpectralNormRegularizer:
         (`spectral_core.block_iteration`).
     every_n_steps : int
         Iterate only in every n-th step of a weight, and in between add the term of the last one
-        again: a step then reads no weight, and σ, u and v are up to n - 1 steps old.
+        again: a step then reads no weight, and σ, u and v are up to n - 1 steps old. (A step that
+        a GradScaler makes a fused optimizer skip counts, though its iteration is undone.)
     warmup_iters : int
         Power iterations now, so that the first steps see good vectors. 0 is the paper's choice.
     include : str, iterable of str, or callable, optional
@@ -119,7 +120,7 @@ class SpectralNormRegularizer:
         self.every_n_steps = checked_int(every_n_steps, "every_n_steps")
         self._steps_taken = dict.fromkeys(self._parameters, 0)
         self._step = Steps(kernels)
-        self._last: dict[int, Repetition] = {}
+        self._last: WeakKeyDictionary[object, Repetition] = WeakKeyDictionary()
         with self._full_precision():
             self._state = sc.init(self._parameters, seed=seed, layouts=chosen, n_vectors=n_vectors)
         if warmup_iters != 0:
@@ -127,10 +128,10 @@ class SpectralNormRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of an optimizer lose its hooks, and so a copy of this is attached to none.
-        return {**vars(self), "_handles": None, "_last": {}}
+        return {**vars(self), "_handles": None, "_last": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({**state, "_handles": WeakKeyDictionary()})
+        vars(self).update({**state, "_handles": WeakKeyDictionary(), "_last": WeakKeyDictionary()})
 
     def __repr__(self) -> str:
         return (
@@ -187,6 +188,7 @@ class SpectralNormRegularizer:
     def detach(self, optimizer: Optimizer | None = None) -> None:
         """Undo `attach`, for one optimizer or for all."""
         for attached in list(self._handles) if optimizer is None else [optimizer]:
+            self._last.pop(attached, None)
             handle = self._handles.pop(attached, None)
             if handle is not None:
                 handle.remove()
@@ -352,7 +354,7 @@ class SpectralNormRegularizer:
         # still scaled, and where one of them is not finite, the step will change no weight.
         scale, found_inf = (getattr(optimizer, key, None) for key in ("grad_scale", "found_inf"))
         before = None if found_inf is None else [tensor.clone() for tensor in self._buffers()]
-        self._add_gradients_(held, scale, turn=id(optimizer))
+        self._add_gradients_(held, scale, turn=optimizer)
         if found_inf is not None and before is not None:
             _take_back(self._buffers(), before, found_inf)
         return [name for name in held if self._takes_part(name)]
@@ -370,14 +372,16 @@ class SpectralNormRegularizer:
         return parameter.requires_grad and parameter.grad is not None
 
     def _add_gradients_(
-        self, names: Collection[str], scale: float | Tensor | None, turn: int = 0
+        self, names: Collection[str], scale: float | Tensor | None, turn: object = None
     ) -> None:
         """Make a step; ``turn`` tells optimizers that take turns apart."""
         if torch.compiler.is_compiling():
             # Between two compiled graphs: its own kernels are compiled already.
-            torch.compiler.disable(self._add_gradients_)(names, scale, turn)
+            outside = torch.compiler.disable(self._add_gradients_)  # type: ignore[no-untyped-call]
+            outside(names, scale, turn)
             return
         may_repeat = scale is None and self.every_n_steps == 1
+        turn = self if turn is None else turn
         last = self._last.get(turn) if may_repeat else None
         if last and last.step(names, self._parameters, self._factor, self.n_iter):
             return
@@ -409,6 +413,8 @@ class SpectralNormRegularizer:
                 self._state = sc.add_gradient_(
                     self._parameters, due, self._state, factor=factor, n_iter=n_iter, step=step
                 )
+        for task in taken:
+            self._steps_taken[task.name] += 1
         return taken
 
     def _iterations(
@@ -417,13 +423,18 @@ class SpectralNormRegularizer:
         """How often to iterate in this step, and of which weights' gradients."""
         if self.every_n_steps == 1:
             return [(self.n_iter, grads)]
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise sc.ArgumentError(
+                f"every_n_steps is {self.every_n_steps}: a CUDA graph would make the captured step "
+                "each time, with an iteration or without one; use 1, and replay the graph as often "
+                "as you like"
+            )
         shares: dict[int, dict[str, Tensor | None]] = {}
         for name, grad in grads.items():
             if grad is not None:
                 due = self._steps_taken[name] % self.every_n_steps == 0
                 share = shares.setdefault(self.n_iter if due else 0, dict.fromkeys(grads))
                 share[name] = grad
-                self._steps_taken[name] += 1
         return list(shares.items())
 
     def _scaled(self, scale: float | Tensor) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """A step like the one before, without its checks.
 
-PyTorch lets no gradient be of another shape, dtype or device than its parameter, so what fitted
-once fits again while the parameters lie where they lay. It is worth asking: on a CPU whose caches
-are full of a model's layers, the checks take longer than the step of a small network.
+What fitted once fits again while parameters and gradients are of the same kinds and the parameters
+lie where they lay. It is worth asking: on a CPU whose caches are full of a model's layers, the
+checks take longer than the step of a small network.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Repetition:
     """
 
     def __init__(self, tasks: Sequence[Task], n_iter: int, factor: Any, step: Steps) -> None:
-        # A mapping of factors may change its entries unseen, and not all devices tell addresses.
-        plain = not isinstance(factor, Mapping) and all(
+        # What holds factors may change them unseen, and not all devices tell addresses.
+        plain = isinstance(factor, (int, float, Tensor)) and all(
             type(task.weight) is Tensor and task.weight.device.type in ("cpu", "cuda")
             for task in tasks
         )
@@ -40,7 +40,7 @@ class Repetition:
         self._compiled = step.repeated(tasks, n_iter) if plain else None
         self._tasks = [task._replace(grad=None) for task in tasks] if plain else []
         self._weights = [
-            (task.name, task.weight.data_ptr(), task.weight.dtype) for task in self._tasks
+            (task.name, *_place(task.weight), task.grad.dtype) for task in tasks if plain
         ]
 
     def step(
@@ -58,18 +58,25 @@ class Repetition:
                 continue
             if (
                 len(grads) == len(weights)
-                or (name, parameter.data_ptr(), parameter.dtype) != weights[len(grads)]
+                or (name, *_place(parameter), grad.dtype) != weights[len(grads)]
+                or grad.shape != parameter.shape
                 or grad.layout is not torch.strided
+                or grad.requires_grad  # autograd must see what is written
             ):
                 return False
             grads.append(grad)
         if not grads or len(grads) < len(weights):
             return False
-        if self._compiled is None or not self._compiled(grads):
-            with torch.no_grad():
-                tasks = zip(self._tasks, grads, strict=True)
-                self._step([task._replace(grad=grad) for task, grad in tasks], n_iter)
+        if self._compiled is not None:
+            return self._compiled(grads)
+        with torch.no_grad():
+            tasks = zip(self._tasks, grads, strict=True)
+            self._step([task._replace(grad=grad) for task, grad in tasks], n_iter)
         return True
+
+
+def _place(x: Tensor) -> tuple[int, torch.dtype, torch.Size, tuple[int, ...]]:
+    return x.data_ptr(), x.dtype, x.shape, x.stride()
 
 
 def _autocast_rounds() -> bool:

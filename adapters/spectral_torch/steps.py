@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from spectral_core import PowerIteration
 from spectral_core.numba_step import Memory, NumbaStep
-from spectral_core.step import Advance, Step, Task, divided_step, last_of
+from spectral_core.step import Advance, Step, Task, divided_step, last_of, overlapping
 
 from .multi_tensor import MultiTensorStep
 from .triton_step import TritonStep, takes
@@ -21,6 +23,8 @@ MEMORY = Memory(
     dtypes={torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "uint16"},
     threads=torch.get_num_threads,
 )
+
+_Kind: TypeAlias = tuple[torch.device, torch.dtype, torch.dtype]
 
 
 class Steps:
@@ -34,12 +38,15 @@ class Steps:
         Whether to use kernels compiled by Numba and Triton, where these are installed.
     """
 
+    in_place = True
+
     def __init__(self, kernels: bool) -> None:
         self._kernels = kernels
         self._plain = MultiTensorStep()
         self._cpu = _numba_step(self._plain) if kernels else self._plain
-        self._gpu = TritonStep() if kernels else None
-        self._gpu_has_run = False
+        self._gpu: TritonStep | None = TritonStep() if kernels else None
+        self._gpu_steps: dict[_Kind, Step] = {}
+        self._gpu_has_run: set[_Kind] = set()
 
     def __reduce__(self) -> tuple[type[Steps], tuple[bool]]:
         # What it has compiled and measured is not copied, but found anew.
@@ -47,7 +54,12 @@ class Steps:
 
     def __call__(self, tasks: Sequence[Task], n_iter: int) -> Advance:
         """Advance all tasks, in place."""
-        advance = divided_step(tasks, n_iter, self._step_of)
+        shared = _sharing_memory(tasks)
+
+        def step_of(task: Task) -> Step:
+            return self._plain if task.name in shared else self._step_of(task)
+
+        advance = divided_step(tasks, n_iter, step_of)
         buffers = [last_of(task) for task in tasks]
         _write(buffers, advance.triples)
         return Advance(advance.grads, buffers)
@@ -56,23 +68,36 @@ class Steps:
         self, tasks: Sequence[Task], n_iter: int
     ) -> Callable[[Sequence[Tensor]], bool] | None:
         """The same step with other gradients, where one compiled call does all of it."""
-        if not isinstance(self._cpu, NumbaStep) or not all(task.weight.is_cpu for task in tasks):
+        if not isinstance(self._cpu, NumbaStep):
+            return None
+        if not all(self._step_of(task) is self._cpu for task in tasks):
             return None
         return self._cpu.repeated(tasks, n_iter)
 
     def _step_of(self, task: Task) -> Step:
-        weight = task.weight
+        weight, grad = task.weight, task.grad
+        if grad is not None and grad.requires_grad:
+            return self._plain  # autograd must see what is written
         if weight.is_cpu and type(weight) is Tensor:
             return self._cpu
-        return self._on_gpu if self._gpu is not None and takes(task) else self._plain
+        if self._gpu is None or not takes(task):
+            return self._plain
+        kind = weight.device, weight.dtype, grad.dtype
+        if kind not in self._gpu_steps:
+            self._gpu_steps[kind] = partial(self._on_gpu, kind)
+        return self._gpu_steps[kind]
 
-    def _on_gpu(self, tasks: Sequence[Task], n_iter: int) -> Advance:
-        assert self._gpu is not None
+    def _on_gpu(self, kind: _Kind, tasks: Sequence[Task], n_iter: int) -> Advance:
+        if self._gpu is None:
+            return self._plain(tasks, n_iter)
         try:
             advance = self._gpu(tasks, n_iter)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception as error:
-            # Before it has run once, no gradient has changed: Triton may lack a C compiler, say.
-            if self._gpu_has_run or torch.cuda.is_current_stream_capturing():
+            # Before its kernels have run once, no gradient of a kind has changed: Triton may find
+            # no C compiler, say.
+            if kind in self._gpu_has_run or torch.cuda.is_current_stream_capturing():
                 raise
             warnings.warn(
                 f"Triton's kernels cannot be used here, and so PyTorch's operations are, which are "
@@ -82,8 +107,15 @@ class Steps:
             )
             self._gpu = None
             return self._plain(tasks, n_iter)
-        self._gpu_has_run = True
+        self._gpu_has_run.add(kind)
         return advance
+
+
+def _sharing_memory(tasks: Sequence[Task]) -> set[str]:
+    """Gradients tied by hand: kernels that write many at once would lose one of two sums."""
+    there = [task for task in tasks if task.grad is not None and type(task.grad) is Tensor]
+    ranges = [(task.grad.data_ptr(), task.grad.nbytes) for task in there]
+    return {there[i].name for i in overlapping(ranges)}
 
 
 def _numba_step(other: Step) -> Step:

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 
 from spectral_core import PowerIteration
-from spectral_core.errors import ArgumentError
-from spectral_core.step import Advance, Task
+from spectral_core.step import Advance, Task, last_of
 
 # Of columns, for a program holds a row of W, v and a sum of rows in registers: 16384 float32 are
 # 32 of each in the 512 threads that 128 registers allow. float64 takes twice as many.
@@ -73,7 +72,7 @@ def _kernels() -> Any:
         return None
     try:
         from . import triton_kernels
-    except (ImportError, OSError, RuntimeError):
+    except Exception:  # an older one lacks a name, a broken one fails in its own way
         return None
     return triton_kernels
 
@@ -174,6 +173,8 @@ class TritonStep:
     Advance(grads=[], triples=[])
     """
 
+    in_place = True
+
     def __init__(self) -> None:
         self._groups: dict[Hashable, list[_Group]] = {}
 
@@ -200,7 +201,7 @@ class TritonStep:
         RuntimeError
             If a graph is captured, and no step was run before with such tasks.
         """
-        triples = [_target(task) for task in tasks] if n_iter else [_last(task) for task in tasks]
+        triples = [_target(task) for task in tasks] if n_iter else [last_of(task) for task in tasks]
         for group in self._groups_of(tasks):
             group.run(tasks, triples, n_iter)
         return Advance([task.grad for task in tasks], triples)
@@ -223,7 +224,7 @@ class TritonStep:
 
     def _forget(self) -> None:
         """Keep the number of sets in bounds; not without those that a graph may still run."""
-        for key in list(self._groups)[: len(self._groups) + 1 - _SETS]:
+        for key in list(self._groups)[: max(0, len(self._groups) + 1 - _SETS)]:
             if not any(group.captured for group in self._groups[key]):
                 del self._groups[key]
 
@@ -235,14 +236,6 @@ def _target(task: Task) -> PowerIteration:
         *stack, m, _ = task.plan.matrix
         return PowerIteration(v.new_empty(stack), v.new_empty((*stack, m)), v)
     return last if last.v is v else PowerIteration(last.sigma, last.u, v)
-
-
-def _last(task: Task) -> PowerIteration:
-    if task.last is None:
-        raise ArgumentError(
-            f"n_iter is 0, but the state holds no u of {task.name!r}: iterate at least once"
-        )
-    return task.last
 
 
 class _Work(NamedTuple):
@@ -571,7 +564,10 @@ def _on(device: torch.device) -> Any:
 
 
 def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with _on(device):  # of several, the current one is asked
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _gathered(tensors: list[Tensor]) -> Tensor:

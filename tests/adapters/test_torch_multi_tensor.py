@@ -96,3 +96,10 @@ def test_one_object_serves_other_shapes():
 
 def test_of_nothing_is_nothing():
     assert MultiTensorStep()([], 1) == ([], [])
+
+
+def test_what_it_keeps_is_bounded():
+    step, everything = MultiTensorStep(), tasks("cpu")
+    for i in range(40):
+        step([task._replace(name=str(k)) for k, task in enumerate(everything[:1] * (i + 1))], 1)
+    assert len(step._owners) <= 16

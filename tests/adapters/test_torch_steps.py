@@ -5,6 +5,7 @@ import importlib.util
 import weakref
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 import spectral_core as sc
@@ -153,9 +154,14 @@ def one_thread(model, reg):
     torch.set_num_threads(1)
 
 
+def strided(model, reg):
+    weight = model["wide"].weight
+    weight.data = weight.data.view(-1).as_strided(weight.shape, (1, weight.shape[0]))
+
+
 CHANGES = [
     *(less_contiguous, moved, in_place, no_gradient, frozen, another_factor, a_mapping, a_tensor),
-    *(more_iterations, doubled, loaded, one_thread),
+    *(more_iterations, doubled, loaded, one_thread, strided),
 ]
 
 
@@ -183,7 +189,7 @@ def test_a_repeated_step_notices_what_changes(change, include, device):
             )
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
             if step == 2 and include and device == "cpu" and importlib.util.find_spec("numba"):
-                assert regs[0]._last[0]._compiled is not None  # all in one call
+                assert regs[0]._last[regs[0]]._compiled is not None  # all in one call
     finally:
         torch.set_num_threads(threads)
 
@@ -191,15 +197,92 @@ def test_a_repeated_step_notices_what_changes(change, include, device):
 def test_optimizers_that_take_turns_repeat_their_own_steps():
     models = zoo(), zoo()
     regs = [SpectralNormRegularizer(model, factor=0.3) for model in models]
+    turns = [(nn.Identity(), ["linear.weight"]), (nn.Identity(), ["conv.weight", "wide.weight"])]
     for step in range(4):
         for model, reg in zip(models, regs, strict=True):
             other_gradients(model, seed=step)
-            for names in (["linear.weight"], ["conv.weight", "wide.weight"]):
+            for optimizer, names in turns:
                 if reg is regs[1]:
                     reg._last.clear()
-                reg._add_gradients_(names, None, turn=len(names))
+                reg._add_gradients_(names, None, turn=optimizer)
     assert len(regs[0]._last) == 2
+    turns.clear()
+    del optimizer
+    gc.collect()
+    assert len(regs[0]._last) == 0
     torch.testing.assert_close(*(gradients(model) for model in models), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("rows", [500, 3])
+def test_a_weight_of_other_rows_is_refused(rows, kernels):
+    model = zoo()["linear"]
+    reg = SpectralNormRegularizer(model, kernels=kernels)
+    reg.add_gradients_()
+    model.weight.data = model.weight.data[:rows] if rows == 3 else torch.randn(rows, 7)
+    model.weight.grad = torch.ones_like(model.weight)
+    with pytest.raises(sc.ShapeError, match="call init again"):
+        reg.add_gradients_()
+    assert (model.weight.grad == 1).all()
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="PyTorch has no grad_dtype")
+def test_gradients_may_be_of_another_dtype_from_a_step_on():
+    models = zoo(torch.bfloat16)["linear"], zoo(torch.bfloat16)["linear"]
+    regs = [
+        SpectralNormRegularizer(m, kernels=k) for m, k in zip(models, (True, False), strict=True)
+    ]
+    for dtype in (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32):
+        for model, reg in zip(models, regs, strict=True):
+            model.weight.grad = None
+            model.weight.grad_dtype = dtype
+            model.weight.grad = torch.ones(5, 7, dtype=dtype)
+            reg.add_gradients_()
+        torch.testing.assert_close(models[0].weight.grad, models[1].weight.grad)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_tied_by_hand_get_every_term(device):
+    models = (
+        nn.ModuleList([nn.Linear(500, 600), nn.Linear(500, 600)]).to(device) for _ in range(2)
+    )
+    found = []
+    for model, kernels in zip(models, (True, False), strict=True):
+        torch.manual_seed(0)
+        for layer in model:
+            nn.init.normal_(layer.weight)
+        reg = SpectralNormRegularizer(model, factor=1.0, kernels=kernels)
+        for _ in range(3):  # of their own, then of one memory
+            for layer in model:
+                layer.weight.grad = torch.zeros_like(layer.weight)
+            reg.add_gradients_()
+        model[1].weight.grad = model[0].weight.grad
+        for _ in range(2):
+            reg.add_gradients_()
+        found.append(model[0].weight.grad)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+def test_a_number_in_an_array_is_read_each_time():
+    factor = np.array(1.0)
+    model = zoo()["linear"]
+    reg = SpectralNormRegularizer(model, factor=factor)
+    reg.add_gradients_()
+    factor[...] = 0.0
+    model.weight.grad = torch.zeros(5, 7)
+    reg.add_gradients_()
+    assert not model.weight.grad.any()
+
+
+def test_autograd_notices_what_is_added_to_a_graph():
+    weight = nn.Parameter(torch.ones(4, 3))
+    reg = SpectralNormRegularizer({"w": weight})
+    for _ in range(2):
+        (grad,) = torch.autograd.grad((weight**3).sum(), weight, create_graph=True)
+        weight.grad = grad * 1
+        before = weight.grad._version
+        reg.add_gradients_()
+        assert weight.grad._version > before
 
 
 @pytest.mark.parametrize("kernels", [True, False])

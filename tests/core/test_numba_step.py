@@ -1,7 +1,12 @@
 """The compiled step gives what the plain step gives, for every dtype, shape and division."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,6 +220,71 @@ def test_gradients_in_one_piece_of_memory_get_every_term():
         sc.add_gradient_(weights, shared, state, factor=1.0, step=step)
         grads.append(grad)
     np.testing.assert_allclose(*grads, rtol=1e-4, atol=1e-6)
+
+
+def test_vectors_of_another_size_are_refused():
+    weights, grads = model("float64", {"w": (500, 30)})
+    state = dataclasses.replace(sc.init(weights), u={"w": np.zeros(5)})
+    for step in (NumbaStep(), plain_step_):
+        with pytest.raises(sc.ShapeError, match=r"needs a u of shape \(500,\), but .* has \(5,\)"):
+            sc.add_gradient_(weights, grads, state, step=step)
+
+
+@pytest.mark.parametrize("step", [NumbaStep(), plain_step_])
+def test_the_pure_function_takes_no_step_in_place(step):
+    weights, grads = model("float64")
+    with pytest.raises(sc.ArgumentError, match="give it to add_gradient_"):
+        sc.add_gradient(weights, grads, sc.init(weights), step=step)
+
+
+def test_no_iteration_needs_u():
+    weights, grads = model("float64", {"w": (6, 4)})
+    state = dataclasses.replace(sc.init(weights), u={})
+    with pytest.raises(sc.ArgumentError, match="holds no u of 'w'"):
+        sc.add_gradient_(weights, grads, state, n_iter=0, step=NumbaStep())
+
+
+def test_threads_of_the_caller_take_turns():
+    weights, grads = model("float64", {"w": (600, 500), "x": (30, 20)})
+    state, step = sc.init(weights), NumbaStep()
+    expected, _ = sc.add_gradient(weights, grads, state, factor=1.0)
+
+    def work(_):
+        mine = {name: grad.copy() for name, grad in grads.items()}
+        sc.add_gradient_(weights, mine, state, factor=1.0, step=step)
+        return max(float(np.abs(mine[name] - expected[name]).max()) for name in mine)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(work, range(60))) < 1e-10
+
+
+def test_a_small_step_starts_no_threads():
+    code = """
+import numpy as np, spectral_core as sc
+from spectral_core.numba_step import NumbaStep
+from numba.np.ufunc import parallel
+w = {"w": np.ones((6, 6))}
+sc.add_gradient_(w, {"w": np.zeros((6, 6))}, sc.init(w), step=NumbaStep())
+print(parallel._is_initialized)
+"""
+    env = {**os.environ, "PYTHONPATH": str(Path(sc.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_where_nothing_can_be_written_it_compiles_each_time(monkeypatch):
+    kernels, cached = numba_step.NumbaStep()._kernels, []
+
+    def njit(*, cache=False, **options):
+        cached.append(cache)
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: function
+
+    monkeypatch.setattr(kernels, "njit", njit)
+    assert kernels._compiled(len) is len
+    assert kernels._compiled(parallel=True)(len) is len
+    assert cached == [True, False, True, False]
 
 
 def test_threads_are_given_back():
