@@ -361,6 +361,13 @@ def test_without_it_the_state_holds_no_u():
     assert add_spectral_norm_regularization(0.1).init(params_of()).u == {}
 
 
+def test_a_state_without_u_is_refused_between_iterations():
+    params = params_of()
+    state = add_spectral_norm_regularization(0.1).init(params)
+    with pytest.raises(sc.ArgumentError, match="every_n_steps is 4, but the state holds no u"):
+        add_spectral_norm_regularization(0.1, every_n_steps=4).update(zeros(params), state, params)
+
+
 def test_every_n_steps_with_missing_updates_and_injection():
     params = params_of()
     injected = optax.inject_hyperparams(add_spectral_norm_regularization)(

@@ -13,7 +13,9 @@ import spectral_core as sc
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from torch import nn  # noqa: E402
 
+from spectral_core.step import plain_step_  # noqa: E402
 from spectral_torch import SpectralNormRegularizer  # noqa: E402
+from spectral_torch.steps import Steps  # noqa: E402
 
 needs_numba = pytest.mark.skipif(
     importlib.util.find_spec("numba") is None, reason="Numba is not installed"
@@ -296,6 +298,55 @@ def test_no_gradient_is_kept_alive(kernels):
         model.zero_grad(set_to_none=True)
         gc.collect()
         assert not any(ref() is not None for ref in kept)
+
+
+# Where Triton fails
+
+
+class Failing:
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, tasks, n_iter):
+        if self.error is not None:
+            raise self.error
+        return plain_step_(tasks, n_iter)
+
+
+def tasks_of(model):
+    made = []
+    state = sc.init({"w": model.weight.detach()})
+    sc.add_gradient_(
+        {"w": model.weight.detach()},
+        {"w": model.weight.grad.clone()},
+        state,
+        step=lambda tasks, n_iter: (made.extend(tasks), plain_step_(tasks, n_iter))[1],
+    )
+    return [task._replace(grad=model.weight.grad) for task in made]
+
+
+def test_a_kernel_that_cannot_be_compiled_is_said_once_and_done_without(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    model, other = zoo()["linear"], zoo()["linear"]
+    steps = Steps(kernels=True)
+    steps._gpu = Failing(RuntimeError("no C compiler"))
+    with pytest.warns(RuntimeWarning, match="Triton's kernels cannot be used here.*no C compiler"):
+        steps._on_gpu("kind", tasks_of(model), 1)
+    steps._on_gpu("another", tasks_of(model), 1)  # and not again
+    for _ in range(2):
+        plain_step_(tasks_of(other), 1)
+    torch.testing.assert_close(model.weight.grad, other.weight.grad)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("illegal address"), torch.OutOfMemoryError()])
+def test_a_kernel_that_fails_later_is_an_error(error, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    steps, model = Steps(kernels=True), zoo()["linear"]
+    steps._gpu = Failing(None)
+    steps._on_gpu("kind", tasks_of(model), 1)
+    steps._gpu = Failing(error)
+    with pytest.raises(type(error)):
+        steps._on_gpu("kind", tasks_of(model), 1)
 
 
 # In place
