@@ -37,7 +37,7 @@ def arguments() -> argparse.Namespace:
         help="cases by name, such as 'square-4096-*', 'training-*', compilation",
     )
     parser.add_argument("--list", action="store_true", help="the names of the cases")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a case and framework")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a case and framework")
     parser.add_argument("--rounds", type=int, default=200, help="at most, of a case and framework")
     parser.add_argument("--quick", action="store_true", help="a few small cases, briefly")
     parser.add_argument("--out", type=Path, help="folder to write the results into")
