@@ -129,7 +129,7 @@ def demo(session: nox.Session) -> None:
     backend = "torch"
     if "--backend" in session.posargs:
         backend = session.posargs[session.posargs.index("--backend") + 1]
-    extra = {"torch": ["torch"], "jax": ["jax", "optax"]}.get(backend, [])
+    extra = {"torch": ["torch", "numba"], "jax": ["jax", "optax"]}.get(backend, [])
     install(session, "-e", ".", *group("demo"), *extra)
     session.run("python", "-m", "benchmarks.demo", *session.posargs)
 
