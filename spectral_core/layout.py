@@ -206,6 +206,7 @@ class Plan(NamedTuple):
     right_spread: Shape  # shape of v in `order`, one where only u varies
     columns: Shape  # sizes of v's axes
     column_order: Shape  # a permutation of `columns`, stack first: as they lie
+    reshapes: bool  # whether the matrix is the tensor reshaped, and no axis moves
 
 
 def plan_of(layout: Layout | str, shape: Shape, name: str) -> Plan:
@@ -315,6 +316,7 @@ def _plan(layout: Layout, shape: Shape) -> Plan:
         right_spread=(*n_stack, *(1 for _ in rows), *sizes(columns)),
         columns=sizes(stack_and_columns),
         column_order=tuple(stack_and_columns.index(axis) for axis in stack + pick("ikdhw")),
+        reshapes=order == tuple(range(len(order))),
     )
 
 

@@ -8,7 +8,7 @@ speed, and a small layer costs a dozen of their calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 from threading import Lock
 from typing import Any, NamedTuple
@@ -17,7 +17,16 @@ import numpy as np
 
 from ._arrays import Array
 from .power import PowerIteration
-from .step import Advance, Step, Task, divided_step, last_of, overlapping, plain_step_
+from .step import (
+    Advance,
+    Step,
+    Task,
+    divided_step,
+    last_of,
+    overlapping,
+    plain_step_,
+    sharing_memory,
+)
 
 # A thread is not worth waking (a few microseconds) for fewer elements than this.
 _GRAIN = 65536
@@ -92,12 +101,12 @@ class NumbaStep:
         self._owned = owned
         self._steps: dict[str | None, Step] = {None: other}
         self._steps.update({kind: partial(self._advance, kind) for kind in _VECTORS})
-        self._divisions: dict[Any, Division] = {}
+        self._division_of = lru_cache(_DIVISIONS)(Division)
         self._lock = Lock()  # of tables and scratch: the kernel lets other threads run
 
     def __call__(self, tasks: Sequence[Task], n_iter: int) -> Advance:
         """Advance all tasks: those that this does not take by ``other``."""
-        shared = self._sharing_memory(tasks)
+        shared = sharing_memory(tasks, self._memory.address)
 
         def step_of(task: Task) -> Step:
             return self._steps[None if task.name in shared else self._kind(task)]
@@ -121,7 +130,7 @@ class NumbaStep:
         if (
             kind is None
             or not all(isinstance(task.factor, float) for task in tasks)
-            or self._sharing_memory(tasks)
+            or sharing_memory(tasks, self._memory.address)
         ):
             return None
         division, memory = self._division(kind, tasks), self._memory
@@ -159,11 +168,6 @@ class NumbaStep:
             *(division.like, division.scratch, n_iter),
         )
 
-    def _sharing_memory(self, tasks: Sequence[Task]) -> set[str]:
-        there = [task for task in tasks if task.grad is not None]
-        ranges = [(self._memory.address(task.grad), task.grad.nbytes) for task in there]
-        return {there[i].name for i in overlapping(ranges)}
-
     def _kind(self, task: Task) -> str | None:
         """The name of the task's dtype, or None for a task that this does not take."""
         weight, grad, plan, memory = task.weight, task.grad, task.plan, self._memory
@@ -176,7 +180,7 @@ class NumbaStep:
         for x in vectors:
             if memory.dtypes.get(x.dtype) != _VECTORS[kind] or not memory.plain(x):
                 return None
-        return kind if plan.order == tuple(range(len(plan.order))) else None
+        return kind if plan.reshapes else None
 
     def _advance(self, kind: str, tasks: Sequence[Task], n_iter: int) -> Advance:
         if n_iter == 0:
@@ -208,12 +212,7 @@ class NumbaStep:
         # Numba's threads are not even counted for what one thread does: that would start them.
         few = sum(map(prod, shapes)) < 2 * _GRAIN
         threads = 1 if few else self._kernels.threads(self._memory.threads())
-        key = kind, threads, shapes
-        if key not in self._divisions:
-            if len(self._divisions) == _DIVISIONS:
-                self._divisions.pop(next(iter(self._divisions)))
-            self._divisions[key] = Division(kind, shapes, threads)
-        return self._divisions[key]
+        return self._division_of(kind, shapes, threads)
 
 
 class Division:

@@ -123,6 +123,13 @@ def overlapping(ranges: Iterable[tuple[int, int]]) -> set[int]:
     return shared
 
 
+def sharing_memory(tasks: Iterable[Task], address: Callable[[Array], int]) -> set[str]:
+    """The names of the tasks whose gradient lies in that of one before."""
+    there = [task for task in tasks if task.grad is not None]
+    shared = overlapping((address(task.grad), task.grad.nbytes) for task in there)
+    return {there[i].name for i in shared}
+
+
 def triples_of(
     tasks: Sequence[Task], n_iter: int, iterations: Iterations = iterations
 ) -> list[PowerIteration]:

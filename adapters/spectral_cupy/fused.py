@@ -290,7 +290,7 @@ class FusedStep:
             self._runtime.owns(weight)
             and grad is not None
             and {weight.dtype.name, grad.dtype.name} <= _CTYPES.keys()
-            and plan.order == tuple(range(len(plan.order)))
+            and plan.reshapes
             and max(plan.matrix[-2:]) < _LARGEST
             and weight.flags.c_contiguous
             and grad.flags.c_contiguous

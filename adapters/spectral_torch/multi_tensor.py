@@ -8,7 +8,7 @@ matrices lie one after another in one tensor, and what is done to them is done t
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -44,7 +44,8 @@ class MultiTensorStep:
     in_place = True
 
     def __init__(self) -> None:
-        self._owners: dict[Hashable, _Owners] = {}
+        # Kept, for they are copied to the device; of weights that take part: not all may each time.
+        self._owners = lru_cache(_SETS)(_owners)
         self._together: dict[Hashable, Step] = {}
 
     def __call__(self, tasks: Sequence[Task], n_iter: int) -> Advance:
@@ -66,7 +67,7 @@ class MultiTensorStep:
     def _advance(
         self, device: torch.device, dtype: torch.dtype, tasks: Sequence[Task], n_iter: int
     ) -> Advance:
-        owners = self._owners_of(tasks, device)
+        owners = self._owners(tuple(task.plan.matrix for task in tasks), device)
         m, n = ([task.plan.matrix[axis] for task in tasks] for axis in (0, 1))
         if n_iter:
             sigma, u, v = _iterated(tasks, n_iter, owners, (m, n), torch.finfo(dtype).tiny)
@@ -79,9 +80,8 @@ class MultiTensorStep:
             sigmas, us, vs = zip(*map(last_of, tasks), strict=True)
             sigma, u = torch.stack(sigmas), torch.cat(us)
         factors = [task.factor for task in tasks]
-        numbers = {factor for factor in factors if isinstance(factor, float)}
-        if len(numbers) == 1 and all(isinstance(factor, float) for factor in factors):
-            scaled = sigma * numbers.pop()
+        if all(factor is factors[0] for factor in factors):
+            scaled = sigma * factors[0]
         else:
             scaled = torch.stack([s * f for s, f in zip(sigmas, factors, strict=True)])
         terms = torch.split_with_sizes(u * scaled.index_select(0, owners.u), m)
@@ -92,17 +92,12 @@ class MultiTensorStep:
         triples = map(PowerIteration, sigmas, us, vs)
         return Advance([task.grad for task in tasks], list(triples))
 
-    def _owners_of(self, tasks: Sequence[Task], device: torch.device) -> _Owners:
-        """Made once, for it is copied to the device."""
-        key = device, tuple(task.plan.matrix for task in tasks)
-        if key not in self._owners:
-            if len(self._owners) == _SETS:  # of weights that take part: some may not each time
-                self._owners.pop(next(iter(self._owners)))
-            places = torch.arange(len(tasks))
-            m, n = torch.tensor(key[1]).T
-            u, v = (places.repeat_interleave(sizes).to(device) for sizes in (m, n))
-            self._owners[key] = _Owners(u, v)
-        return self._owners[key]
+
+def _owners(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> _Owners:
+    places = torch.arange(len(shapes))
+    m, n = torch.tensor(shapes).T
+    u, v = (places.repeat_interleave(sizes).to(device) for sizes in (m, n))
+    return _Owners(u, v)
 
 
 def _iterated(

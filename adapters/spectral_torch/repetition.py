@@ -38,6 +38,7 @@ class Repetition:
         )
         self._factor, self._n_iter, self._step = factor, n_iter, step
         self._compiled = step.repeated(tasks, n_iter) if plain else None
+        # They also keep alive what the compiled call has the addresses of.
         self._tasks = [task._replace(grad=None) for task in tasks] if plain else []
         self._weights = [
             (task.name, *_place(task.weight), task.grad.dtype) for task in tasks if plain

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spectral_core import PowerIteration
 from spectral_core.numba_step import Memory, NumbaStep
-from spectral_core.step import Advance, Step, Task, divided_step, last_of, overlapping
+from spectral_core.step import Advance, Step, Task, divided_step, last_of, sharing_memory
 
 from .multi_tensor import MultiTensorStep
 from .triton_step import TritonStep, takes
@@ -54,12 +54,7 @@ class Steps:
 
     def __call__(self, tasks: Sequence[Task], n_iter: int) -> Advance:
         """Advance all tasks, in place."""
-        shared = _sharing_memory(tasks)
-
-        def step_of(task: Task) -> Step:
-            return self._plain if task.name in shared else self._step_of(task)
-
-        advance = divided_step(tasks, n_iter, step_of)
+        advance = divided_step(tasks, n_iter, self._step_of)
         buffers = [last_of(task) for task in tasks]
         _write(buffers, advance.triples)
         return Advance(advance.grads, buffers)
@@ -90,6 +85,11 @@ class Steps:
     def _on_gpu(self, kind: _Kind, tasks: Sequence[Task], n_iter: int) -> Advance:
         if self._gpu is None:
             return self._plain(tasks, n_iter)
+        if shared := sharing_memory(tasks, Tensor.data_ptr):
+            rest = partial(self._on_gpu, kind)
+            return divided_step(
+                tasks, n_iter, lambda task: self._plain if task.name in shared else rest
+            )
         try:
             advance = self._gpu(tasks, n_iter)
         except torch.cuda.OutOfMemoryError:
@@ -109,13 +109,6 @@ class Steps:
             return self._plain(tasks, n_iter)
         self._gpu_has_run.add(kind)
         return advance
-
-
-def _sharing_memory(tasks: Sequence[Task]) -> set[str]:
-    """Gradients tied by hand: kernels that write many at once would lose one of two sums."""
-    there = [task for task in tasks if task.grad is not None and type(task.grad) is Tensor]
-    ranges = [(task.grad.data_ptr(), task.grad.nbytes) for task in there]
-    return {there[i].name for i in overlapping(ranges)}
 
 
 def _numba_step(other: Step) -> Step:

@@ -40,8 +40,6 @@ _ITERATED = {
 }
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)  # a subclass may have no memory of its own
 
-_IDENTITY = tuple(range(64))
-
 # Widths of tiles, in powers of two. Fewer than there are: each that a model has is compiled, and
 # a tile that is half empty costs no memory traffic, only arithmetic that the kernel can spare.
 _PRODUCT_WIDTHS = (5, 7, 9, 10, 11, 12, 13, 14)
@@ -110,7 +108,7 @@ def takes(task: Task) -> bool:
         dtype of the iteration.
     """
     weight, grad, plan, last = task.weight, task.grad, task.plan, task.last
-    dtype, order = _ITERATED.get(weight.dtype), plan.order
+    dtype = _ITERATED.get(weight.dtype)
     # The device first: to ask what there is starts CUDA, and imports Triton.
     if dtype is None or weight.is_cuda == interpreted() or not available():
         return False
@@ -120,7 +118,7 @@ def takes(task: Task) -> bool:
         and type(grad) in _PLAIN_TENSORS
         and grad.dtype in _ITERATED
         and plan.matrix[-1] <= LIMITS[dtype]
-        and order == _IDENTITY[: len(order)]
+        and plan.reshapes
         and _fits(weight, shape, weight.dtype, device)
         and _fits(grad, shape, grad.dtype, device)
         and _fits(task.v, plan.right, dtype, device)

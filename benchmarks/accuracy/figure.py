@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.demo.figure import STYLE
+from benchmarks.style import STYLE
 
 SHOWN = {  # color, dashes
     "power": ("#444444", "-"),

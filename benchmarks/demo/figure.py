@@ -11,24 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from benchmarks.style import STYLE
+
 from .net import SHAPES
 from .results import select, threshold
 from .train import METHODS, RATES, Run
 
 COLORS = {"vanilla": "#0072b2", "spectral": "#d55e00", "start": "#9a9a9a"}
-
-STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#666666",
-    "axes.grid": True,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-}
 
 
 def save(path: Path, runs: Sequence[Run], title: str) -> None:

@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from benchmarks import style as look
+
 from .markdown import OURS, where
 
 Result = dict[str, Any]
@@ -35,20 +37,7 @@ COLORS = {
 }
 TITLES = {"torch": "PyTorch", "jax": "JAX", "numpy": "NumPy", "cupy": "CuPy"}
 
-STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#666666",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "lines.linewidth": 1.5,
-    "lines.markersize": 4,
-}
+STYLE = {**look.STYLE, "axes.axisbelow": True, "lines.linewidth": 1.5, "lines.markersize": 4}
 
 
 def save(path: Path, result: Result) -> None:

@@ -12,10 +12,10 @@ import spectral_cupy
 
 from .cases import Case, filled
 from .forecast import require_memory
+from .peers_numpy import NAIVE, naive
 from .timing import LeftOutError, Step
 
 OURS = "spectral_cupy"
-NAIVE = "paper's formula"
 FLOOR = "G += W"
 
 NOTES = {
@@ -37,7 +37,7 @@ def peers(case: Case, device: str, patience: float) -> dict[str, Callable[[], St
     weights, grads = arrays(case, 0), arrays(case, 1)
     return {
         OURS: partial(in_place, weights, grads),
-        NAIVE: partial(naive, weights, grads),
+        NAIVE: partial(naive, weights, grads, cupy),
         FLOOR: partial(floor, weights, grads),
     }
 
@@ -55,22 +55,6 @@ def in_place(weights: Arrays, grads: Arrays) -> Step:
     def step() -> None:
         nonlocal state
         state = spectral_cupy.add_gradient_(weights, grads, state)
-
-    return step
-
-
-def naive(weights: Arrays, grads: Arrays) -> Step:
-    vectors = {name: cupy.ones(w[0].size, w.dtype) for name, w in weights.items()}
-
-    def step() -> None:
-        for name, w in weights.items():
-            matrix = w.reshape(w.shape[0], -1)
-            u = matrix @ vectors[name]
-            v = matrix.T @ u
-            sigma = cupy.linalg.norm(v) / cupy.linalg.norm(u)
-            u, v = u / cupy.linalg.norm(u), v / cupy.linalg.norm(v)
-            vectors[name] = v
-            grads[name] += (0.01 * sigma * cupy.outer(u, v)).reshape(w.shape)
 
     return step
 

@@ -67,18 +67,20 @@ def in_place(weights: Arrays, grads: Arrays, how: StepOfWeights) -> Step:
     return step
 
 
-def naive(weights: Arrays, grads: Arrays) -> Step:
-    vectors = {name: np.ones(w[0].size, w.dtype) for name, w in weights.items()}
+def naive(weights: Arrays, grads: Arrays, xp: Any = np) -> Step:
+    """The formula in NumPy, or in what is written like it."""
+    vectors = {name: xp.ones(w[0].size, w.dtype) for name, w in weights.items()}
+    norm, outer = xp.linalg.norm, xp.outer
 
     def step() -> None:
         for name, w in weights.items():
             matrix = w.reshape(w.shape[0], -1)
             u = matrix @ vectors[name]
             v = matrix.T @ u
-            sigma = np.linalg.norm(v) / np.linalg.norm(u)
-            u, v = u / np.linalg.norm(u), v / np.linalg.norm(v)
+            sigma = norm(v) / norm(u)
+            u, v = u / norm(u), v / norm(v)
             vectors[name] = v
-            grads[name] += (0.01 * sigma * np.outer(u, v)).reshape(w.shape)
+            grads[name] += (0.01 * sigma * outer(u, v)).reshape(w.shape)
 
     return step
 
