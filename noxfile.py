@@ -137,5 +137,5 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """What a step costs beside its peers: `nox -s bench -- --quick` is the short one."""
-    install(session, "-e", ".[torch,jax]", *group("bench"))
+    install(session, "-e", ".[torch,jax,numba]", *group("bench"))
     session.run("python", "-m", "benchmarks.speed", *session.posargs)
