@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any
 from time import monotonic, perf_counter
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -81,6 +82,7 @@ class Trainer:
         self._set_rate()
         # Whatever is drawn depends on seed and epoch alone, so a run that goes on draws the same.
         torch.manual_seed(self.run.seed * 100_003 + self.epoch)
+        self._rng = np.random.default_rng([self.run.seed, self.epoch, 1])
         total, steps = torch.zeros((), device=self.settings.device), 0
         for chosen in data.batches(self.data, self.run.batch, self.run.seed, self.epoch):
             total += self._step(*self._batch(chosen))
@@ -95,10 +97,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.run.rate / 10**drops
 
-    def _batch(self, chosen: Any) -> tuple[Tensor, Tensor]:
+    def _batch(self, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         if self.data.augmented:
-            rng = data.generator(self.run.seed, self.epoch, int(chosen[0]))
-            images = data.augment(self.data.train_images[chosen], rng)
+            images = data.augment(self.data.train_images[chosen], self._rng)
             return self._on_device(images, self.data.train_labels[chosen])
         x, y = self._train
         index = torch.from_numpy(chosen).to(x.device)
