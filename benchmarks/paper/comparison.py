@@ -172,7 +172,7 @@ def verdict(group: Group) -> Verdict:
     if not found:
         return _said("undecided", group, "spectral has no run to compare with another method's")
     worst = max(found, key=lambda method: _standing(found[method]))
-    what = f"spectral's gap at α = {points(group.alpha or 0)} is "
+    what = f"spectral's gap at α = {hundredths(group.alpha or 0)} is "
     what += f"{shown(Interval.of(list(group.gaps('spectral').values())))}, "
     against = f"{worst}'s by {shown(_size(found[worst]))}"
     if found[worst].above:
@@ -270,6 +270,11 @@ def points(value: float) -> str:
     """A share as the paper prints it: .898."""
     digits = f"{abs(value):.3f}"
     return ("−" if value < 0 and float(digits) else "") + digits.removeprefix("0")
+
+
+def hundredths(alpha: float) -> str:
+    """α as the paper prints it: .88."""
+    return f"{alpha:.2f}".removeprefix("0")
 
 
 def shown(interval: Interval) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -35,15 +34,12 @@ def suites(root: Path = RESULTS) -> dict[str, list[Result]]:
 def written(text: str, root: Path = RESULTS) -> str:
     """The page with the block of each suite as the results have it; a new one at the end."""
     for name, results in suites(root).items():
-        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if start not in text:
-            text = f"{text.rstrip()}\n\n## {name}\n\n{start}\n{end}\n"
-        text = re.sub(
-            rf"({re.escape(start)}\n).*?({re.escape(end)})",
-            lambda match, block=block(results, root / name): f"{match[1]}{block}\n{match[2]}",
-            text,
-            flags=re.DOTALL,
-        )
+            text = f"{text.rstrip()}\n\n## {name}\n\n{start}{end}\n"
+        before, rest = text.split(start, 1)
+        after = rest.split(end, 1)[1]
+        text = f"{before}{start}{block(results, root / name)}\n{end}{after}"
     return text
 
 

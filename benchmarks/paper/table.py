@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .comparison import METHODS, Group, Interval, points, shown
+from .comparison import METHODS, Group, Interval, hundredths, points, shown
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ def table(found: Sequence[Group], methods: Sequence[str] = METHODS) -> str:
 
 def row(group: Group, columns: Sequence[str]) -> list[str]:
     paper = PAPER.get((group.network.model, group.network.data, group.batch))
-    alpha = "–" if group.alpha is None else f"{group.alpha:.2f}".removeprefix("0")
+    alpha = "–" if group.alpha is None else hundredths(group.alpha)
     if paper:
-        alpha += f" (paper {f'{paper.alpha:.2f}'.removeprefix('0')})"
+        alpha += f" (paper {hundredths(paper.alpha)})"
     return [
         group.network.title,
         str(group.batch),
