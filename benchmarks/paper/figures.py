@@ -36,8 +36,8 @@ def figures(results: Sequence[Result], folder: Path) -> list[Path]:
     """Write those that have data; the files of each, as PNG and as SVG."""
     found = groups(results)
     networks = list(dict.fromkeys(group.network for group in found))
-    first = [group for group in found if group.network == networks[0]]
-    others = [group for group in found if group.network != networks[0]]
+    first = [group for group in found if group.network in networks[:1]]
+    others = [group for group in found if group.network in networks[1:]]
     plan: list[tuple[int, Sequence[Group], str, str, int, Draw]] = [
         (1, first, "Accuracy", "train", 2, draw_accuracy),
         (2, first, "Sensitivity to the input, ‖∇ₓ loss‖₂", "train_gradient", 1, draw_gradient),
