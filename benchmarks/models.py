@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import ceil
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,13 @@ class DenseNet(nn.Module):
     """Huang et al., 2017. Without bottlenecks the transitions keep the number of channels."""
 
     def __init__(
-        self, stem: nn.Module, channels: int, blocks: Sequence[int], growth: int, bottleneck: bool
+        self,
+        stem: nn.Module,
+        channels: int,
+        blocks: Sequence[int],
+        growth: int,
+        bottleneck: bool,
+        classes: int,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = [stem]
@@ -57,21 +64,29 @@ class DenseNet(nn.Module):
                 channels += growth
         layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
         self.features = nn.Sequential(*layers)
-        self.head = nn.Linear(channels, 1000 if bottleneck else 10)
+        self.head = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x).mean((2, 3)))
 
 
+def densenet(
+    depth: int, channels: int = 3, classes: int = 10, width: float = 1.0, growth: int = 12
+) -> DenseNet:
+    """For small images: three blocks, 16 channels to start with, as in the paper."""
+    start, count = scaled(16, width), (depth - 4) // 3
+    stem = conv(channels, start, 3)
+    return DenseNet(stem, start, (count,) * 3, scaled(growth, width), False, classes)
+
+
 def densenet_40() -> DenseNet:
-    """For 32 × 32 images, growth 12, as in the paper."""
-    return DenseNet(conv(3, 16, 3), 16, (12, 12, 12), growth=12, bottleneck=False)
+    return densenet(40)
 
 
 def densenet_121() -> DenseNet:
     """For 224 × 224 images."""
     stem = nn.Sequential(*normalized(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
-    return DenseNet(stem, 64, (6, 12, 24, 16), growth=32, bottleneck=True)
+    return DenseNet(stem, 64, (6, 12, 24, 16), growth=32, bottleneck=True, classes=1000)
 
 
 class Bottleneck(nn.Module):
@@ -103,19 +118,48 @@ def resnet_50() -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000))
 
 
-def vgg_16() -> nn.Sequential:
-    """Simonyan & Zisserman, 2015, for 32 × 32 images: its 13 convolutions, and narrow layers on."""
+def vgg_16(
+    channels: int = 3, size: int = 32, classes: int = 10, width: float = 1.0, hidden: int = 512
+) -> nn.Sequential:
+    """Simonyan & Zisserman, 2015: 13 convolutions, here with batch normalization, and 3 layers."""
     layers: list[nn.Module] = []
-    channels = 3
-    for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+    for published, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        wide = scaled(published, width)
         for _ in range(count):
-            layers += [*normalized(channels, width, 3), nn.ReLU(inplace=True)]
-            channels = width
-        layers.append(nn.MaxPool2d(2))
+            layers += [*normalized(channels, wide, 3), nn.ReLU(inplace=True)]
+            channels = wide
+        layers.append(nn.MaxPool2d(2, ceil_mode=True))
+        size = ceil(size / 2)
     layers.append(nn.Flatten())
+    features, hidden = channels * size**2, scaled(hidden, width)
     for _ in range(2):
-        layers += [nn.Linear(512, 512), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, nn.Linear(512, 10))
+        layers += [nn.Linear(features, hidden), nn.ReLU(inplace=True)]
+        features = hidden
+    return nn.Sequential(*layers, nn.Linear(hidden, classes))
+
+
+def nin(channels: int = 3, classes: int = 10, width: float = 1.0) -> nn.Sequential:
+    """Network in Network, Lin et al., 2014: no batch normalization, but dropout."""
+    layers: list[nn.Module] = []
+    ends: tuple[list[nn.Module], ...] = (
+        [nn.MaxPool2d(3, 2, 1), nn.Dropout()],
+        [nn.AvgPool2d(3, 2, 1), nn.Dropout()],
+        [],
+    )
+    blocks = ((5, 192, 160, 96), (5, 192, 192, 192), (3, 192, 192, None))
+    for (kernel, *widths), end in zip(blocks, ends, strict=True):
+        for k, published in enumerate(widths):
+            wide = classes if published is None else scaled(published, width)
+            side = kernel if k == 0 else 1
+            layers += [nn.Conv2d(channels, wide, side, padding=side // 2), nn.ReLU(inplace=True)]
+            channels = wide
+        layers += end
+    layers.pop()  # the last convolution gives the classes
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def scaled(published: int, width: float) -> int:
+    return max(1, round(published * width))
 
 
 class Block(nn.Module):

@@ -1,0 +1,125 @@
+"""What is compared: each method is the loss it minimizes, and what it does to model and optimizer.
+
+Vanilla, weight decay, adversarial training and spectral norm regularization are the paper's.
+Jacobian regularization it describes and leaves out; spectral normalization came after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.optim import Optimizer
+
+import spectral_torch
+
+Network = Callable[[Tensor], Tensor]
+State = dict[str, Tensor]
+
+
+@dataclass
+class Method:
+    """Vanilla: the mean cross-entropy, and nothing else."""
+
+    strength: float = 0.0
+
+    def prepare(self, model: nn.Module) -> None:
+        """Change the model before the optimizer sees it."""
+
+    def options(self) -> dict[str, Any]:
+        """What to give to the optimizer."""
+        return {}
+
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Connect to the optimizer."""
+
+    def loss(self, network: Network, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """What to minimize, and the plain loss to report."""
+        plain = cross_entropy(network(x), y)
+        return plain, plain
+
+    def state(self) -> State:
+        """What a run that goes on later needs, besides model and optimizer."""
+        return {}
+
+    def load(self, state: State) -> None: ...
+
+
+class Decay(Method):
+    """(λ/2)·‖w‖² of all parameters."""
+
+    def options(self) -> dict[str, Any]:
+        return {"weight_decay": self.strength}
+
+
+class Adversarial(Method):
+    """α·L(x) + (1 − α)·L(x + η), with η = ε·g/‖g‖₂ and g = ∇ₓL, image by image; ε = 1."""
+
+    epsilon = 1.0
+
+    def loss(self, network: Network, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        plain = cross_entropy(network(x), y)
+        (gradient,) = torch.autograd.grad(plain, x, retain_graph=True)
+        eta = self.epsilon * normalize(gradient.flatten(1).float(), eps=1e-30).view_as(x)
+        moved = cross_entropy(network(x.detach() + eta), y)
+        return self.strength * plain + (1 - self.strength) * moved, plain
+
+
+class Spectral(Method):
+    """(λ/2)·Σ σ², by the regularizer; one iteration a step from Gaussian vectors, as the paper."""
+
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self._regularizer = spectral_torch.SpectralNormRegularizer(
+            model, factor=self.strength, warmup_iters=0
+        ).attach(optimizer)
+
+    def state(self) -> State:
+        return self._regularizer.state_dict()
+
+    def load(self, state: State) -> None:
+        self._regularizer.load_state_dict(state)
+
+
+class Jacobian(Method):
+    """(λ/2)·‖∂y/∂x‖_F² of an image, estimated along one random direction of the outputs.
+
+    For a unit vector r of d outputs, drawn anew each step, d·‖∂(rᵀy)/∂x‖² has the squared
+    Frobenius norm as its mean (Hoffman, Roberts & Yaida, 2019).
+    """
+
+    def loss(self, network: Network, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        outputs = network(x)
+        plain = cross_entropy(outputs, y)
+        directions = normalize(torch.randn_like(outputs))
+        (gradient,) = torch.autograd.grad((directions * outputs).sum(), x, create_graph=True)
+        norm = outputs.shape[1] * gradient.float().square().sum() / len(x)
+        return plain + self.strength / 2 * norm, plain
+
+
+class Normalization(Method):
+    """W/σ(W) in place of W (Miyato et al., 2018), as PyTorch does it."""
+
+    def prepare(self, model: nn.Module) -> None:
+        for module in list(model.modules()):
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                spectral_norm(module)
+
+
+# By name: the class, and the paper's strength. The last two are not in its table.
+METHODS: dict[str, tuple[type[Method], float]] = {
+    "vanilla": (Method, 0.0),
+    "decay": (Decay, 1e-4),
+    "adversarial": (Adversarial, 0.5),
+    "spectral": (Spectral, 0.01),
+    "jacobian": (Jacobian, 0.01),
+    "normalization": (Normalization, 0.0),
+}
+
+PAPERS = ("vanilla", "decay", "adversarial", "spectral")
