@@ -8,7 +8,8 @@ from math import ceil
 
 def threshold(best: Iterable[float]) -> float:
     """α: the highest hundredth below every run's best test accuracy."""
-    return (ceil(100 * min(best)) - 1) / 100
+    # 100 * 0.55 is a little above 55, and would make 0.55 its own threshold.
+    return (ceil(round(100 * min(best), 6)) - 1) / 100
 
 
 def gap_at(alpha: float, train: Sequence[float], test: Sequence[float]) -> float:

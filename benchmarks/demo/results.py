@@ -7,11 +7,11 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from math import ceil
 from statistics import mean, stdev
 from typing import Any
 
 import spectral_core
+from benchmarks import gap
 
 from .cost import Cost, whole_share
 from .train import RATES, Run
@@ -43,7 +43,7 @@ def select(runs: Sequence[Run], method: str, batch: int) -> list[Run]:
 
 def threshold(runs: Sequence[Run], batch: int) -> float:
     """α: the highest hundredth that every run of this batch size exceeds at some epoch."""
-    return (ceil(100 * min(max(run.test) for run in runs if run.plan.batch == batch)) - 1) / 100
+    return gap.threshold(max(run.test) for run in runs if run.plan.batch == batch)
 
 
 def differences(runs: Sequence[Run], batch: int) -> dict[str, Spread]:

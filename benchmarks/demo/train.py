@@ -10,6 +10,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 import spectral_core
+from benchmarks.gap import gap_at
 
 from .data import Digits, Images, Labels, batches
 from .net import Net, Plan
@@ -52,7 +53,7 @@ class Run:
 
     def gap_at(self, threshold: float) -> float:
         """The paper's generalization gap: the least among epochs that test above the threshold."""
-        return min(gap for gap, test in zip(self.gaps, self.test, strict=True) if test > threshold)
+        return gap_at(threshold, self.train, self.test)
 
 
 def backend(name: str) -> type[Net]:

@@ -1,0 +1,114 @@
+"""The page of results, and what of it stands in the main README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .comparison import DATA, METHODS, Group, groups, large, pairs, place, spectra_sentence, verdict
+from .results import RESULTS, Result, read_all
+from .table import table
+
+PAGE = Path(__file__).parent / "README.md"
+CAPTIONS = {
+    1: "Accuracy against epoch",
+    2: "‖∇ₓ loss‖₂ against epoch",
+    3: "Largest eigenvalue of the Hessian against epoch",
+    4: "Singular values of one weight matrix",
+    5: "Accuracy against epoch, the other networks",
+    6: "‖∇ₓ loss‖₂ against epoch, the other networks",
+}
+
+
+def suites(root: Path = RESULTS) -> dict[str, list[Result]]:
+    """The complete runs by folder; of no account is what only chose settings."""
+    folders = sorted(path for path in root.glob("*") if path.is_dir())
+    found = {folder.name: read_all(folder) for folder in folders}
+    tested = {
+        name: [result for result in results if not result.run.validate]
+        for name, results in found.items()
+    }
+    return {name: results for name, results in tested.items() if results}
+
+
+def written(text: str, root: Path = RESULTS) -> str:
+    """The page with the block of each suite as the results have it; a new one at the end."""
+    for name, results in suites(root).items():
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if start not in text:
+            text = f"{text.rstrip()}\n\n## {name}\n\n{start}{end}\n"
+        before, rest = text.split(start, 1)
+        after = rest.split(end, 1)[1]
+        text = f"{before}{start}{block(results, root / name)}\n{end}{after}"
+    return text
+
+
+def block(results: Sequence[Result], folder: Path) -> str:
+    found = groups(results)
+    parts = [
+        settings(results),
+        table(found),
+        verdicts(found),
+        spectra_sentence(pairs(found)),
+        pictures(folder),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def summary(root: Path = RESULTS) -> str:
+    """For the main README: vanilla beside spectral, and what became of the paper's claim."""
+    parts = []
+    for name, results in suites(root).items():
+        found = groups(results)
+        chosen = [group for group in found if {"vanilla", "spectral"} & group.runs.keys()]
+        parts += [
+            f"**{name}**. {settings(results)}",
+            table(chosen, ("vanilla", "spectral")) if chosen else "",
+            verdicts(found),
+        ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def verdicts(found: Sequence[Group]) -> str:
+    """At the large batch, a sentence for each network."""
+    chosen = [group for group in large(found) if "spectral" in group.runs and len(group.runs) > 1]
+    return "\n".join(f"- {verdict(group).sentence}" for group in chosen)
+
+
+def settings(results: Sequence[Result]) -> str:
+    """What the runs have in common, and where they differ, each value once."""
+    runs = [result.run for result in results]
+    seeds = len({run.seed for run in runs})
+    parts = [
+        f"{len(runs)} runs",
+        f"{seeds} {'seed' if seeds == 1 else 'seeds'}, mean ± half of the 95 % interval",
+        f"{_each(str(run.epochs) for run in runs)} epochs",
+    ]
+    for name in sorted({run.data for run in runs}, key=lambda name: place(name, DATA)):
+        sizes = {str(run.subset) for run in runs if run.data == name and run.subset}
+        if sizes:
+            parts.append(f"{_each(sorted(sizes))} training images of {DATA.get(name, name)}")
+    strengths = [
+        f"{method} {_each(f'{run.strength:g}' for run in runs if run.method == method)}"
+        for method in METHODS
+        if any(run.method == method and run.strength for run in runs)
+    ]
+    parts += [f"strengths: {', '.join(strengths)}"] if strengths else []
+    return "; ".join(parts) + "."
+
+
+def pictures(folder: Path) -> str:
+    """Those that were drawn."""
+    return "\n\n".join(
+        f"![{caption}](results/{folder.name}/figure-{number}.png)"
+        for number, caption in CAPTIONS.items()
+        if (folder / f"figure-{number}.png").exists()
+    )
+
+
+def _each(values: Iterable[str]) -> str:
+    return " or ".join(dict.fromkeys(values))
+
+
+def write(root: Path = RESULTS, page: Path = PAGE) -> None:
+    page.write_text(written(page.read_text(encoding="utf-8"), root), encoding="utf-8")
