@@ -51,7 +51,7 @@ def search(options: Namespace) -> None:
     """A grid of rates and strengths, by the accuracy on images held out of the training set."""
     suite = SUITES[options.suite]
     strengths = options.strengths or [METHODS[options.method][1]]
-    runs = suite.grid(options.models or suite.rates, options.method, strengths, options.rates)
+    runs = suite.grid(options.models or suite.models, options.method, strengths, options.rates)
     found = _sweep(options, runs, f"search-{options.suite}")
     for result in sorted(found, key=_setting):
         one = result.run

@@ -25,7 +25,7 @@ from .results import Result, Run
 
 MOMENTUM = 0.9
 MEASURED = 512  # images that gradients and the Hessian are measured on
-Epoch = dict[str, float | None]
+Epoch = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def train(
             _save(checkpoint, trainer)
             return result
         line = trainer.train_epoch()
-        result.diverged = not isfinite(line["loss"] or 0.0)
+        result.diverged = not isfinite(line["loss"])
         result.epochs.append(dict(line))
         results.append(path, line)
         if monotonic() - saved > settings.save_every:
