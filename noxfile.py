@@ -135,6 +135,14 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def paper(session: nox.Session) -> None:
+    """The tests of the paper's experiments, and a small setting of them from end to end."""
+    install(session, "-e", ".[torch,jax,numba]", *group("test"), *group("paper"))
+    session.run(*PYTEST, "tests/benchmarks")
+    session.run("python", "-m", "benchmarks.paper", *(session.posargs or ("run", "quick")))
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """What a step costs beside its peers: `nox -s bench -- --quick` is the short one."""
     install(session, "-e", ".[torch,jax,numba]", *group("bench"))

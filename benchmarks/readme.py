@@ -135,5 +135,9 @@ def _verdict(batch: str, differences: dict[str, dict[str, float]]) -> str:
     )
 
 
-if __name__ == "__main__":
+def write() -> None:
     README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()

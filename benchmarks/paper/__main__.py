@@ -11,9 +11,10 @@ from time import monotonic
 
 from rich.console import Console
 
-from . import results
+from benchmarks import readme
+
+from . import figures, page, results
 from .data import DataError
-from .methods import METHODS
 from .results import RESULTS, Result, ResultsError
 from .suites import SUITES
 from .sweep import sweep
@@ -40,7 +41,11 @@ def run(options: Namespace) -> None:
     found = _sweep(options, runs, options.suite)
     done = sum(result.done for result in found)
     diverged = [result.run.name for result in found if result.diverged]
-    CONSOLE.print(f"{done} of {len(runs)} runs are done, in {_folder(options, options.suite)}.")
+    folder = _folder(options, options.suite)
+    if done == len(runs):
+        print(page.block(found, folder))
+        figures.figures(found, folder)
+    CONSOLE.print(f"{done} of {len(runs)} runs are done, in {folder}.")
     if diverged:
         CONSOLE.print(f"Diverged: {', '.join(diverged)}")
     if done < len(runs):
@@ -50,7 +55,7 @@ def run(options: Namespace) -> None:
 def search(options: Namespace) -> None:
     """A grid of rates and strengths, by the accuracy on images held out of the training set."""
     suite = SUITES[options.suite]
-    strengths = options.strengths or [METHODS[options.method][1]]
+    strengths = options.strengths or [results.STRENGTHS[options.method]]
     runs = suite.grid(options.models or suite.models, options.method, strengths, options.rates)
     found = _sweep(options, runs, f"search-{options.suite}")
     for result in sorted(found, key=_setting):
@@ -60,6 +65,21 @@ def search(options: Namespace) -> None:
             f"{one.model:<12} B = {one.batch:<5} {one.method} {one.strength:g} "
             f"rate {one.rate:<6g} {outcome}"
         )
+
+
+def table(options: Namespace) -> None:
+    """Table 1 and what follows from it, from the committed results; the page and README too."""
+    page.write()
+    readme.write()
+    for name, found in page.suites().items():
+        print(f"{name}\n\n{page.block(found, RESULTS / name)}\n")
+
+
+def draw(options: Namespace) -> None:
+    """Figures 1 to 6, from the committed results."""
+    for name, found in page.suites().items():
+        for path in figures.figures(found, RESULTS / name):
+            CONSOLE.print(path.relative_to(RESULTS))
 
 
 def _setting(result: Result) -> tuple[str, int, float, float]:
@@ -97,15 +117,16 @@ def arguments() -> Namespace:
         description="The experiments of Yoshida & Miyato (2017), run anew.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for function in (run, search):
+    for name, function in {"run": run, "search": search, "table": table, "figures": draw}.items():
         command = commands.add_parser(
-            function.__name__,
+            name,
             help=function.__doc__,
             description=function.__doc__,
             formatter_class=ArgumentDefaultsHelpFormatter,
         )
         command.set_defaults(command=function)
-        add_sweep_options(command)
+    for name in ("run", "search"):
+        add_sweep_options(commands.choices[name])
     add_suite_options(commands.choices["run"])
     add_grid_options(commands.choices["search"])
     return parser.parse_args()
@@ -134,7 +155,7 @@ def add_suite_options(parser: ArgumentParser) -> None:
 
 def add_grid_options(parser: ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", help="all of the suite's if none is given")
-    parser.add_argument("--method", choices=METHODS, default="vanilla", help="whose grid")
+    parser.add_argument("--method", choices=results.STRENGTHS, default="vanilla", help="whose grid")
     parser.add_argument("--strengths", type=float, nargs="+", help="the method's default if none")
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[0.01, 0.03, 0.1, 0.3], help="initial ones"

@@ -10,9 +10,8 @@ from statistics import mean, stdev
 
 from benchmarks.gap import gap_at, threshold
 
-from .results import Result, ResultsError
+from .results import PAPERS, STRENGTHS, Result, ResultsError
 
-METHODS = ("vanilla", "decay", "adversarial", "spectral", "jacobian", "normalization")
 MODELS = {"vgg": "VGGNet", "nin": "NIN", "densenet-40": "DenseNet-40", "densenet-22": "DenseNet-22"}
 DATA = {
     "digits": "digits",
@@ -87,8 +86,13 @@ class Group:
 
     @property
     def alpha(self) -> float | None:
-        """The threshold of all methods, if any run has an accuracy to set it by."""
-        best = [result.best for method in self.runs for result in self.kept(method)]
+        """The threshold of the paper's methods, or of those there are if none is the paper's.
+
+        What is not in the paper's table does not set it: a method that fails would make a low
+        one, at which any gap is small.
+        """
+        methods = [method for method in self.runs if method in PAPERS] or list(self.runs)
+        best = [result.best for method in methods for result in self.kept(method)]
         return threshold(best) if best else None
 
     def accuracies(self, method: str) -> dict[int, float]:
@@ -96,12 +100,12 @@ class Group:
         return {result.run.seed: result.epochs[-1]["test"] for result in self.kept(method)}
 
     def gaps(self, method: str) -> dict[int, float]:
-        """At α, by seed."""
+        """At α, by seed, of the runs that exceed it."""
         alpha = self.alpha
         return {
             result.run.seed: gap_at(alpha, result.curve("train"), result.curve("test"))
             for result in self.kept(method)
-            if alpha is not None
+            if alpha is not None and result.best > alpha
         }
 
 
@@ -142,7 +146,9 @@ def groups(results: Iterable[Result]) -> list[Group]:
                 raise ResultsError(f"two runs of {run.name} that cannot be told apart")
             runs.append(result)
     return [
-        Group(network, batch, dict(sorted(runs.items(), key=lambda item: place(item[0], METHODS))))
+        Group(
+            network, batch, dict(sorted(runs.items(), key=lambda item: place(item[0], STRENGTHS)))
+        )
         for (network, batch), runs in sorted(
             found.items(), key=lambda item: (item[0][0].rank, item[0][1])
         )
@@ -155,8 +161,8 @@ def large(found: Sequence[Group]) -> list[Group]:
 
 
 def differences(group: Group) -> dict[str, Interval]:
-    """Spectral's gap at α minus each other method's, seed by seed."""
-    gaps = {method: group.gaps(method) for method in group.runs}
+    """Spectral's gap at α minus that of each other of the paper's methods, seed by seed."""
+    gaps = {method: group.gaps(method) for method in group.runs if method in PAPERS}
     spectral, found = gaps.pop("spectral", {}), {}
     for method, other in gaps.items():
         if seeds := sorted(spectral.keys() & other.keys()):

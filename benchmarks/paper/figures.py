@@ -16,12 +16,12 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.style import STYLE
 
-from .comparison import METHODS, Group, groups, place
-from .results import Result
+from .comparison import Group, groups, place
+from .results import STRENGTHS, Result
 
 # Okabe & Ito's colours, which the colour-blind can tell apart.
 COLORS = dict(
-    zip(METHODS, ("#0072b2", "#009e73", "#cc79a7", "#d55e00", "#e69f00", "#56b4e9"), strict=True)
+    zip(STRENGTHS, ("#0072b2", "#009e73", "#cc79a7", "#d55e00", "#e69f00", "#56b4e9"), strict=True)
 )
 GREY = "#444444"
 STEADY = {"svg.hashsalt": "spectral-core"}  # the same picture is the same file
@@ -124,7 +124,7 @@ def keys(found: Sequence[Group], trains: bool, height: int) -> list[Line2D]:
     present = {method for group in found for method in group.runs if group.kept(method)}
     handles = [
         Line2D([], [], color=color(method), label=method)
-        for method in sorted(present, key=lambda method: place(method, METHODS))
+        for method in sorted(present, key=lambda method: place(method, STRENGTHS))
     ]
     kinds = [("train", "--"), ("test", "-"), *([("train − test", ":")] if height > 1 else [])]
     for label, dashes in kinds if trains else []:

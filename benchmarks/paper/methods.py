@@ -112,14 +112,11 @@ class Normalization(Method):
                 spectral_norm(module)
 
 
-# By name: the class, and the paper's strength. The last two are not in its table.
-METHODS: dict[str, tuple[type[Method], float]] = {
-    "vanilla": (Method, 0.0),
-    "decay": (Decay, 1e-4),
-    "adversarial": (Adversarial, 0.5),
-    "spectral": (Spectral, 0.01),
-    "jacobian": (Jacobian, 0.01),
-    "normalization": (Normalization, 0.0),
+METHODS: dict[str, type[Method]] = {
+    "vanilla": Method,
+    "decay": Decay,
+    "adversarial": Adversarial,
+    "spectral": Spectral,
+    "jacobian": Jacobian,
+    "normalization": Normalization,
 }
-
-PAPERS = ("vanilla", "decay", "adversarial", "spectral")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .comparison import DATA, METHODS, Group, groups, large, pairs, place, spectra_sentence, verdict
-from .results import RESULTS, Result, read_all
+from .comparison import DATA, Group, groups, large, pairs, place, spectra_sentence, verdict
+from .results import RESULTS, STRENGTHS, Result, read_all
 from .table import table
 
 PAGE = Path(__file__).parent / "README.md"
@@ -90,7 +90,7 @@ def settings(results: Sequence[Result]) -> str:
             parts.append(f"{_each(sorted(sizes))} training images of {DATA.get(name, name)}")
     strengths = [
         f"{method} {_each(f'{run.strength:g}' for run in runs if run.method == method)}"
-        for method in METHODS
+        for method in STRENGTHS
         if any(run.method == method and run.strength for run in runs)
     ]
     parts += [f"strengths: {', '.join(strengths)}"] if strengths else []

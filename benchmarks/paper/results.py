@@ -11,6 +11,18 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
+# The methods and their strengths in the paper: λ, and of adversarial training α. What is not in
+# its table has the strength that its authors use.
+STRENGTHS = {
+    "vanilla": 0.0,
+    "decay": 1e-4,
+    "adversarial": 0.5,
+    "spectral": 0.01,
+    "jacobian": 0.01,
+    "normalization": 0.0,
+}
+PAPERS = ("vanilla", "decay", "adversarial", "spectral")  # those in its table
+
 # An accuracy moves by 1e-4 or so from one image: more digits would be noise.
 DIGITS = 5
 

@@ -6,31 +6,31 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from .methods import METHODS, PAPERS
-from .results import Run
+from .results import PAPERS, STRENGTHS, Run
 
 
 @dataclass(frozen=True)
 class Setting:
     """How a model is trained."""
 
-    rates: tuple[float, float]  # initial ones, at the small and at the large batch
+    rates: tuple[float, ...]  # initial ones, of each batch size
     epochs: int
     width: float = 1.0  # 1 is the published one
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Models on one data set, at a small and a large batch."""
+    """Models on one data set, in general at a small and a large batch."""
 
     title: str
     data: str
     models: Mapping[str, Setting]
-    batches: tuple[int, int] = (64, 4096)
+    batches: tuple[int, ...] = (64, 4096)
     methods: Sequence[str] = PAPERS
     seeds: int = 3
     subset: int | None = None
     hessians: int = 0
+    frameworks: Sequence[str] = ("torch",)
 
     def runs(self) -> list[Run]:
         """All of them, seed by seed, so that a sweep that is cut short can be compared."""
@@ -38,14 +38,16 @@ class Suite:
             replace(
                 self._run(model, batch, rate),
                 method=method,
-                strength=METHODS[method][1],
+                strength=STRENGTHS[method],
                 seed=seed,
                 hessians=self.hessians,
+                framework=framework,
             )
             for seed in range(self.seeds)
             for model, setting in self.models.items()
             for batch, rate in zip(self.batches, setting.rates, strict=True)
             for method in self.methods
+            for framework in self.frameworks
         ]
 
     def grid(
@@ -100,8 +102,8 @@ SUITES = {
             "densenet-22": Setting((0.1, 0.1), epochs=60, width=0.25),
         },
         batches=(64, 448),
-        methods=tuple(METHODS),
-        hessians=4,
+        methods=tuple(STRENGTHS),
+        hessians=2,
     ),
     "fashion-narrow": Suite(
         "10,000 images of Fashion-MNIST, a narrow model",

@@ -54,6 +54,10 @@ def work(
     if settings.late():
         return Result(run)
     images = load(run.data, source, run.subset, run.validate)
+    if run.framework == "jax":
+        from . import jax_nin  # who has no JAX needs none for the rest
+
+        return jax_nin.train(run, images, folder)
     return train(run, images, settings, folder, checkpoints)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .comparison import METHODS, Group, Interval, hundredths, points, shown
+from .comparison import Group, Interval, hundredths, points, shown
+from .results import PAPERS, STRENGTHS
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Published:
 
 def published(accuracy: Sequence[float], alpha: float, gap: Sequence[float]) -> Published:
     """Numbers in the order of the paper's columns."""
-    columns = METHODS[:4]
+    columns = PAPERS
     return Published(
         dict(zip(columns, accuracy, strict=True)), alpha, dict(zip(columns, gap, strict=True))
     )
@@ -54,7 +55,7 @@ PAPER = {
 }
 
 
-def table(found: Sequence[Group], methods: Sequence[str] = METHODS) -> str:
+def table(found: Sequence[Group], methods: Iterable[str] = STRENGTHS) -> str:
     """Markdown, with those of the methods that any run used."""
     columns = [method for method in methods if any(method in group.runs for group in found)]
     head = [

@@ -24,7 +24,7 @@ from .networks import build
 from .results import Result, Run
 
 MOMENTUM = 0.9
-MEASURED = 512  # images that gradients and the Hessian are measured on
+MEASURED = 256  # images that gradients and the Hessian are measured on
 Epoch = dict[str, float]
 
 
@@ -51,9 +51,8 @@ class Trainer:
     """A run in progress."""
 
     def __init__(self, run: Run, images: Data, settings: Settings) -> None:
-        cls, _ = METHODS[run.method]
         self.run, self.data, self.settings, self.epoch = run, images, settings, 0
-        self.method: Method = cls(run.strength)
+        self.method: Method = METHODS[run.method](run.strength)
         self.model = build(run.model, images, run.width, run.seed).to(settings.device)
         if settings.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
