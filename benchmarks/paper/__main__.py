@@ -67,7 +67,7 @@ def search(options: Namespace) -> None:
         )
 
 
-def table(options: Namespace) -> None:
+def table(_: Namespace) -> None:
     """Table 1 and what follows from it, from the committed results; the page and README too."""
     page.write()
     readme.write()
@@ -75,7 +75,7 @@ def table(options: Namespace) -> None:
         print(f"{name}\n\n{page.block(found, RESULTS / name)}\n")
 
 
-def draw(options: Namespace) -> None:
+def draw(_: Namespace) -> None:
     """Figures 1 to 6, from the committed results."""
     for name, found in page.suites().items():
         for path in figures.figures(found, RESULTS / name):
