@@ -1,0 +1,209 @@
+"""Network in Network in JAX, by Flax NNX and optax: for comparison with the runs in PyTorch.
+
+Everything but the random numbers is as there. The Hessian is not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import isfinite, prod
+from time import perf_counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import spectral_core
+import spectral_jax
+
+from .data import Data
+from .results import Result, Run
+
+# Side of the first kernel, channels of the convolutions; all but the first are 1 × 1. The last
+# block ends in one more, which gives the classes.
+BLOCKS = ((5, (192, 160, 96)), (5, (192, 192, 192)), (3, (192, 192)))
+
+MOMENTUM = 0.9
+CHUNK = 256  # images at a time where a gradient or an accuracy is measured
+GRADIENTS = 512  # images whose gradients are measured
+
+METHODS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "vanilla": lambda _: optax.identity(),
+    "decay": optax.add_decayed_weights,
+    "spectral": spectral_jax.add_spectral_norm_regularization,
+}
+
+Labelled = tuple[jax.Array, jax.Array]  # images (n, height, width, channels), labels
+
+
+class NIN(nnx.Module):
+    """Lin et al., 2014: images, channels last, to logits."""
+
+    def __init__(self, channels: int, classes: int, width: float, *, rngs: nnx.Rngs) -> None:
+        convs = []
+        for side, published in BLOCKS:
+            for k, count in enumerate(published):
+                wide = max(1, round(width * count))
+                convs.append(conv(channels, wide, 1 if k else side, rngs))
+                channels = wide
+        self.convs = nnx.List([*convs, conv(channels, classes, 1, rngs)])
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
+        for k, layer in enumerate(self.convs[:-1]):
+            x = jax.nn.relu(layer(x))
+            if k in (2, 5):
+                pool = nnx.max_pool if k == 2 else nnx.avg_pool
+                x = pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+                x = self.dropout(x, deterministic=deterministic)
+        return self.convs[-1](x).mean((1, 2))
+
+
+def conv(channels: int, features: int, side: int, rngs: nnx.Rngs) -> nnx.Conv:
+    # Flax's `he_normal` is a truncated normal distribution, PyTorch's is not.
+    he_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
+    kernel = (side, side)
+    return nnx.Conv(channels, features, kernel, padding=side // 2, kernel_init=he_normal, rngs=rngs)
+
+
+def train(run: Run, data: Data, machine: dict[str, Any], advance: Callable[[], object]) -> Result:
+    """Train one network; ``advance`` is called after each epoch.
+
+    Raises
+    ------
+    ValueError
+        If the run or its data ask for what only the runs in PyTorch have.
+    """
+    if run.model != "nin" or run.method not in METHODS or data.augmented:
+        raise ValueError(f"JAX trains NIN alone, by {', '.join(METHODS)}, on images as they are")
+    model = NIN(data.train_images.shape[1], data.classes, run.width, rngs=nnx.Rngs(run.seed))
+    train_set = labelled(data.train_images, data.train_labels)
+    test_set = labelled(data.test_images, data.test_labels)
+    tx = transformation(run, steps=len(data.train_labels) // run.batch)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    result = Result(run, machine, parameters)
+    for epoch in range(run.epochs):
+        start = perf_counter()
+        loss = train_epoch(model, optimizer, train_set, run, epoch)
+        if not (isfinite(loss) and has_finite_weights(model)):
+            result.diverged = True
+            break
+        line = {"epoch": epoch + 1, "loss": loss, **measured(model, train_set, test_set)}
+        result.epochs.append({**line, "seconds": perf_counter() - start})
+        advance()
+    result.spectra = {} if result.diverged else spectra(model)
+    result.done = True
+    return result
+
+
+def labelled(images: np.ndarray, labels: np.ndarray) -> Labelled:
+    return jnp.asarray(images.transpose(0, 2, 3, 1)), jnp.asarray(labels, jnp.int32)
+
+
+def transformation(run: Run, steps: int) -> optax.GradientTransformation:
+    """The method before SGD, whose rate falls at a half and at three quarters of the epochs."""
+
+    def rate(count: jax.Array) -> jax.Array:
+        epoch = count // steps
+        falls = (epoch >= run.epochs // 2).astype(int) + (epoch >= 3 * run.epochs // 4)
+        return run.rate * 0.1**falls
+
+    method = METHODS[run.method](run.strength)
+    return optax.chain(method, optax.sgd(rate, MOMENTUM, nesterov=True))
+
+
+def train_epoch(
+    model: NIN, optimizer: nnx.Optimizer, train_set: Labelled, run: Run, epoch: int
+) -> float:
+    """One step for each batch; the mean of their losses."""
+    # Read once, at the end: a step need not wait for the one before.
+    losses = [
+        train_step(model, optimizer, train_set, batch)
+        for batch in batches(len(train_set[0]), run.batch, run.seed, epoch)
+    ]
+    return float(jnp.stack(losses).mean())
+
+
+def batches(count: int, size: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
+    """The indices of each batch, in the order of the runs in PyTorch."""
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    return (order[i : i + size] for i in range(0, count - size + 1, size))
+
+
+@nnx.jit
+def train_step(
+    model: NIN, optimizer: nnx.Optimizer, train_set: Labelled, batch: jax.Array
+) -> jax.Array:
+    images, labels = train_set
+
+    def mean_loss(model: NIN) -> jax.Array:
+        return losses_of(model(images[batch], deterministic=False), labels[batch]).mean()
+
+    loss, grads = nnx.value_and_grad(mean_loss)(model)
+    optimizer.update(model, grads)
+    return loss
+
+
+def losses_of(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def measured(model: NIN, train_set: Labelled, test_set: Labelled) -> dict[str, float]:
+    """What an epoch's line has but for its loss and its time."""
+    return {
+        "train": mean_of(are_right, model, train_set),
+        "test": mean_of(are_right, model, test_set),
+        "train_gradient": mean_of(gradient_norms, model, head(train_set)),
+        "test_gradient": mean_of(gradient_norms, model, head(test_set)),
+        "sigma_product": prod(values[0] for values in spectra(model).values()),
+    }
+
+
+def head(some: Labelled) -> Labelled:
+    return some[0][:GRADIENTS], some[1][:GRADIENTS]
+
+
+def mean_of(
+    function: Callable[[NIN, jax.Array, jax.Array], jax.Array], model: NIN, of: Labelled
+) -> float:
+    """The mean over images, taken in chunks: a wide network's activations fill the memory."""
+    images, labels = of
+    starts = range(0, len(images), CHUNK)
+    parts = [function(model, images[i : i + CHUNK], labels[i : i + CHUNK]) for i in starts]
+    return float(np.concatenate(parts).mean())
+
+
+@nnx.jit
+def are_right(model: NIN, images: jax.Array, labels: jax.Array) -> jax.Array:
+    return model(images, deterministic=True).argmax(1) == labels
+
+
+@nnx.jit
+def gradient_norms(model: NIN, images: jax.Array, labels: jax.Array) -> jax.Array:
+    """‖∇ₓ loss‖₂ of each image."""
+
+    def total(images: jax.Array) -> jax.Array:
+        return losses_of(model(images, deterministic=True), labels).sum()
+
+    gradients = jax.grad(total)(images)
+    return jnp.linalg.norm(gradients.reshape(len(images), -1), axis=1)
+
+
+def has_finite_weights(model: NIN) -> bool:
+    return all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def spectra(model: NIN) -> dict[str, list[float]]:
+    """All singular values of each weight, the largest first."""
+    kernels = {
+        f"convs/{k}/kernel": np.asarray(layer.kernel[...], np.float64)
+        for k, layer in enumerate(model.convs)
+    }
+    return {
+        name: np.linalg.svd(spectral_core.as_matrix(kernel, "hwio"), compute_uv=False).tolist()
+        for name, kernel in kernels.items()
+    }
