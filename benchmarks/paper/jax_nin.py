@@ -26,9 +26,13 @@ from .results import Result, Run
 # block ends in one more, which gives the classes.
 BLOCKS = ((5, (192, 160, 96)), (5, (192, 192, 192)), (3, (192, 192)))
 
+# Flax's `he_normal` is a truncated normal distribution, PyTorch's is not. One for all models: to
+# `nnx.jit` a module with another initializer is another module, to be compiled anew.
+HE = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
+
 MOMENTUM = 0.9
-CHUNK = 256  # images at a time where a gradient or an accuracy is measured
-GRADIENTS = 512  # images whose gradients are measured
+MEASURED = 512  # images that gradients are measured on
+CHUNK = 256  # images at a time, where nothing is trained
 
 METHODS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "vanilla": lambda _: optax.identity(),
@@ -36,7 +40,7 @@ METHODS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "spectral": spectral_jax.add_spectral_norm_regularization,
 }
 
-Labelled = tuple[jax.Array, jax.Array]  # images (n, height, width, channels), labels
+Labelled = tuple[jax.Array, jax.Array]  # images, (n, height, width, channels), and labels
 
 
 class NIN(nnx.Module):
@@ -101,6 +105,7 @@ def train(run: Run, data: Data, machine: dict[str, Any], advance: Callable[[], o
 
 
 def labelled(images: np.ndarray, labels: np.ndarray) -> Labelled:
+    """On the device, as Flax has images."""
     return jnp.asarray(images.transpose(0, 2, 3, 1)), jnp.asarray(labels, jnp.int32)
 
 
@@ -120,16 +125,13 @@ def train_epoch(
     model: NIN, optimizer: nnx.Optimizer, train_set: Labelled, run: Run, epoch: int
 ) -> float:
     """One step for each batch; the mean of their losses."""
-    # Read once, at the end: a step need not wait for the one before.
-    losses = [
-        train_step(model, optimizer, train_set, batch)
-        for batch in batches(len(train_set[0]), run.batch, run.seed, epoch)
-    ]
+    chosen = batches(len(train_set[0]), run.batch, run.seed, epoch)
+    # Made numbers at the end alone: a step need not wait for the one before.
+    losses = [train_step(model, optimizer, train_set, batch) for batch in chosen]
     return float(jnp.stack(losses).mean())
 
 
 def batches(count: int, size: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
-    """The indices of each batch, in the order of the runs in PyTorch."""
     order = np.random.default_rng([seed, epoch]).permutation(count)
     return (order[i : i + size] for i in range(0, count - size + 1, size))
 
@@ -153,27 +155,22 @@ def losses_of(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def measured(model: NIN, train_set: Labelled, test_set: Labelled) -> dict[str, float]:
-    """What an epoch's line has but for its loss and its time."""
+    """An epoch's line, but for its loss and its time."""
+    some = [(x[:MEASURED], y[:MEASURED]) for x, y in (train_set, test_set)]
     return {
         "train": mean_of(are_right, model, train_set),
         "test": mean_of(are_right, model, test_set),
-        "train_gradient": mean_of(gradient_norms, model, head(train_set)),
-        "test_gradient": mean_of(gradient_norms, model, head(test_set)),
+        "train_gradient": mean_of(gradient_norms, model, some[0]),
+        "test_gradient": mean_of(gradient_norms, model, some[1]),
         "sigma_product": prod(values[0] for values in spectra(model).values()),
     }
 
 
-def head(some: Labelled) -> Labelled:
-    return some[0][:GRADIENTS], some[1][:GRADIENTS]
-
-
-def mean_of(
-    function: Callable[[NIN, jax.Array, jax.Array], jax.Array], model: NIN, of: Labelled
-) -> float:
-    """The mean over images, taken in chunks: a wide network's activations fill the memory."""
-    images, labels = of
-    starts = range(0, len(images), CHUNK)
-    parts = [function(model, images[i : i + CHUNK], labels[i : i + CHUNK]) for i in starts]
+def mean_of(function: Callable[..., jax.Array], model: NIN, images: Labelled) -> float:
+    """In chunks: what a wide network computes of all images at once would fill the memory."""
+    x, y = images
+    starts = range(0, len(x), CHUNK)
+    parts = [function(model, x[i : i + CHUNK], y[i : i + CHUNK]) for i in starts]
     return float(np.concatenate(parts).mean())
 
 
@@ -199,11 +196,8 @@ def has_finite_weights(model: NIN) -> bool:
 
 def spectra(model: NIN) -> dict[str, list[float]]:
     """All singular values of each weight, the largest first."""
-    kernels = {
-        f"convs/{k}/kernel": np.asarray(layer.kernel[...], np.float64)
-        for k, layer in enumerate(model.convs)
-    }
-    return {
-        name: np.linalg.svd(spectral_core.as_matrix(kernel, "hwio"), compute_uv=False).tolist()
-        for name, kernel in kernels.items()
-    }
+    found = {}
+    for k, layer in enumerate(model.convs):
+        matrix = spectral_core.as_matrix(np.asarray(layer.kernel[...], np.float64), "hwio")
+        found[f"convs/{k}/kernel"] = np.linalg.svd(matrix, compute_uv=False).tolist()
+    return found
