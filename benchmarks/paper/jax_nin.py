@@ -1,7 +1,4 @@
-"""Network in Network in JAX, by Flax NNX and optax: for comparison with the runs in PyTorch.
-
-Everything but the random numbers is as there. The Hessian is not measured.
-"""
+"""Network in Network in JAX: as in PyTorch, but for the random numbers; without the Hessian."""
 
 from __future__ import annotations
 
@@ -26,8 +23,7 @@ from .results import Result, Run
 # block ends in one more, which gives the classes.
 BLOCKS = ((5, (192, 160, 96)), (5, (192, 192, 192)), (3, (192, 192)))
 
-# Flax's `he_normal` is a truncated normal distribution, PyTorch's is not. One for all models: to
-# `nnx.jit` a module with another initializer is another module, to be compiled anew.
+# Flax's `he_normal` is truncated, PyTorch's is not. Made once: nnx.jit compiles anew with another.
 HE = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 MOMENTUM = 0.9
@@ -88,13 +84,12 @@ def train(run: Run, data: Data, machine: dict[str, Any], advance: Callable[[], o
     test_set = labelled(data.test_images, data.test_labels)
     tx = transformation(run, steps=len(data.train_labels) // run.batch)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    result = Result(run, machine, parameters)
+    result = Result(run, machine, parameters=sum(leaf.size for leaf in leaves(model)))
     for epoch in range(run.epochs):
         start = perf_counter()
         loss = train_epoch(model, optimizer, train_set, run, epoch)
-        if not (isfinite(loss) and has_finite_weights(model)):
-            result.diverged = True
+        result.diverged = not (isfinite(loss) and all(jnp.isfinite(w).all() for w in leaves(model)))
+        if result.diverged:
             break
         line = {"epoch": epoch + 1, "loss": loss, **measured(model, train_set, test_set)}
         result.epochs.append({**line, "seconds": perf_counter() - start})
@@ -117,8 +112,8 @@ def transformation(run: Run, steps: int) -> optax.GradientTransformation:
         falls = (epoch >= run.epochs // 2).astype(int) + (epoch >= 3 * run.epochs // 4)
         return run.rate * 0.1**falls
 
-    method = METHODS[run.method](run.strength)
-    return optax.chain(method, optax.sgd(rate, MOMENTUM, nesterov=True))
+    sgd = optax.sgd(rate, MOMENTUM, nesterov=True)
+    return optax.chain(METHODS[run.method](run.strength), sgd)
 
 
 def train_epoch(
@@ -190,8 +185,8 @@ def gradient_norms(model: NIN, images: jax.Array, labels: jax.Array) -> jax.Arra
     return jnp.linalg.norm(gradients.reshape(len(images), -1), axis=1)
 
 
-def has_finite_weights(model: NIN) -> bool:
-    return all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+def leaves(model: NIN) -> list[jax.Array]:
+    return jax.tree.leaves(nnx.state(model, nnx.Param))
 
 
 def spectra(model: NIN) -> dict[str, list[float]]:

@@ -90,6 +90,32 @@ def test_the_gradient_is_that_of_pytorch(data):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+def test_steps_are_those_of_pytorch(data):
+    """But for dropout."""
+    torch.manual_seed(0)
+    source = models.nin(channels=1, classes=3, width=WIDTH).eval()
+    model = copied(source, 1, 3)
+    model.dropout.rate = 0.0
+    theirs = torch.optim.SGD(
+        source.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1
+    )
+    tx = jax_nin.transformation(replace(RUN, method="decay", strength=0.1, epochs=8), steps=1)
+    ours = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    train_set = jax_nin.labelled(data.train_images, data.train_labels)
+    for batch in jax_nin.batches(48, 16, seed=0, epoch=0):
+        theirs.zero_grad()
+        images, labels = data.train_images[batch], data.train_labels[batch]
+        logits = source(torch.from_numpy(images))
+        expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
+        expected.backward()
+        theirs.step()
+        loss = jax_nin.train_step(model, ours, train_set, batch)
+        assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
+    biases = [p.detach().numpy() for p in source.parameters() if p.ndim == 1]
+    for layer, bias in zip(model.convs, biases, strict=True):
+        np.testing.assert_allclose(layer.bias[...], bias, rtol=1e-4, atol=1e-6)
+
+
 def test_the_weights_are_he_normal():
     model = jax_nin.NIN(3, 10, 1.0, rngs=nnx.Rngs(0))
     for layer in model.convs:
