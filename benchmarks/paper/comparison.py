@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from math import cos, pi, sin, sqrt, tan
-from statistics import mean, stdev
+from dataclasses import dataclass, replace
+from math import cos, log10, pi, sin, sqrt, tan
+from statistics import mean, stdev, variance
 
 from benchmarks.gap import gap_at, threshold
 
@@ -243,6 +243,58 @@ def spectra_sentence(found: Sequence[Pair]) -> str:
     )
     missed = [pair.title for pair in found if pair not in lower or pair not in flatter]
     return f"{text} Not so: {'; '.join(missed)}." if missed else text
+
+
+def agreements(found: Iterable[Group]) -> list[str]:
+    """Of groups that differ in their framework alone: a sentence for each method and measure."""
+    by_network: dict[tuple[Network, int], list[Group]] = defaultdict(list)
+    for group in found:
+        by_network[replace(group.network, framework=""), group.batch].append(group)
+    sentences = []
+    for first, *others in by_network.values():
+        for other in others:
+            shared = [method for method in first.runs if method in other.runs]
+            sentences += [_agreement(first, other, method) for method in shared]
+    return sentences
+
+
+def _agreement(first: Group, other: Group, method: str) -> str:
+    measures = {
+        "test accuracy": [list(group.accuracies(method).values()) for group in (first, other)],
+        "train minus test accuracy": [_last_gaps(group, method) for group in (first, other)],
+        "log₁₀ Π σ": [_log_products(group, method) for group in (first, other)],
+    }
+    parts, agree = [], True
+    for name, (one, two) in measures.items():
+        difference = unpaired(one, two)
+        agree &= not (difference.above or difference.below)
+        parts.append(f"{name} by {shown(difference)}")
+    names = f"{first.network.framework} and {other.network.framework}"
+    word = "agree" if agree else "do not agree"
+    return (
+        f"{method}: {names} {word} within the spread of seeds; they differ in {', '.join(parts)}."
+    )
+
+
+def _last_gaps(group: Group, method: str) -> list[float]:
+    lasts = [result.epochs[-1] for result in group.kept(method)]
+    return [line["train"] - line["test"] for line in lasts]
+
+
+def _log_products(group: Group, method: str) -> list[float]:
+    return [log10(result.epochs[-1]["sigma_product"]) for result in group.kept(method)]
+
+
+def unpaired(one: Sequence[float], two: Sequence[float]) -> Interval:
+    """The difference of two means of samples that have nothing to do with each other.
+
+    Student's interval of equal variances; it takes two values of each.
+    """
+    difference, n, m = mean(one) - mean(two), len(one), len(two)
+    if min(n, m) < 2:
+        return Interval(difference, None)
+    pooled = ((n - 1) * variance(one) + (m - 1) * variance(two)) / (n + m - 2)
+    return Interval(difference, t_quantile(n + m - 2) * sqrt(pooled * (1 / n + 1 / m)))
 
 
 def stable_rank(values: Sequence[float]) -> float:

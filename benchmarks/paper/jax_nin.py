@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from math import isfinite, prod
 from time import perf_counter
 from typing import Any
@@ -16,7 +16,7 @@ from flax import nnx
 import spectral_core
 import spectral_jax
 
-from .data import Data
+from .data import Data, batches
 from .results import Result, Run
 
 # Side of the first kernel, channels of the convolutions; all but the first are 1 × 1. The last
@@ -63,14 +63,12 @@ class NIN(nnx.Module):
 
 
 def conv(channels: int, features: int, side: int, rngs: nnx.Rngs) -> nnx.Conv:
-    # Flax's `he_normal` is a truncated normal distribution, PyTorch's is not.
-    he_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
     kernel = (side, side)
-    return nnx.Conv(channels, features, kernel, padding=side // 2, kernel_init=he_normal, rngs=rngs)
+    return nnx.Conv(channels, features, kernel, padding=side // 2, kernel_init=HE, rngs=rngs)
 
 
-def train(run: Run, data: Data, machine: dict[str, Any], advance: Callable[[], object]) -> Result:
-    """Train one network; ``advance`` is called after each epoch.
+def train(run: Run, data: Data, machine: dict[str, Any]) -> Result:
+    """Train one network.
 
     Raises
     ------
@@ -87,13 +85,13 @@ def train(run: Run, data: Data, machine: dict[str, Any], advance: Callable[[], o
     result = Result(run, machine, parameters=sum(leaf.size for leaf in leaves(model)))
     for epoch in range(run.epochs):
         start = perf_counter()
-        loss = train_epoch(model, optimizer, train_set, run, epoch)
+        chosen = batches(data, run.batch, run.seed, epoch)
+        loss = train_epoch(model, optimizer, train_set, chosen)
         result.diverged = not (isfinite(loss) and all(jnp.isfinite(w).all() for w in leaves(model)))
         if result.diverged:
             break
         line = {"epoch": epoch + 1, "loss": loss, **measured(model, train_set, test_set)}
         result.epochs.append({**line, "seconds": perf_counter() - start})
-        advance()
     result.spectra = {} if result.diverged else spectra(model)
     result.done = True
     return result
@@ -117,18 +115,12 @@ def transformation(run: Run, steps: int) -> optax.GradientTransformation:
 
 
 def train_epoch(
-    model: NIN, optimizer: nnx.Optimizer, train_set: Labelled, run: Run, epoch: int
+    model: NIN, optimizer: nnx.Optimizer, train_set: Labelled, chosen: Iterable[np.ndarray]
 ) -> float:
     """One step for each batch; the mean of their losses."""
-    chosen = batches(len(train_set[0]), run.batch, run.seed, epoch)
     # Made numbers at the end alone: a step need not wait for the one before.
     losses = [train_step(model, optimizer, train_set, batch) for batch in chosen]
     return float(jnp.stack(losses).mean())
-
-
-def batches(count: int, size: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
-    order = np.random.default_rng([seed, epoch]).permutation(count)
-    return (order[i : i + size] for i in range(0, count - size + 1, size))
 
 
 @nnx.jit

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class Method:
     """Vanilla: the mean cross-entropy, and nothing else."""
 
     strength: float = 0.0
+    twice: ClassVar[bool] = False  # whether it differentiates a gradient
 
     def prepare(self, model: nn.Module) -> None:
         """Change the model before the optimizer sees it."""
@@ -92,6 +93,8 @@ class Jacobian(Method):
     For a unit vector r of d outputs, drawn anew each step, d·‖∂(rᵀy)/∂x‖² has the squared
     Frobenius norm as its mean (Hoffman, Roberts & Yaida, 2019).
     """
+
+    twice = True
 
     def loss(self, network: Network, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         x = x.detach().requires_grad_()

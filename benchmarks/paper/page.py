@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .comparison import DATA, Group, groups, large, pairs, place, spectra_sentence, verdict
+from .comparison import (
+    DATA,
+    Group,
+    agreements,
+    groups,
+    large,
+    pairs,
+    place,
+    spectra_sentence,
+    verdict,
+)
 from .results import RESULTS, STRENGTHS, Result, read_all
 from .table import table
 
@@ -50,6 +60,7 @@ def block(results: Sequence[Result], folder: Path) -> str:
         table(found),
         verdicts(found),
         spectra_sentence(pairs(found)),
+        "\n".join(f"- {sentence}" for sentence in agreements(found)),
         pictures(folder),
     ]
     return "\n\n".join(part for part in parts if part)

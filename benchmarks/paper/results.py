@@ -124,6 +124,25 @@ def read(path: Path) -> Result:
     return result
 
 
+def begun(run: Run, path: Path) -> Result:
+    """What a run has left so far.
+
+    Raises
+    ------
+    ResultsError
+        If the file is another run's.
+    """
+    if not path.exists():
+        return Result(run)
+    result = read(path)
+    if result.run != run:
+        raise ResultsError(
+            f"{path.name} holds another run, {result.run}, not {run}: give another folder, or "
+            "remove it"
+        )
+    return result
+
+
 def write(path: Path, result: Result) -> None:
     """The whole file, in place of what is there."""
     lines = [head(result), *result.epochs, *([tail(result)] if result.done else [])]

@@ -93,7 +93,7 @@ SUITES = {
         seeds=2,
         hessians=2,
     ),
-    # Rates by `search digits`: NIN and, at so few steps, every model want others than the paper's.
+    # The rates are those of `search digits`: at so few steps other ones than the paper's are best.
     "digits": Suite(
         "scikit-learn's digits, narrow models",
         "digits",
@@ -105,13 +105,22 @@ SUITES = {
         methods=tuple(STRENGTHS),
         hessians=2,
     ),
+    "two-frameworks": Suite(
+        "scikit-learn's digits, a narrow NIN in PyTorch and in JAX",
+        "digits",
+        {"nin": Setting((0.02,), epochs=40, width=0.25)},
+        batches=(64,),
+        methods=("vanilla", "spectral"),
+        seeds=5,
+        frameworks=("torch", "jax"),
+    ),
     "fashion-narrow": Suite(
-        "10,000 images of Fashion-MNIST, a narrow model",
+        "8192 images of Fashion-MNIST, a narrow model",
         "fashion-mnist",
-        {"vgg": Setting((0.03, 0.1), epochs=12, width=0.125)},
+        {"vgg": Setting((0.03, 0.1), epochs=10, width=0.125)},
         batches=(64, 1024),
-        subset=10_000,
-        hessians=2,
+        subset=8192,
+        hessians=1,
     ),
     "fashion": Suite(
         "Fashion-MNIST",

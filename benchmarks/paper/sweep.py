@@ -19,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from benchmarks.speed.device import machine
+
 from . import data, results
 from .data import Data
 from .results import Result, Run
@@ -55,10 +57,19 @@ def work(
         return Result(run)
     images = load(run.data, source, run.subset, run.validate)
     if run.framework == "jax":
-        from . import jax_nin  # who has no JAX needs none for the rest
-
-        return jax_nin.train(run, images, folder)
+        return _in_jax(run, images, folder / f"{run.name}.jsonl")
     return train(run, images, settings, folder, checkpoints)
+
+
+def _in_jax(run: Run, images: Data, path: Path) -> Result:
+    """So short that it begins anew if it was stopped."""
+    from . import jax_nin  # who has no JAX needs none for the rest
+
+    result = results.begun(run, path)
+    if not result.done:
+        result = jax_nin.train(run, images, machine("cpu"))
+        results.write(path, result)
+    return result
 
 
 @cache

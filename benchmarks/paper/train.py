@@ -56,6 +56,7 @@ class Trainer:
         self.model = build(run.model, images, run.width, run.seed).to(settings.device)
         if settings.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
+        torch.manual_seed(run.seed)  # of what the method draws
         self.method.prepare(self.model)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
@@ -65,7 +66,9 @@ class Trainer:
             **self.method.options(),
         )
         self.method.attach(self.model, self.optimizer)
-        self.network = torch.compile(self.model) if settings.compiled else self.model
+        # What torch.compile makes can be differentiated once.
+        compiled = settings.compiled and not self.method.twice
+        self.network = torch.compile(self.model) if compiled else self.model
         self._train = self._on_device(images.train_images, images.train_labels)
         self._test = self._on_device(images.test_images, images.test_labels)
 
@@ -88,7 +91,14 @@ class Trainer:
             steps += 1
         self.epoch += 1
         line: Epoch = {"epoch": self.epoch, "loss": float(total) / steps}
-        return {**line, **self._measured(), "seconds": perf_counter() - start}
+        if not self.diverged(line):
+            line |= self._measured()
+        return {**line, "seconds": perf_counter() - start}
+
+    def diverged(self, line: Epoch) -> bool:
+        """Whether the loss or a weight is no longer finite."""
+        finite = all(bool(p.isfinite().all()) for p in self.model.parameters())
+        return not (finite and isfinite(line["loss"]))
 
     def _set_rate(self) -> None:
         half, three_quarters = self.run.epochs // 2, 3 * self.run.epochs // 4
@@ -182,7 +192,7 @@ def train(
         If the file there belongs to another run.
     """
     path, checkpoint = folder / f"{run.name}.jsonl", checkpoints / f"{run.name}.safetensors"
-    result = _begun(run, path)
+    result = results.begun(run, path)
     if result.done:
         return result
     trainer = Trainer(run, images, settings)
@@ -198,7 +208,7 @@ def train(
             _save(checkpoint, trainer)
             return result
         line = trainer.train_epoch()
-        result.diverged = not isfinite(line["loss"])
+        result.diverged = trainer.diverged(line)
         result.epochs.append(dict(line))
         results.append(path, line)
         if monotonic() - saved > settings.save_every:
@@ -210,18 +220,6 @@ def train(
     result.done = True
     results.write(path, result)
     checkpoint.unlink(missing_ok=True)
-    return result
-
-
-def _begun(run: Run, path: Path) -> Result:
-    if not path.exists():
-        return Result(run)
-    result = results.read(path)
-    if result.run != run:
-        raise results.ResultsError(
-            f"{path.name} holds another run, {result.run}, not {run}: give another folder, or "
-            "remove it"
-        )
     return result
 
 
