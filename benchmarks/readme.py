@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks.paper import page
 from benchmarks.speed import markdown, results
 
 HERE = Path(__file__).parent
@@ -101,7 +102,13 @@ def accuracy() -> str:
 
 def written(text: str) -> str:
     """README with its blocks as the results have them."""
-    for name, block in (("demo", demo()), ("speed", speed()), ("accuracy", accuracy())):
+    blocks = {
+        "paper": page.summary(),
+        "demo": demo(),
+        "speed": speed(),
+        "accuracy": accuracy(),
+    }
+    for name, block in blocks.items():
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
             lambda match, block=block: f"{match[1]}{block}\n{match[2]}",

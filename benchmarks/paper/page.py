@@ -7,12 +7,14 @@ from pathlib import Path
 
 from .comparison import (
     DATA,
+    MODELS,
     Group,
     agreements,
     groups,
     large,
     pairs,
     place,
+    points,
     spectra_sentence,
     verdict,
 )
@@ -34,11 +36,7 @@ def suites(root: Path = RESULTS) -> dict[str, list[Result]]:
     """The complete runs by folder; of no account is what only chose settings."""
     folders = sorted(path for path in root.glob("*") if path.is_dir())
     found = {folder.name: read_all(folder) for folder in folders}
-    tested = {
-        name: [result for result in results if not result.run.validate]
-        for name, results in found.items()
-    }
-    return {name: results for name, results in tested.items() if results}
+    return {name: results for name, results in found.items() if results}
 
 
 def written(text: str, root: Path = RESULTS) -> str:
@@ -54,6 +52,9 @@ def written(text: str, root: Path = RESULTS) -> str:
 
 
 def block(results: Sequence[Result], folder: Path) -> str:
+    """All that is said of a suite, or of a grid."""
+    if all(result.run.validate for result in results):
+        return grid(results)
     found = groups(results)
     parts = [
         settings(results),
@@ -71,6 +72,8 @@ def summary(root: Path = RESULTS) -> str:
     parts = []
     for name, results in suites(root).items():
         found = groups(results)
+        if not found:
+            continue
         chosen = [group for group in found if {"vanilla", "spectral"} & group.runs.keys()]
         parts += [
             f"**{name}**. {settings(results)}",
@@ -106,6 +109,25 @@ def settings(results: Sequence[Result]) -> str:
     ]
     parts += [f"strengths: {', '.join(strengths)}"] if strengths else []
     return "; ".join(parts) + "."
+
+
+def grid(results: Sequence[Result]) -> str:
+    """Accuracy on images held out of the training set, by rate, the best in bold."""
+    rates = sorted({result.run.rate for result in results})
+    rows: dict[str, dict[float, str]] = {}
+    for result in sorted(results, key=lambda result: (result.run.model, result.run.batch)):
+        run = result.run
+        name = f"{MODELS.get(run.model, run.model)} | {run.batch} | {run.method} {run.strength:g}"
+        found = "diverged" if result.diverged else points(result.curve("test")[-1])
+        rows.setdefault(name, {})[run.rate] = found
+    lines = [f"| model | B | method | {' | '.join(f'rate {rate:g}' for rate in rates)} |"]
+    lines.append("|---|---:|---|" + "---:|" * len(rates))
+    for name, found in rows.items():
+        best = max((value for value in found.values() if value != "diverged"), default="")
+        cells = [found.get(rate, "–") for rate in rates]
+        cells = [f"**{cell}**" if cell == best else cell for cell in cells]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def pictures(folder: Path) -> str:

@@ -350,3 +350,61 @@ def test_a_spectrum_is_of_a_middle_weight_among_the_large(drawing):
     sizes = {"a": 64, "b": 512, "c": 512, "d": 300, "e": 10}
     result.spectra = {name: [1.0] * size for name, size in sizes.items()}
     assert drawing.telling(groups([result])[0]) == "c"
+
+
+def test_a_method_that_is_not_the_papers_sets_no_threshold():
+    runs = [made("vanilla"), made("spectral"), made("normalization", tests=(0.1, 0.2))]
+    (group,) = groups(runs)
+    assert group.alpha == pytest.approx(0.89)
+    assert group.gaps("normalization") == {}
+    assert differences(group).keys() == {"vanilla"}
+    assert cells(table([group]))[-1] == "–"
+
+
+def of_frameworks(accuracies):
+    return groups(
+        made(seed=seed, tests=(0.5, accuracy), framework=framework)
+        for framework, found in accuracies.items()
+        for seed, accuracy in enumerate(found)
+    )
+
+
+def with_products(found, value=100.0):
+    for group in found:
+        for runs in group.runs.values():
+            for k, result in enumerate(runs):
+                result.epochs[-1]["sigma_product"] = value * (1 + k)
+    return found
+
+
+def test_two_frameworks_agree_where_the_seeds_cover_their_difference():
+    near = with_products(of_frameworks({"torch": [0.90, 0.92, 0.91], "jax": [0.91, 0.90, 0.92]}))
+    far = with_products(of_frameworks({"torch": [0.90, 0.92, 0.91], "jax": [0.80, 0.82, 0.81]}))
+    (agreeing,) = comparison.agreements(near)
+    (differing,) = comparison.agreements(far)
+    assert "agree within" in agreeing
+    assert "not agree" not in agreeing
+    assert "do not agree" in differing
+    assert comparison.agreements(near[:1]) == []
+
+
+@pytest.mark.parametrize(
+    ("one", "two"), [([1.0, 2.0, 4.0], [1.5, 1.0, 3.0, 2.0]), ([0, 1], [5, 7])]
+)
+def test_the_interval_of_two_samples_is_scipys(one, two):
+    stats = pytest.importorskip("scipy.stats")
+    found = comparison.unpaired(one, two)
+    expected = stats.ttest_ind(one, two).confidence_interval(0.95)
+    assert found.mean - found.half == pytest.approx(expected.low)
+    assert found.mean + found.half == pytest.approx(expected.high)
+
+
+def test_a_grid_shows_each_rate_and_what_diverged():
+    runs = [
+        made(rate=rate, tests=(0.1, test), validate=True, diverged=rate > 1)
+        for rate, test in ((0.1, 0.9), (0.3, 0.95), (3.0, 0.1))
+    ]
+    text = page.block(runs, page.RESULTS)
+    assert cells(text, 0)[-3:] == ["rate 0.1", "rate 0.3", "rate 3"]
+    assert cells(text)[-3:] == [".900", "**.950**", "diverged"]
+    assert groups(runs) == []

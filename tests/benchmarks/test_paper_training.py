@@ -286,6 +286,18 @@ class TestRuns:
         )
         assert spectral.epochs[-1]["sigma_product"] < vanilla.epochs[-1]["sigma_product"]
 
+    @pytest.mark.parametrize("method", METHODS)
+    def test_in_bfloat16_and_channels_last_they_go_nearly_the_same_way(self, method, tmp_path):
+        half = Settings(bfloat16=True, channels_last=True)
+        run, data = plan(method, epochs=1), images()
+        one, two = (
+            train(run, data, settings, tmp_path / str(k), tmp_path)
+            for k, settings in enumerate((Settings(), half))
+        )
+        assert two.epochs[0]["loss"] == pytest.approx(one.epochs[0]["loss"], rel=0.1)
+        assert two.machine["bfloat16"]
+        assert two.machine["channels_last"]
+
     def test_augmented_images_are_trained_on(self):
         data = images()._replace(augmented=True)
         trainer, again = (Trainer(plan(), data, Settings()) for _ in range(2))
