@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -56,9 +58,19 @@ def work(
     if settings.late():
         return Result(run)
     images = load(run.data, source, run.subset, run.validate)
-    if run.framework == "jax":
-        return _in_jax(run, images, folder / f"{run.name}.jsonl")
-    return train(run, images, settings, folder, checkpoints)
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    # A process that was left behind may be at its last epoch still.
+    with FileLock(checkpoints / f"{run.name}.lock"):
+        if run.framework == "jax":
+            return _in_jax(run, images, folder / f"{run.name}.jsonl")
+        return train(run, images, settings, folder, checkpoints, _leave_if_left)
+
+
+def _leave_if_left() -> None:
+    """End this process if the one that began it was killed: nobody waits for it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        os._exit(1)
 
 
 def _in_jax(run: Run, images: Data, path: Path) -> Result:
@@ -92,16 +104,18 @@ def _epochs_of(run: Run, path: Path) -> int:
 
 
 def _watch(futures: Sequence[Future[Result]], show: Callable[[], None]) -> None:
-    """Until all are done; the first that fails ends it, and those that have not begun."""
+    """Until all are done; what fails, or an interrupt, ends what has not begun."""
     waiting = set(futures)
-    while waiting:
-        done, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
-        show()
-        for future in done:
-            if error := future.exception():
-                for other in waiting:
-                    other.cancel()
-                raise error
+    try:
+        while waiting:
+            done, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+            show()
+    except BaseException:
+        for future in waiting:
+            future.cancel()
+        raise
 
 
 def _progress(console: Console) -> Progress:

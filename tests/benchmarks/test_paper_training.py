@@ -2,11 +2,17 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+filelock = pytest.importorskip("filelock", reason="filelock is not installed")
 for _package in ("scipy", "safetensors", "rich"):
     pytest.importorskip(_package, reason=f"{_package} is not installed: nox -s paper has it")
 
@@ -334,6 +340,43 @@ class TestSuites:
         grid = SUITES["quick"].grid(["vgg"], "spectral", [0.01, 0.1], [0.1, 0.2, 0.3])
         assert len({run.name for run in grid}) == len(grid) == 2 * 2 * 3
         assert all(run.validate for run in grid)
+
+    def test_killed_they_leave_no_process_behind(self, tmp_path):
+        pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+        command = [sys.executable, "-m", "benchmarks.paper", "run", "quick", "--seeds", "1"]
+        command += ["--epochs", "500", "--workers", "2", "--out", str(tmp_path)]
+        root = Path(__file__).parents[2]
+        paths = os.pathsep.join([str(root), str(root / "adapters")])
+        process = subprocess.Popen(
+            command, cwd=root, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.DEVNULL
+        )
+
+        def sizes():
+            return [path.stat().st_size for path in sorted(tmp_path.rglob("*.jsonl"))]
+
+        self.wait_for(lambda: len(sizes()) == 2 and min(sizes()) > 2000)
+        process.kill()
+        process.wait()
+        self.wait_for(lambda: self.all_free(tmp_path))
+        before = sizes()
+        time.sleep(2)
+        assert sizes() == before
+
+    def all_free(self, folder):
+        """Whether no process holds a run."""
+        for path in folder.rglob("*.lock"):
+            try:
+                with filelock.FileLock(path, timeout=0):
+                    pass
+            except filelock.Timeout:
+                return False
+        return True
+
+    def wait_for(self, condition):
+        end = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.2)
 
     def test_side_by_side_they_leave_what_they_leave_alone(self, tmp_path):
         pytest.importorskip("sklearn", reason="scikit-learn is not installed")
