@@ -145,10 +145,12 @@ def draw_accuracy(panel: Sequence[Axes], group: Group) -> None:
         accuracy.axhline(group.alpha, color=GREY, linewidth=0.7, zorder=1)
         accuracy.annotate(
             label,
-            (0, group.alpha),
-            (3, 2),
+            (1, group.alpha),
+            (-3, -3),
             xycoords=accuracy.get_yaxis_transform(),
             textcoords="offset points",
+            ha="right",
+            va="top",
             color=GREY,
             fontsize=8,
         )
@@ -173,7 +175,7 @@ def draw_spectrum(panel: Sequence[Axes], group: Group) -> None:
         return dict(enumerate(result.spectra.get(name, ()), start=1))
 
     lines(panel[0], group, [(of, "-")])
-    panel[0].set(title=name, xlabel="index", ylabel="singular value", ylim=(0, None))
+    panel[0].set(title=f"layer {name}", xlabel="index", ylabel="singular value", ylim=(0, None))
 
 
 def telling(group: Group) -> str:
