@@ -17,7 +17,7 @@ import spectral_core
 import spectral_jax
 
 from .data import Data, batches
-from .results import Result, Run
+from .results import MEASURED, MOMENTUM, Result, Run
 
 # Side of the first kernel, channels of the convolutions; all but the first are 1 × 1. The last
 # block ends in one more, which gives the classes.
@@ -26,8 +26,6 @@ BLOCKS = ((5, (192, 160, 96)), (5, (192, 192, 192)), (3, (192, 192)))
 # Flax's `he_normal` is truncated, PyTorch's is not. Made once: nnx.jit compiles anew with another.
 HE = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 
-MOMENTUM = 0.9
-MEASURED = 512  # images that gradients are measured on
 CHUNK = 256  # images at a time, where nothing is trained
 
 METHODS: dict[str, Callable[[float], optax.GradientTransformation]] = {

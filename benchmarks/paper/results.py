@@ -23,6 +23,10 @@ STRENGTHS = {
 }
 PAPERS = ("vanilla", "decay", "adversarial", "spectral")  # those in its table
 
+# What all runs have in common.
+MOMENTUM = 0.9  # Nesterov's
+MEASURED = 256  # images that gradients and the Hessian are measured on
+
 # An accuracy moves by 1e-4 or so from one image: more digits would be noise.
 DIGITS = 5
 

@@ -21,10 +21,8 @@ from . import data, measure, results
 from .data import Data
 from .methods import METHODS, Method
 from .networks import build
-from .results import Result, Run
+from .results import MEASURED, MOMENTUM, Result, Run
 
-MOMENTUM = 0.9
-MEASURED = 256  # images that gradients and the Hessian are measured on
 Epoch = dict[str, float]
 
 
