@@ -138,7 +138,7 @@ def demo(session: nox.Session) -> None:
 def paper(session: nox.Session) -> None:
     """The tests of the paper's experiments, and a small setting of them from end to end."""
     install(session, "-e", ".[torch,jax,numba]", *group("test"), *group("paper"))
-    session.run(*PYTEST, "tests/benchmarks")
+    session.run(*PYTEST, "-n", "2", "tests/benchmarks")
     session.run("python", "-m", "benchmarks.paper", *(session.posargs or ("run", "quick")))
 
 

@@ -156,8 +156,11 @@ def groups(results: Iterable[Result]) -> list[Group]:
 
 
 def large(found: Sequence[Group]) -> list[Group]:
-    """Each network's group of the largest batch."""
-    return list({group.network: group for group in found}.values())
+    """The group of the largest batch, of each network that was trained at several."""
+    by_network: dict[Network, list[Group]] = defaultdict(list)
+    for group in found:
+        by_network[group.network].append(group)
+    return [sizes[-1] for sizes in by_network.values() if len(sizes) > 1]
 
 
 def differences(group: Group) -> dict[str, Interval]:

@@ -59,9 +59,7 @@ def block(results: Sequence[Result], folder: Path) -> str:
     parts = [
         settings(results),
         table(found),
-        verdicts(found),
-        spectra_sentence(pairs(found)),
-        "\n".join(f"- {sentence}" for sentence in agreements(found)),
+        *findings(found),
         pictures(folder),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -78,15 +76,26 @@ def summary(root: Path = RESULTS) -> str:
         parts += [
             f"**{name}**. {settings(results)}",
             table(chosen, ("vanilla", "spectral")) if chosen else "",
-            verdicts(found),
+            *findings(found),
         ]
     return "\n\n".join(part for part in parts if part)
+
+
+def findings(found: Sequence[Group]) -> list[str]:
+    """What follows from a suite, in words."""
+    return [
+        verdicts(found),
+        spectra_sentence(pairs(found)),
+        "\n".join(f"- {sentence}" for sentence in agreements(found)),
+    ]
 
 
 def verdicts(found: Sequence[Group]) -> str:
     """At the large batch, a sentence for each network."""
     chosen = [group for group in large(found) if "spectral" in group.runs and len(group.runs) > 1]
-    return "\n".join(f"- {verdict(group).sentence}" for group in chosen)
+    sentences = [f"- {verdict(group).sentence}" for group in chosen]
+    claim = "The claim that spectral has the smallest gap at the large batch:"
+    return "\n".join([claim, "", *sentences]) if chosen else ""
 
 
 def settings(results: Sequence[Result]) -> str:
