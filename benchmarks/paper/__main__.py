@@ -36,6 +36,10 @@ def run(options: Namespace) -> None:
     runs = SUITES[options.suite].runs()
     if options.seeds is not None:
         runs = [one for one in runs if one.seed < options.seeds]
+    if options.models:
+        runs = [one for one in runs if one.model in options.models]
+    if options.batches:
+        runs = [one for one in runs if one.batch in options.batches]
     if options.epochs is not None:
         runs = [replace(one, epochs=options.epochs) for one in runs]
     found = _sweep(options, runs, options.suite)
@@ -149,6 +153,8 @@ def add_sweep_options(parser: ArgumentParser) -> None:
 
 
 def add_suite_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--models", nargs="+", help="these of the suite's alone")
+    parser.add_argument("--batches", type=int, nargs="+", help="these of the suite's alone")
     parser.add_argument("--seeds", type=int, help="the first so many alone")
     parser.add_argument("--epochs", type=int, help="instead of the suite's")
 

@@ -54,6 +54,7 @@ class Network:
     data: str
     width: float
     framework: str
+    subset: int | None = None
 
     @property
     def title(self) -> str:
@@ -61,6 +62,11 @@ class Network:
         parts += [f"width {self.width:g}"] if self.width != 1 else []
         parts += [self.framework] if self.framework != "torch" else []
         return ", ".join(parts)
+
+    @property
+    def is_papers(self) -> bool:
+        """Whether it is as wide as the paper's, and sees as many images."""
+        return self.width == 1 and self.subset is None
 
     @property
     def rank(self) -> tuple[int, int, float, str]:
@@ -140,7 +146,7 @@ def groups(results: Iterable[Result]) -> list[Group]:
     for result in sorted(results, key=lambda result: result.run.seed):
         run = result.run
         if not run.validate:
-            network = Network(run.model, run.data, run.width, run.framework)
+            network = Network(run.model, run.data, run.width, run.framework, run.subset)
             runs = found[network, run.batch].setdefault(run.method, [])
             if runs and runs[-1].run.seed == run.seed:
                 raise ResultsError(f"two runs of {run.name} that cannot be told apart")
@@ -186,6 +192,9 @@ def verdict(group: Group) -> Verdict:
     against = f"{worst}'s by {shown(_size(found[worst]))}"
     if found[worst].above:
         return _said("refuted", group, f"{what}larger than {against}")
+    missing = [method for method in PAPERS if method not in (*found, "spectral")]
+    if all(interval.below for interval in found.values()) and missing:
+        return _said("undecided", group, f"no run of {' or '.join(missing)} to compare with")
     if all(interval.below for interval in found.values()):
         return _said("confirmed", group, f"{what}smaller than every other; than {against}")
     than = "larger" if found[worst].mean > 0 else "smaller"
@@ -267,16 +276,14 @@ def _agreement(first: Group, other: Group, method: str) -> str:
         "train minus test accuracy": [_last_gaps(group, method) for group in (first, other)],
         "log₁₀ Π σ": [_log_products(group, method) for group in (first, other)],
     }
-    parts, agree = [], True
-    for name, (one, two) in measures.items():
-        difference = unpaired(one, two)
-        agree &= not (difference.above or difference.below)
-        parts.append(f"{name} by {shown(difference)}")
-    names = f"{first.network.framework} and {other.network.framework}"
-    word = "agree" if agree else "do not agree"
-    return (
-        f"{method}: {names} {word} within the spread of seeds; they differ in {', '.join(parts)}."
-    )
+    names = f"{method}, {first.network.framework} minus {other.network.framework}"
+    if any(len(values) < 2 for pair in measures.values() for values in pair):
+        return f"{names}: undecided, too few runs."
+    found = {name: unpaired(*pair) for name, pair in measures.items()}
+    differs = any(interval.above or interval.below for interval in found.values())
+    word = "they differ" if differs else "no difference is found"
+    parts = ", ".join(f"{name} {shown(interval)}" for name, interval in found.items())
+    return f"{names}: {word}: {parts}."
 
 
 def _last_gaps(group: Group, method: str) -> list[float]:

@@ -28,10 +28,12 @@ HE = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 CHUNK = 256  # images at a time, where nothing is trained
 
-METHODS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+METHODS: dict[str, Callable[[Run], optax.GradientTransformation]] = {
     "vanilla": lambda _: optax.identity(),
-    "decay": optax.add_decayed_weights,
-    "spectral": spectral_jax.add_spectral_norm_regularization,
+    "decay": lambda run: optax.add_decayed_weights(run.strength),
+    "spectral": lambda run: spectral_jax.add_spectral_norm_regularization(
+        run.strength, seed=run.seed
+    ),
 }
 
 Labelled = tuple[jax.Array, jax.Array]  # images, (n, height, width, channels), and labels
@@ -109,7 +111,7 @@ def transformation(run: Run, steps: int) -> optax.GradientTransformation:
         return run.rate * 0.1**falls
 
     sgd = optax.sgd(rate, MOMENTUM, nesterov=True)
-    return optax.chain(METHODS[run.method](run.strength), sgd)
+    return optax.chain(METHODS[run.method](run), sgd)
 
 
 def train_epoch(

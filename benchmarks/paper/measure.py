@@ -9,7 +9,7 @@ from math import prod
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -69,7 +69,7 @@ def hessian(model: nn.Module, x: Tensor, y: Tensor, seed: int = 0) -> float:
     start = np.random.default_rng(seed).standard_normal(size)
     try:
         values = eigsh(operator, 1, which="LA", v0=start, ncv=6, tol=0.02, maxiter=30)[0]
-    except ArpackNoConvergence:
+    except ArpackError:  # not converged, or of a Hessian that is zero or not finite
         return float("nan")
     return float(values[0])
 
@@ -77,15 +77,25 @@ def hessian(model: nn.Module, x: Tensor, y: Tensor, seed: int = 0) -> float:
 @torch.no_grad()
 def spectra(model: nn.Module) -> dict[str, list[float]]:
     """All singular values of each weight as a matrix, the largest first (paper, figure 4)."""
+    return {name: torch.linalg.svdvals(W).tolist() for name, W in matrices(model).items()}
+
+
+@torch.no_grad()
+def sigma_product(model: nn.Module) -> float:
+    """Π σ, which bounds how much the model can amplify a perturbation, but for normalization.
+
+    From the smaller of WWᵀ and WᵀW, which is much faster than an SVD and as good for σ₁.
+    """
+    squares = (W @ W.T if len(W) < W.shape[1] else W.T @ W for W in matrices(model).values())
+    return prod(float(torch.linalg.eigvalsh(square)[-1]) ** 0.5 for square in squares)
+
+
+def matrices(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of convolutions and linear layers, in float64."""
     layouts = {nn.Conv2d: "oihw", nn.Linear: "oi"}
     return {
-        name: torch.linalg.svdvals(sc.as_matrix(module.weight, layout).double()).tolist()
+        name: sc.as_matrix(module.weight.detach(), layout).double()
         for name, module in model.named_modules()
         for kind, layout in layouts.items()
         if isinstance(module, kind)
     }
-
-
-def sigma_product(model: nn.Module) -> float:
-    """Π σ, which bounds how much the model can amplify a perturbation, but for normalization."""
-    return prod(values[0] for values in spectra(model).values())

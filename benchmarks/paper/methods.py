@@ -27,6 +27,7 @@ class Method:
     """Vanilla: the mean cross-entropy, and nothing else."""
 
     strength: float = 0.0
+    seed: int = 0
     twice: ClassVar[bool] = False  # whether it differentiates a gradient
 
     def prepare(self, model: nn.Module) -> None:
@@ -67,7 +68,7 @@ class Adversarial(Method):
         x = x.detach().requires_grad_()
         plain = cross_entropy(network(x), y)
         (gradient,) = torch.autograd.grad(plain, x, retain_graph=True)
-        eta = self.epsilon * normalize(gradient.flatten(1).float(), eps=1e-30).view_as(x)
+        eta = self.epsilon * unit(gradient.flatten(1).float()).view_as(x)
         moved = cross_entropy(network(x.detach() + eta), y)
         return self.strength * plain + (1 - self.strength) * moved, plain
 
@@ -77,7 +78,7 @@ class Spectral(Method):
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
         self._regularizer = spectral_torch.SpectralNormRegularizer(
-            model, factor=self.strength, warmup_iters=0
+            model, factor=self.strength, warmup_iters=0, seed=self.seed
         ).attach(optimizer)
 
     def state(self) -> State:
@@ -113,6 +114,12 @@ class Normalization(Method):
         for module in list(model.modules()):
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 spectral_norm(module)
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Each row of norm 1, or 0; of an image that is fit well the squares would underflow."""
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    return normalize(rows / largest.clamp_min(torch.finfo(rows.dtype).tiny))
 
 
 METHODS: dict[str, type[Method]] = {

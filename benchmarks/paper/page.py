@@ -117,7 +117,16 @@ def settings(results: Sequence[Result]) -> str:
         if any(run.method == method and run.strength for run in runs)
     ]
     parts += [f"strengths: {', '.join(strengths)}"] if strengths else []
+    parts.append(_each(computer(result) for result in results))
     return "; ".join(parts) + "."
+
+
+def computer(result: Result) -> str:
+    """Who computed it, and how."""
+    machine = result.machine
+    ways = {"bfloat16": "bfloat16", "compiled": "compiled", "channels_last": "channels last"}
+    parts = [machine.get("device_name", ""), *(ways[key] for key in ways if machine.get(key))]
+    return ", ".join(part for part in parts if part)
 
 
 def grid(results: Sequence[Result]) -> str:

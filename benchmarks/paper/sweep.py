@@ -75,8 +75,11 @@ def _leave_if_left() -> None:
 
 def _in_jax(run: Run, images: Data, path: Path) -> Result:
     """So short that it begins anew if it was stopped."""
-    from . import jax_nin  # who has no JAX needs none for the rest
+    import jax  # who has no JAX needs none for the rest
 
+    from . import jax_nin
+
+    jax.config.update("jax_platforms", "cpu")
     result = results.begun(run, path)
     if not result.done:
         result = jax_nin.train(run, images, machine("cpu"))
@@ -104,13 +107,11 @@ def _epochs_of(run: Run, path: Path) -> int:
 
 
 def _watch(futures: Sequence[Future[Result]], show: Callable[[], None]) -> None:
-    """Until all are done; what fails, or an interrupt, ends what has not begun."""
+    """Until all are done, or have failed; an interrupt ends what has not begun."""
     waiting = set(futures)
     try:
         while waiting:
-            done, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
-            for future in done:
-                future.result()
+            _, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
             show()
     except BaseException:
         for future in waiting:

@@ -71,6 +71,8 @@ def table(found: Sequence[Group], methods: Iterable[str] = STRENGTHS) -> str:
 
 def row(group: Group, columns: Sequence[str]) -> list[str]:
     paper = PAPER.get((group.network.model, group.network.data, group.batch))
+    if not group.network.is_papers:
+        paper = None
     alpha = "–" if group.alpha is None else hundredths(group.alpha)
     if paper:
         alpha += f" (paper {hundredths(paper.alpha)})"

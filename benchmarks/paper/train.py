@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from time import monotonic, perf_counter
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -50,7 +52,7 @@ class Trainer:
 
     def __init__(self, run: Run, images: Data, settings: Settings) -> None:
         self.run, self.data, self.settings, self.epoch = run, images, settings, 0
-        self.method: Method = METHODS[run.method](run.strength)
+        self.method: Method = METHODS[run.method](run.strength, run.seed)
         self.model = build(run.model, images, run.width, run.seed).to(settings.device)
         if settings.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
@@ -195,7 +197,9 @@ def train(
         return result
     trainer = Trainer(run, images, settings)
     if checkpoint.exists() and result.epochs:
-        trainer.load(load_file(checkpoint, device=settings.device))
+        trainer.load(_loaded(checkpoint, trainer))
+    if trainer.epoch > len(result.epochs):
+        trainer = Trainer(run, images, settings)  # the checkpoint is of a file that was removed
     result.epochs = result.epochs[: trainer.epoch]
     result.parameters = _count(trainer.model)
     result.machine = {**machine(settings.device), **_how(settings)}
@@ -224,8 +228,25 @@ def train(
 def _save(path: Path, trainer: Trainer) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file(trainer.state(), partial)
+    save_file(trainer.state(), partial, _about(trainer))
     partial.replace(path)
+
+
+def _loaded(path: Path, trainer: Trainer) -> dict[str, Tensor]:
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    if about != _about(trainer):
+        raise results.ResultsError(
+            f"{path.name} is a checkpoint of {about}, not of {_about(trainer)}: go on with the "
+            "same settings, or remove it"
+        )
+    return load_file(path, device=trainer.settings.device)
+
+
+def _about(trainer: Trainer) -> dict[str, str]:
+    """What must be the same for a run to go on."""
+    how = {**_how(trainer.settings), "device": trainer.settings.device}
+    return {"run": json.dumps(asdict(trainer.run)), "how": json.dumps(how)}
 
 
 def _count(model: nn.Module) -> int:

@@ -167,7 +167,10 @@ def test_the_papers_numbers_are_those_of_its_table():
 
 def test_the_claim_is_confirmed_if_every_other_gap_is_larger_beyond_chance():
     group = of_gaps(
-        vanilla=(0.10, 0.11, 0.12), decay=(0.08, 0.09, 0.1), spectral=(0.05, 0.06, 0.07)
+        vanilla=(0.10, 0.11, 0.12),
+        decay=(0.08, 0.09, 0.1),
+        adversarial=(0.2, 0.21, 0.22),
+        spectral=(0.05, 0.06, 0.07),
     )
     found = verdict(group)
     assert found.word == "confirmed"
@@ -293,7 +296,7 @@ def test_the_page_shows_the_pictures_that_were_drawn(root):
 def test_the_summary_has_vanilla_and_spectral_and_the_threshold_of_all(root):
     found = page.summary(root)
     assert "accuracy: vanilla | spectral | α" in found
-    assert "confirmed" in found
+    assert "The claim that spectral has the smallest gap" in found
     assert "decay |" not in found
 
 
@@ -384,10 +387,11 @@ def test_two_frameworks_agree_where_the_seeds_cover_their_difference():
     far = with_products(of_frameworks({"torch": [0.90, 0.92, 0.91], "jax": [0.80, 0.82, 0.81]}))
     (agreeing,) = comparison.agreements(near)
     (differing,) = comparison.agreements(far)
-    assert "agree within" in agreeing
-    assert "not agree" not in agreeing
-    assert "do not agree" in differing
+    assert "no difference is found" in agreeing
+    assert "they differ" in differing
     assert comparison.agreements(near[:1]) == []
+    few = with_products(of_frameworks({"torch": [0.9], "jax": [0.9, 0.8]}))
+    assert "undecided" in comparison.agreements(few)[0]
 
 
 @pytest.mark.parametrize(
@@ -399,6 +403,19 @@ def test_the_interval_of_two_samples_is_scipys(one, two):
     expected = stats.ttest_ind(one, two).confidence_interval(0.95)
     assert found.mean - found.half == pytest.approx(expected.low)
     assert found.mean + found.half == pytest.approx(expected.high)
+
+
+def test_the_claim_is_not_confirmed_where_a_method_is_missing():
+    group = of_gaps(vanilla=(0.10, 0.11, 0.12), spectral=(0.05, 0.06, 0.07))
+    found = verdict(group)
+    assert found.word == "undecided"
+    assert "decay or adversarial" in found.sentence
+
+
+@pytest.mark.parametrize("change", [{"width": 0.25}, {"subset": 100}])
+def test_the_papers_numbers_stand_beside_its_own_setting_alone(change):
+    assert "paper" in table(groups([made()]))
+    assert "paper" not in table(groups([made(**change)]))
 
 
 def test_a_grid_shows_each_rate_and_what_diverged():

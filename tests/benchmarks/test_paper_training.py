@@ -142,6 +142,15 @@ class TestMethods:
         torch.testing.assert_close(loss, 0.25 * before.mean() + 0.75 * after.mean())
         torch.testing.assert_close(plain, before.mean())
 
+    def test_adversarial_moves_by_one_where_the_gradient_is_tiny(self):
+        model, x, y = self.linear()
+        seen = []
+        METHODS["adversarial"](0.5).loss(
+            lambda images: seen.append(images.detach()) or 1e-24 * model(images), x, y
+        )
+        first, moved = seen
+        torch.testing.assert_close((moved - first).flatten(1).norm(dim=1), torch.ones(7))
+
     def test_jacobian_estimates_the_squared_frobenius_norm(self):
         model, x, y = self.linear()
         method = METHODS["jacobian"](2.0)
@@ -197,6 +206,13 @@ class TestMeasurements:
         expected = float(torch.linalg.eigvalsh(dense.double())[-1])
         assert measure.hessian(model, x, y) == pytest.approx(expected, rel=0.03)
 
+    def test_where_weights_are_not_numbers_the_eigenvalue_is_none(self):
+        model, x, y = self.network()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(float("nan"))
+        assert math.isnan(measure.hessian(model, x, y))
+
     def test_accuracy_and_spectra(self):
         model, x, y = self.network()
         right = (model(x).argmax(1) == y).float().mean()
@@ -244,6 +260,27 @@ class TestRuns:
         result = train(run, data, Settings(), tmp_path, tmp_path)
         assert [line["epoch"] for line in result.epochs] == [1, 2, 3, 4]
         assert results.read(path).epochs[2]["train"] > 0
+
+    def test_a_checkpoint_of_another_run_or_of_other_settings_is_refused(self, tmp_path):
+        run, data = plan(), images()
+        self.stop_after(2, run, data, tmp_path, tmp_path)
+        half = Settings(bfloat16=True)
+        with pytest.raises(ResultsError, match="same settings"):
+            train(run, data, half, tmp_path, tmp_path)
+        (tmp_path / f"{run.name}.jsonl").unlink()
+        other = plan(rate=0.01)
+        results.write(tmp_path / f"{run.name}.jsonl", results.Result(other, epochs=[{"epoch": 1}]))
+        with pytest.raises(ResultsError, match="checkpoint"):
+            train(other, data, Settings(), tmp_path, tmp_path)
+
+    def test_a_checkpoint_further_than_its_file_is_not_used(self, tmp_path):
+        run, data = plan(), images()
+        self.stop_after(3, run, data, tmp_path, tmp_path)
+        first = results.Result(run, epochs=[{"epoch": 1}])
+        results.write(tmp_path / f"{run.name}.jsonl", first)
+        result = train(run, data, Settings(), tmp_path, tmp_path)
+        assert [line["epoch"] for line in result.epochs] == [1, 2, 3, 4]
+        assert all("test" in line for line in result.epochs)
 
     def test_one_without_a_checkpoint_begins_anew(self, tmp_path):
         run, data = plan(), images()
