@@ -119,7 +119,6 @@ SUITES = {
         {"nin": Setting((0.02,), epochs=40, width=0.25)},
         batches=(64,),
         methods=("vanilla", "spectral"),
-        seeds=5,
         frameworks=("torch", "jax"),
     ),
     "fashion-narrow": Suite(
