@@ -63,9 +63,9 @@ def figures(results: Sequence[Result], folder: Path) -> list[Path]:
 
 
 def has(group: Group, key: str) -> bool:
-    """Whether a run that can be drawn has these values, or with no key singular values."""
+    """Whether a run has these values at several epochs, or with no key singular values."""
     kept = [result for method in group.runs for result in group.kept(method)]
-    return any(result.curve(key) if key else result.spectra for result in kept)
+    return any(len(result.curve(key)) > 1 if key else result.spectra for result in kept)
 
 
 def drawn(
