@@ -101,7 +101,7 @@ SUITES = {
         seeds=2,
         hessians=2,
     ),
-    # The rates are those of `search digits`: at so few steps other ones than the paper's are best.
+    # By `search digits`, within an image: at so few steps others than the paper's are best.
     "digits": Suite(
         "scikit-learn's digits, narrow models",
         "digits",
