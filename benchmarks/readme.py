@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks.blocks import replaced
 from benchmarks.paper import page
 from benchmarks.speed import markdown, results
 
@@ -109,12 +109,7 @@ def written(text: str) -> str:
         "accuracy": accuracy(),
     }
     for name, block in blocks.items():
-        text = re.sub(
-            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
-            lambda match, block=block: f"{match[1]}{block}\n{match[2]}",
-            text,
-            flags=re.DOTALL,
-        )
+        text = replaced(text, name, block)
     return text
 
 

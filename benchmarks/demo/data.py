@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from benchmarks import order
 from benchmarks.contrast import contrast_normalized
 
 Images = NDArray[np.float32]  # (n, 8, 8)
@@ -37,7 +38,5 @@ def digits(test_share: float = TEST_SHARE) -> Digits:
 
 def batches(data: Digits, size: int, seed: int, epoch: int) -> Iterator[tuple[Images, Labels]]:
     """One epoch in an order that depends on nothing but the seed; a short last batch is dropped."""
-    order = np.random.default_rng([seed, epoch]).permutation(len(data.train_images))
-    for start in range(0, len(order) - size + 1, size):
-        chosen = order[start : start + size]
+    for chosen in order.batches(len(data.train_images), size, seed, epoch):
         yield data.train_images[chosen], data.train_labels[chosen]

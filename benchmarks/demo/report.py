@@ -12,10 +12,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.rounding import rounded
+
 from .cost import Cost, whole_share
 from .net import SHAPES
 from .results import Spread, differences, estimate_error, machine, select, steps, threshold
 from .train import METHODS, RATES, Run
+
+DIGITS = 5  # significant ones, in the JSON file
 
 MEASURES = {"test": "test accuracy", "gap": "gap", "gap_at_alpha": "gap at α"}
 
@@ -168,18 +172,9 @@ def plain(values: Sequence[float], digits: int = 2) -> str:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    runs = ",\n  ".join(json.dumps(rounded(run)) for run in content["runs"])
-    rest = json.dumps(rounded({**content, "runs": []}), indent=1)
+    runs = ",\n  ".join(json.dumps(rounded(run, DIGITS)) for run in content["runs"])
+    rest = json.dumps(rounded({**content, "runs": []}, DIGITS), indent=1)
     path.write_text(rest.replace('"runs": []', f'"runs": [\n  {runs}\n ]') + "\n")
-
-
-def rounded(value: Any) -> Any:
-    """Five significant digits of every float: more would be noise."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def new_table(title: str, *columns: str) -> Table:

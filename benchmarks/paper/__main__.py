@@ -137,7 +137,8 @@ def arguments() -> Namespace:
 
 
 def add_sweep_options(parser: ArgumentParser) -> None:
-    parser.add_argument("suite", choices=SUITES, help="which set of runs")
+    titles = "; ".join(f"{name}: {suite.title}" for name, suite in SUITES.items())
+    parser.add_argument("suite", choices=SUITES, help=f"which set of runs. {titles}")
     parser.add_argument("--data", type=Path, help="the folder of the data set's files")
     parser.add_argument("--out", type=Path, default=Path("paper-output"), help="where to write")
     parser.add_argument("--save", action="store_true", help="write into the repository's results")

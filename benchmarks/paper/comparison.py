@@ -192,10 +192,9 @@ def verdict(group: Group) -> Verdict:
     against = f"{worst}'s by {shown(_size(found[worst]))}"
     if found[worst].above:
         return _said("refuted", group, f"{what}larger than {against}")
-    missing = [method for method in PAPERS if method not in (*found, "spectral")]
-    if all(interval.below for interval in found.values()) and missing:
-        return _said("undecided", group, f"no run of {' or '.join(missing)} to compare with")
     if all(interval.below for interval in found.values()):
+        if missing := [method for method in PAPERS if method not in (*found, "spectral")]:
+            return _said("undecided", group, f"no run of {' or '.join(missing)} to compare with")
         return _said("confirmed", group, f"{what}smaller than every other; than {against}")
     than = "larger" if found[worst].mean > 0 else "smaller"
     why = "one seed gives no interval" if found[worst].half is None else "which may be chance"

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from benchmarks import order
 from benchmarks.contrast import contrast_normalized
 
 from . import formats
@@ -133,15 +134,17 @@ def held_out(data: Data) -> Data:
 
 
 def batches(data: Data, size: int, seed: int, epoch: int) -> Iterator[NDArray[np.int64]]:
-    """One epoch's indices of training images, in an order that seed and epoch alone decide.
+    """One epoch's indices of training images.
 
-    A short last batch is dropped.
+    Raises
+    ------
+    DataError
+        If not even one batch is there.
     """
     count = len(data.train_labels)
     if not 1 <= size <= count:
         raise DataError(f"A batch of {size} cannot be drawn from {count} training images")
-    order = np.random.default_rng([seed, epoch]).permutation(count)
-    return (order[start : start + size] for start in range(0, count - size + 1, size))
+    return order.batches(count, size, seed, epoch)
 
 
 def augment(images: Images, rng: np.random.Generator) -> Images:

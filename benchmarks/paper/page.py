@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.blocks import replaced
+
 from .comparison import (
     DATA,
     MODELS,
@@ -42,12 +44,9 @@ def suites(root: Path = RESULTS) -> dict[str, list[Result]]:
 def written(text: str, root: Path = RESULTS) -> str:
     """The page with the block of each suite as the results have it; a new one at the end."""
     for name, results in suites(root).items():
-        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        if start not in text:
-            text = f"{text.rstrip()}\n\n## {name}\n\n{start}{end}\n"
-        before, rest = text.split(start, 1)
-        after = rest.split(end, 1)[1]
-        text = f"{before}{start}{block(results, root / name)}\n{end}{after}"
+        if f"<!-- {name} -->" not in text:
+            text = f"{text.rstrip()}\n\n## {name}\n\n<!-- {name} -->\n<!-- /{name} -->\n"
+        text = replaced(text, name, block(results, root / name))
     return text
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import Any
+
+from benchmarks.rounding import rounded
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -168,15 +169,4 @@ def read_all(folder: Path) -> list[Result]:
 
 
 def as_line(line: Mapping[str, Any]) -> str:
-    return json.dumps(rounded(line)) + "\n"
-
-
-def rounded(value: Any) -> Any:
-    """To a few significant digits; what is not finite becomes None, which JSON has a word for."""
-    if isinstance(value, Mapping):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return [rounded(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if isfinite(value) else None
-    return value
+    return json.dumps(rounded(line, DIGITS)) + "\n"

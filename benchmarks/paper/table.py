@@ -20,9 +20,8 @@ class Published:
 
 def published(accuracy: Sequence[float], alpha: float, gap: Sequence[float]) -> Published:
     """Numbers in the order of the paper's columns."""
-    columns = PAPERS
     return Published(
-        dict(zip(columns, accuracy, strict=True)), alpha, dict(zip(columns, gap, strict=True))
+        dict(zip(PAPERS, accuracy, strict=True)), alpha, dict(zip(PAPERS, gap, strict=True))
     )
 
 
@@ -70,14 +69,13 @@ def table(found: Sequence[Group], methods: Iterable[str] = STRENGTHS) -> str:
 
 
 def row(group: Group, columns: Sequence[str]) -> list[str]:
-    paper = PAPER.get((group.network.model, group.network.data, group.batch))
-    if not group.network.is_papers:
-        paper = None
+    network = group.network
+    paper = PAPER.get((network.model, network.data, group.batch)) if network.is_papers else None
     alpha = "–" if group.alpha is None else hundredths(group.alpha)
     if paper:
         alpha += f" (paper {hundredths(paper.alpha)})"
     return [
-        group.network.title,
+        network.title,
         str(group.batch),
         *cells(group, columns, group.accuracies, max, paper.accuracy if paper else {}),
         alpha,

@@ -52,6 +52,7 @@ class Trainer:
 
     def __init__(self, run: Run, images: Data, settings: Settings) -> None:
         self.run, self.data, self.settings, self.epoch = run, images, settings, 0
+        self.diverged = False
         self.method: Method = METHODS[run.method](run.strength, run.seed)
         self.model = build(run.model, images, run.width, run.seed).to(settings.device)
         if settings.channels_last:
@@ -91,14 +92,11 @@ class Trainer:
             steps += 1
         self.epoch += 1
         line: Epoch = {"epoch": self.epoch, "loss": float(total) / steps}
-        if not self.diverged(line):
+        finite = all(bool(p.isfinite().all()) for p in self.model.parameters())
+        self.diverged = not (finite and isfinite(line["loss"]))
+        if not self.diverged:
             line |= self._measured()
         return {**line, "seconds": perf_counter() - start}
-
-    def diverged(self, line: Epoch) -> bool:
-        """Whether the loss or a weight is no longer finite."""
-        finite = all(bool(p.isfinite().all()) for p in self.model.parameters())
-        return not (finite and isfinite(line["loss"]))
 
     def _set_rate(self) -> None:
         half, three_quarters = self.run.epochs // 2, 3 * self.run.epochs // 4
@@ -210,7 +208,7 @@ def train(
             _save(checkpoint, trainer)
             return result
         line = trainer.train_epoch()
-        result.diverged = trainer.diverged(line)
+        result.diverged = trainer.diverged
         result.epochs.append(dict(line))
         results.append(path, line)
         if monotonic() - saved > settings.save_every:

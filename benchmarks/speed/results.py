@@ -7,7 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.rounding import rounded
+
 FOLDER = Path(__file__).parent / "results"
+
+DIGITS = 4  # significant ones
 
 
 def stem(result: dict[str, Any]) -> str:
@@ -20,18 +24,9 @@ def stem(result: dict[str, Any]) -> str:
 def write(folder: Path, result: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem(result)}.json"
-    text = json.dumps(rounded(result), indent=1, ensure_ascii=False)
+    text = json.dumps(rounded(result, DIGITS), indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
     return path
-
-
-def rounded(value: Any) -> Any:
-    """Four significant digits of every float: more would be noise."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def read_all() -> list[dict[str, Any]]:

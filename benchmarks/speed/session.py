@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.rounding import rounded
+
 from . import figure, markdown, report, results
 from .suite import Options, Part, names, run
 from .timing import LEAST_ROUNDS, Budget
@@ -53,7 +55,7 @@ def shown(parts: list[Part], console: Console) -> Iterator[Part]:
 
 def write(folder: Path, result: dict[str, Any], console: Console) -> None:
     path = results.write(folder, result)
-    saved = results.rounded(result)
+    saved = rounded(result, results.DIGITS)
     figure.save(path.with_suffix(".png"), saved)
     path.with_suffix(".md").write_text(markdown.everything(saved), encoding="utf-8")
     console.print(f"wrote {path.stem}.json, .png and .md")

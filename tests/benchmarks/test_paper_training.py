@@ -19,7 +19,7 @@ for _package in ("scipy", "safetensors", "rich"):
 from torch import nn  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 
-from benchmarks import models  # noqa: E402
+from benchmarks import models, rounding  # noqa: E402
 from benchmarks.paper import measure, results, sweep  # noqa: E402
 from benchmarks.paper.data import Data  # noqa: E402
 from benchmarks.paper.methods import METHODS  # noqa: E402
@@ -52,6 +52,11 @@ def plan(method="vanilla", **changes):
         "strength": STRENGTHS[method],
     }
     return Run(**values | changes)
+
+
+def rounded(value):
+    """As a file has it."""
+    return rounding.rounded(value, results.DIGITS)
 
 
 def without_time(epochs):
@@ -234,10 +239,8 @@ class TestRuns:
         self.stop_after(2, run, data, folder, checkpoints)
         assert (checkpoints / f"{run.name}.safetensors").exists()
         resumed = train(run, data, Settings(), folder, checkpoints)
-        assert without_time(results.rounded(resumed.epochs)) == without_time(
-            results.rounded(whole.epochs)
-        )
-        assert results.rounded(resumed.spectra) == results.rounded(whole.spectra)
+        assert without_time(rounded(resumed.epochs)) == without_time(rounded(whole.epochs))
+        assert rounded(resumed.spectra) == rounded(whole.spectra)
         assert not any(checkpoints.glob("*.safetensors"))
 
     def stop_after(self, epochs, run, data, folder, checkpoints):
@@ -433,6 +436,4 @@ class TestSuites:
         assert all(result.done for result in found)
         assert sweep.epochs_done(runs, tmp_path) == 2
         alone = sweep.work(runs[1], Settings(), tmp_path / "alone", tmp_path, None)
-        assert without_time(results.rounded(found[1].epochs)) == without_time(
-            results.rounded(alone.epochs)
-        )
+        assert without_time(rounded(found[1].epochs)) == without_time(rounded(alone.epochs))
