@@ -62,7 +62,10 @@ def run_tests(session: nox.Session, names: list[str], *, restrict: bool) -> None
     packages = [package for name in names for package in BACKENDS[name][0]]
     install(session, "-e", ".", *group("test"), *packages)
     chosen = ",".join(entry for name in names for entry in BACKENDS[name][1])
-    session.run(*PYTEST, *session.posargs, env={"SPECTRAL_BACKENDS": chosen} if restrict else {})
+    apart = "--ignore=tests/integrations"  # a session of its own
+    session.run(
+        *PYTEST, apart, *session.posargs, env={"SPECTRAL_BACKENDS": chosen} if restrict else {}
+    )
 
 
 @nox.session(python=PYTHONS)
@@ -76,6 +79,13 @@ def tests(session: nox.Session, backend: str) -> None:
 def tests_all(session: nox.Session) -> None:
     """The suite with every backend that installs without a GPU, in this interpreter."""
     run_tests(session, HERE, restrict=False)
+
+
+@nox.session
+def integrations(session: nox.Session) -> None:
+    """Weights divided among processes."""
+    install(session, "-e", ".[torch]", *group("test"))
+    session.run(*PYTEST, "tests/integrations", *session.posargs)
 
 
 @nox.session(venv_backend="none")

@@ -101,8 +101,9 @@ def block_iteration(
     W, V = cast(W, kind.iteration_dtype, xp), cast(V, kind.iteration_dtype, xp)
     tiny = kind.tiny if eps is None else eps
     for _ in range(checked_int(n_iter, "n_iter")):
-        sigma, u, V = _step(W, V, tiny, kind, xp)
-    return BlockIteration(sigma[..., 0, 0], u[..., 0, :], V[..., 0, :], V)
+        Q = left_rows(xp.matmul(V, xp.matrix_transpose(W)), tiny, kind, xp)
+        sigma, u, V = right_rows(conj(xp.matmul(conj(Q, xp), W), xp), Q, V, tiny, kind, xp)
+    return BlockIteration(sigma, u, V[..., 0, :], V)
 
 
 def iterations(
@@ -123,24 +124,11 @@ def _with_block(W: Array, V: Array, n_iter: int) -> PowerIteration:
     return PowerIteration(sigma, u, V)
 
 
-def _step(
-    W: Array, V: Array, tiny: float, kind: Traits, xp: Namespace
-) -> tuple[Array, Array, Array]:
-    n = W.shape[-1]
-    Q = _orthonormal(xp.matmul(V, xp.matrix_transpose(W)), tiny, kind, xp)
-    Z = conj(xp.matmul(conj(Q, xp), W), xp)
-    # A rotation of the rows of Z is one of Q: side by side, one product does both.
-    rows = _sorted_by_rotations(xp.concat([Z, Q], axis=-1), n, kind, xp)
-    unit, inverse, sigma = _normalized(rows[0][..., :n], tiny, xp)
-    others = [row[..., :n] for row in rows[1:]]
-    new = _next(unit, others, kind.eps * sigma, V, tiny, xp)
-    return sigma, rows[0][..., n:], xp.where(inverse > 0, new, V)
+def left_rows(Y: Array, tiny: float, kind: Traits, xp: Namespace) -> Array:
+    """The first half of an iteration, given the rows Y = VWᵀ: orthonormal ones of the same span.
 
-
-def _orthonormal(Y: Array, tiny: float, kind: Traits, xp: Namespace) -> Array:
-    """Orthonormal rows of the same span, by Gram and Schmidt; zero where a row brings nothing new.
-
-    The first row keeps its direction: the result is no worse than that of the first row alone.
+    By Gram and Schmidt; a row that brings nothing new is zero. The first keeps its direction: the
+    result is no worse than that of the first row alone.
     """
     noise = kind.eps * xp.sqrt(xp.sum(squared(Y, xp), axis=(-2, -1), keepdims=True))
     rows = [_normalized(Y[..., :1, :], tiny, xp)[0]]
@@ -150,6 +138,20 @@ def _orthonormal(Y: Array, tiny: float, kind: Traits, xp: Namespace) -> Array:
         unit, _, length = _normalized(y, tiny, xp)
         rows.append(xp.where(length > noise, unit, xp.zeros_like(unit)))
     return _together(rows, xp)
+
+
+def right_rows(
+    Z: Array, Q: Array, V: Array, tiny: float, kind: Traits, xp: Namespace
+) -> PowerIteration:
+    """The second half, given the rows Z of all Wᴴq: σ, u and the rows to start from next."""
+    n = Z.shape[-1]
+    # A rotation of the rows of Z is one of Q: side by side, one product does both.
+    rows = _sorted_by_rotations(xp.concat([Z, Q], axis=-1), n, kind, xp)
+    unit, inverse, sigma = _normalized(rows[0][..., :n], tiny, xp)
+    others = [row[..., :n] for row in rows[1:]]
+    new = _next(unit, others, kind.eps * sigma, V, tiny, xp)
+    u = rows[0][..., 0, n:]
+    return PowerIteration(sigma[..., 0, 0], u, xp.where(inverse > 0, new, V))
 
 
 def _sorted_by_rotations(T: Array, n: int, kind: Traits, xp: Namespace) -> list[Array]:

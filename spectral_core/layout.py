@@ -101,6 +101,11 @@ class Layout:
         """The number of axes of a tensor of this layout."""
         return len(_tokens(self.axes))
 
+    @property
+    def grouped_axis(self) -> int | None:
+        """Which axis holds the groups, if one does."""
+        return next((i for i, token in enumerate(_tokens(self.axes)) if token[0] == "("), None)
+
 
 def as_layout(layout: Layout | str) -> Layout:
     """``layout`` itself, or the `Layout` that the string spells."""
@@ -196,6 +201,7 @@ def from_matrix(matrix: Array, layout: Layout | str, shape: Shape) -> Array:
 class Plan(NamedTuple):
     """How a tensor of one shape and layout becomes a matrix and back. Axes are those of `split`."""
 
+    layout: Layout
     split: Shape  # the tensor's shape, its grouped axis split in two
     order: Shape  # stack, output, input and kernel axes
     lying: Shape  # the same, the columns as they lie in the tensor
@@ -306,6 +312,7 @@ def _plan(layout: Layout, shape: Shape) -> Plan:
     m, n = prod(sizes(rows)), prod(sizes(columns))
     stack_and_columns = stack + columns
     return Plan(
+        layout=layout,
         split=tuple(split),
         order=order,
         lying=stack + rows + pick("ikdhw"),

@@ -107,10 +107,20 @@ def iterated(
 ) -> PowerIteration:
     """The iteration of `power_iteration`, of a matrix that is given by its two products."""
     for _ in range(n_iter):
-        u, _, _ = _normalized(times(v), tiny, xp)
-        unit, inverse, sigma = _normalized(adjoint_times(u), tiny, xp)
-        v = xp.where(inverse > 0, unit, v)
-    return PowerIteration(sigma[..., 0], u, v)
+        u = left_of(times(v), tiny, xp)
+        sigma, _, v = right_of(adjoint_times(u), u, v, tiny, xp)
+    return PowerIteration(sigma, u, v)
+
+
+def left_of(Wv: Array, tiny: float, xp: Namespace) -> Array:
+    """The first half of an iteration: u."""
+    return _normalized(Wv, tiny, xp)[0]
+
+
+def right_of(WHu: Array, u: Array, v: Array, tiny: float, xp: Namespace) -> PowerIteration:
+    """The second half: σ, u and the next v."""
+    unit, inverse, sigma = _normalized(WHu, tiny, xp)
+    return PowerIteration(sigma[..., 0], u, xp.where(inverse > 0, unit, v))
 
 
 def start_vector(shape: tuple[int, ...], like: Array, *, seed: int = 0, name: str = "") -> Array:

@@ -12,7 +12,7 @@ from .layout import Layout, as_layout, default_layout, plan_of
 from .patterns import by_name
 from .penalty import Factor, check_writeable, factors_of
 from .power import PowerIteration, start_vector
-from .step import Step, Task, plain_step, plain_step_, triples_of
+from .step import Step, Task, plain_step, plain_step_
 
 Arrays = Mapping[str, Array]
 Layouts = Mapping[str, "Layout | str"] | Layout | str
@@ -68,6 +68,7 @@ def init(
     seed: int = 0,
     layouts: Layouts | None = None,
     n_vectors: int = 1,
+    step: Step = plain_step,
 ) -> SpectralState:
     """Draw the start vectors (Algorithm 1, line 1).
 
@@ -83,6 +84,8 @@ def init(
         kernel: `default_layout`.
     n_vectors : int
         How many vectors to iterate with for each matrix: with more than one, `block_iteration`.
+    step : callable
+        As for `add_gradient`: what finds the first sigma.
 
     Returns
     -------
@@ -121,7 +124,8 @@ def init(
         shape = plan.right if n_vectors == 1 else (*plan.right[:-1], n_vectors, plan.right[-1])
         v[name] = start_vector(shape, weights[name], seed=seed, name=name)
     state = SpectralState(v=v, sigma={}, layouts=chosen)
-    triples = {name: triple_of(name, weights[name], state, n_iter=1) for name in v}
+    found = step([_task(name, weights[name], state) for name in v], 1).triples
+    triples = dict(zip(v, found, strict=True))
     sigma = {name: triple.sigma for name, triple in triples.items()}
     return replace(state, sigma=sigma, u={name: triple.u for name, triple in triples.items()})
 
@@ -295,11 +299,6 @@ def choose_layouts(ndims: Mapping[str, int], layouts: Layouts | None) -> dict[st
         name: as_layout(given[name]) if name in given else default_layout(ndim)
         for name, ndim in ndims.items()
     }
-
-
-def triple_of(name: str, weight: Array, state: SpectralState, n_iter: int) -> PowerIteration:
-    """(σ, u, v) of one weight from its v in ``state``, both in the order of `as_matrix`."""
-    return triples_of([_task(name, weight, state)], n_iter)[0]
 
 
 def _step(

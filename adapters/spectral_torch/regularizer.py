@@ -17,13 +17,14 @@ from torch.utils.hooks import RemovableHandle
 import spectral_core as sc
 from spectral_core._arrays import array_namespace, traits_of
 from spectral_core.errors import checked_int
+from spectral_core.layout import plan_of
 from spectral_core.penalty import Factor, factors_of
-from spectral_core.regularizer import triple_of
 from spectral_core.step import Advance, Task
 
 from .repetition import Repetition
 from .selection import Choice, Model, choose
-from .steps import Steps
+from .sharded import is_sharded, penalty_at
+from .steps import Steps, looked_at
 
 
 class SpectralNormRegularizer:
@@ -122,7 +123,9 @@ class SpectralNormRegularizer:
         self._step = Steps(kernels)
         self._last: WeakKeyDictionary[object, Repetition] = WeakKeyDictionary()
         with self._full_precision():
-            self._state = sc.init(self._parameters, seed=seed, layouts=chosen, n_vectors=n_vectors)
+            self._state = sc.init(
+                self._parameters, seed=seed, layouts=chosen, n_vectors=n_vectors, step=looked_at
+            )
         if warmup_iters != 0:
             self.iterate_(checked_int(warmup_iters, "warmup_iters"))
 
@@ -241,15 +244,21 @@ class SpectralNormRegularizer:
         """
         self._follow()
         factors = factors_of(self.factor, self._parameters)
-        terms = []
         with self._full_precision():
-            for name, parameter in self._parameters.items():
-                with torch.no_grad():
-                    u = triple_of(name, parameter, self._state, n_iter=1).u
-                with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-                    W = sc.as_matrix(parameter, self._state.layouts[name], name=name)
-                    terms.append(sc.penalty_at(W, u, factor=factors[name]))
-        return _sum(terms)
+            with torch.no_grad():
+                u = sc.iterate(self._parameters, self._state, step=looked_at).u
+            with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+                terms = [
+                    self._penalty_at(name, u[name], factors[name]) for name in self._parameters
+                ]
+                return _sum(terms)
+
+    def _penalty_at(self, name: str, u: Tensor, factor: Any) -> Tensor:
+        parameter, layout = self._parameters[name], self._state.layouts[name]
+        if is_sharded(parameter):
+            plan = plan_of(layout, parameter.shape, name)
+            return penalty_at(parameter, u, plan, array_namespace(parameter), factor)
+        return sc.penalty_at(sc.as_matrix(parameter, layout, name=name), u, factor=factor)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a training run needs to go on, as a flat dict of tensors.

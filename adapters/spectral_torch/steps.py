@@ -12,9 +12,18 @@ from torch import Tensor
 
 from spectral_core import PowerIteration
 from spectral_core.numba_step import Memory, NumbaStep
-from spectral_core.step import Advance, Step, Task, divided_step, last_of, sharing_memory
+from spectral_core.step import (
+    Advance,
+    Step,
+    Task,
+    divided_step,
+    last_of,
+    plain_step_,
+    sharing_memory,
+)
 
 from .multi_tensor import MultiTensorStep
+from .sharded import is_sharded, sharded_step_
 from .triton_step import TritonStep, takes
 
 MEMORY = Memory(
@@ -71,6 +80,8 @@ class Steps:
 
     def _step_of(self, task: Task) -> Step:
         weight, grad = task.weight, task.grad
+        if is_sharded(weight):
+            return sharded_step_
         if grad is not None and grad.requires_grad:
             return self._plain  # autograd must see what is written
         if weight.is_cpu and type(weight) is Tensor:
@@ -109,6 +120,13 @@ class Steps:
             return self._plain(tasks, n_iter)
         self._gpu_has_run.add(kind)
         return advance
+
+
+def looked_at(tasks: Sequence[Task], n_iter: int) -> Advance:
+    """The step that leaves the state's tensors alone: σ and vectors are new ones."""
+    return divided_step(
+        tasks, n_iter, lambda task: sharded_step_ if is_sharded(task.weight) else plain_step_
+    )
 
 
 def _numba_step(other: Step) -> Step:

@@ -1,0 +1,89 @@
+"""Weights that are copied to, or divided among, processes: as on one."""
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+if not torch.distributed.is_available():
+    pytest.skip("PyTorch is built without torch.distributed", allow_module_level=True)
+
+import ranks  # noqa: E402
+from processes import Processes  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def four():
+    processes = Processes(4)
+    yield processes
+    processes.close()
+
+
+@pytest.fixture(scope="module")
+def two():
+    processes = Processes(2)
+    yield processes
+    processes.close()
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = value.abs().max()
+        assert (found[name] - value).abs().max() <= tolerance * scale, name
+
+
+@pytest.mark.parametrize("name", ranks.PLACEMENTS)
+@pytest.mark.parametrize(
+    ("dtype", "options", "tolerance"),
+    [
+        (torch.float32, {}, 2e-5),
+        (torch.float64, {}, 1e-12),
+        (torch.float64, {"n_vectors": 2}, 1e-9),
+        (torch.float64, {"every_n_steps": 2, "n_iter": 2}, 1e-12),
+        (torch.complex128, {}, 1e-12),
+    ],
+    ids=str,
+)
+def test_a_divided_weight_is_as_a_whole_one(four, name, dtype, options, tolerance):
+    for sharded, expected in four.run(ranks.placed, name, dtype, options):
+        for what, values in expected.items():
+            assert_close(sharded[what], values, tolerance)
+
+
+def test_vectors_are_all_that_is_sent(four):
+    for elements, messages, of_all_kinds in four.run(ranks.traffic):
+        assert elements == 64 + 48 + 32 + 16
+        assert messages == of_all_kinds == 2  # for all weights together
+
+
+def test_copies_agree_without_a_word(four):
+    expected, expected_sigma = ranks.alone()
+    outcomes = four.run(ranks.ddp)
+    for weights, sigma, state, messages in outcomes:
+        assert messages == 0
+        assert_close(weights, expected)
+        assert_close(sigma, expected_sigma)
+        for key, value in outcomes[0][2].items():
+            assert torch.equal(state[key], value), key
+
+
+@pytest.mark.parametrize("mesh", [(4,), (2, 2)], ids=["sharded", "hybrid"])
+def test_fully_sharded_training_is_as_on_one(four, mesh):
+    expected, expected_sigma = ranks.alone()
+    for weights, sigma in four.run(ranks.fsdp, mesh):
+        assert_close(weights, expected)
+        assert_close(sigma, expected_sigma)
+
+
+@pytest.mark.parametrize("mesh", [(4,), (2, 2)], ids=["tensor", "tensor and data"])
+def test_tensor_parallel_training_is_as_on_one(four, mesh):
+    for (weights, sigma), (expected, expected_sigma) in four.run(ranks.tensor_parallel, mesh):
+        assert_close(weights, expected)
+        assert_close(sigma, expected_sigma)
+
+
+@pytest.mark.parametrize("every_n_steps", [1, 2])
+def test_four_save_and_two_resume(four, two, tmp_path, every_n_steps):
+    expected, expected_sigma = four.run(ranks.save, str(tmp_path), every_n_steps)[0]
+    for weights, sigma in two.run(ranks.resume, str(tmp_path), every_n_steps):
+        assert_close(weights, expected)
+        assert_close(sigma, expected_sigma)

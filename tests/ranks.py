@@ -1,0 +1,273 @@
+"""What each process of the distributed tests does. Apart, for they must import it by its name."""
+
+import copy
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from spectral_torch import Layout, SpectralNormRegularizer
+
+# Sizes that four processes do not divide evenly, nor the groups.
+WEIGHTS = {
+    "linear": ((10, 7), Layout("oi")),
+    "conv": ((6, 5, 3, 2), Layout("oihw")),
+    "transposed": ((5, 6, 3, 2), Layout("iohw")),
+    "grouped": ((12, 3, 2, 2), Layout("(go)ihw", 4)),
+    "few_groups": ((14, 3), Layout("(go)i", 2)),
+    "grouped_transposed": ((12, 3, 2, 2), Layout("(gi)ohw", 3)),
+    "stack": ((3, 4, 5), Layout("sio")),
+    "one_row": ((1, 9), Layout("oi")),
+}
+PLACEMENTS = {
+    "rows": ((4,), [Shard(0)]),
+    "columns": ((4,), [Shard(1)]),
+    "whole": ((4,), [Replicate()]),
+    "rows and columns": ((2, 2), [Shard(0), Shard(1)]),
+    "columns and rows": ((2, 2), [Shard(1), Shard(0)]),
+    "rows twice": ((2, 2), [Shard(0), Shard(0)]),
+    "hybrid": ((2, 2), [Replicate(), Shard(0)]),
+    "whole inside": ((2, 2), [Shard(1), Replicate()]),
+}
+
+
+def whole(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def first_vectors(reg, *, several):
+    """v; of several the first: the others of a matrix of low rank are noise."""
+    found = {key: value for key, value in reg.state_dict().items() if key.endswith(".v")}
+    return {key: (v[..., 0, :] if several else v).clone() for key, v in found.items()}
+
+
+def weights(dtype):
+    generator = torch.Generator().manual_seed(3)
+    return {
+        name: torch.randn(shape, generator=generator, dtype=dtype)
+        for name, (shape, _) in WEIGHTS.items()
+    }
+
+
+def placed(name, dtype, options):
+    """Steps on weights that lie as `PLACEMENTS` says, beside the same of whole ones."""
+    mesh_shape, placements = PLACEMENTS[name]
+    mesh = init_device_mesh("cpu", mesh_shape)
+    layouts = {key: layout for key, (_, layout) in WEIGHTS.items()}
+    runs = []
+    for sharded in (True, False):
+        parameters = {
+            key: nn.Parameter(distribute_tensor(w, mesh, placements) if sharded else w.clone())
+            for key, w in weights(dtype).items()
+        }
+        reg = SpectralNormRegularizer(
+            parameters, factor=0.3, layouts=layouts, kernels=False, **options
+        )
+        optimizer = torch.optim.SGD(parameters.values(), lr=0.1, momentum=0.9)
+        reg.attach(optimizer)
+        generator = torch.Generator().manual_seed(4)
+        for _ in range(5):
+            for parameter in parameters.values():
+                grad = torch.randn(parameter.shape, generator=generator, dtype=dtype)
+                parameter.grad = distribute_tensor(grad, mesh, placements) if sharded else grad
+            optimizer.step()
+        penalty = reg.penalty(differentiable=True)
+        optimizer.zero_grad()
+        penalty.backward()
+        runs.append(
+            {
+                "weight": {key: whole(p.detach()) for key, p in parameters.items()},
+                "slope": {key: whole(p.grad) for key, p in parameters.items()},
+                "sigma": reg.sigmas(),
+                "v": first_vectors(reg, several=options.get("n_vectors", 1) > 1),
+                "penalty": {"": penalty.detach()},
+            }
+        )
+    return runs
+
+
+class Sizes:
+    """Counts the elements of all messages while it is entered."""
+
+    def __enter__(self):
+        self.elements, self.messages = 0, 0
+        send = dist.all_reduce
+
+        def counted(tensor, *args, **kwargs):
+            self.elements += tensor.numel()
+            self.messages += 1
+            return send(tensor, *args, **kwargs)
+
+        self._patch = patch.object(dist, "all_reduce", counted)
+        self._patch.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self._patch.__exit__(*error)
+
+
+def traffic():
+    """Elements and messages of one step of ours, and rows + columns of all matrices."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    mesh = init_device_mesh("cpu", (4,))
+    shapes = {"a": (64, 48), "b": (32, 16)}
+    parameters = {
+        key: nn.Parameter(distribute_tensor(torch.ones(shape), mesh, [Shard(0)]))
+        for key, shape in shapes.items()
+    }
+    reg = SpectralNormRegularizer(parameters)
+    for parameter in parameters.values():
+        parameter.grad = distribute_tensor(torch.zeros(parameter.shape), mesh, [Shard(0)])
+    with Sizes() as sizes, CommDebugMode() as others:
+        reg.add_gradients_()
+    return sizes.elements, sizes.messages, others.get_total_counts()
+
+
+def net(bias=True):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3, padding=1, groups=3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(6 * 16, 12, bias=bias),
+        nn.ReLU(),
+        nn.Linear(12, 3, bias=bias),
+    )
+
+
+def batch(step):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(8, 2, 4, 4, generator=generator)
+    return x, torch.randint(3, (8,), generator=generator)
+
+
+def train(model, steps, *, mine=slice(None), attach=True, parameters=None, **options):
+    """Train and say what became of it; ``mine`` is this process's part of each batch."""
+    reg = SpectralNormRegularizer(parameters or model, factor=0.1, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    if attach:
+        reg.attach(optimizer)
+    for step in steps:
+        one_step(model, optimizer, step, mine)
+    return reg, optimizer
+
+
+def one_step(model, optimizer, step, mine=slice(None)):
+    x, y = batch(step)
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x[mine]), y[mine]).backward()
+    optimizer.step()
+
+
+def outcome(model, reg):
+    found = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+    return found, reg.sigmas()
+
+
+def alone():
+    model = net()
+    reg, _ = train(model, range(6))
+    return outcome(model, reg)
+
+
+def ddp():
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model = nn.parallel.DistributedDataParallel(net())
+    reg, _ = train(
+        model,
+        range(6),
+        mine=slice(rank * 8 // size, (rank + 1) * 8 // size),
+        parameters=model.module,
+    )
+    weights, sigma = outcome(model.module, reg)
+    with Sizes() as sizes:
+        reg.add_gradients_()
+    return weights, sigma, reg.state_dict(), sizes.messages
+
+
+def sharded_net(mesh, **policy):
+    model = net()
+    for layer in model:
+        if list(layer.parameters()):
+            fully_shard(layer, mesh=mesh, **policy)
+    fully_shard(model, mesh=mesh, **policy)
+    return model
+
+
+def fsdp(mesh_shape):
+    mesh = init_device_mesh(
+        "cpu", mesh_shape, mesh_dim_names=("copies", "shards")[-len(mesh_shape) :]
+    )
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model = sharded_net(mesh)
+    reg, _ = train(model, range(6), mine=slice(rank * 8 // size, (rank + 1) * 8 // size))
+    return outcome(model, reg)
+
+
+def tensor_parallel(mesh_shape):
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("data", "model")[-len(mesh_shape) :])
+    model = net(bias=False)
+    parallelize_module(model, mesh["model"], {"5": ColwiseParallel(), "7": RowwiseParallel()})
+    mine = slice(None)
+    if len(mesh_shape) == 2:
+        fully_shard(model, mesh=mesh["data"])
+        part = mesh["data"].get_local_rank()
+        mine = slice(part * 8 // mesh_shape[0], (part + 1) * 8 // mesh_shape[0])
+    chosen = {
+        name: p for name, p in model.named_parameters() if isinstance(p, DTensor) and p.ndim == 2
+    }
+    reg, _ = train(model, range(6), mine=mine, parameters=chosen)
+    reference = net(bias=False)
+    names = {name: p for name, p in reference.named_parameters() if name in chosen}
+    reference_reg, _ = train(reference, range(6), parameters=names)
+    return outcome(model, reg), outcome(reference, reference_reg)
+
+
+def held(model, optimizer, reg):
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state, "spectral": reg.state_dict()}
+
+
+def save(folder, every_n_steps):
+    """Train three steps, save, and go on for three more."""
+    model = sharded_net(init_device_mesh("cpu", (dist.get_world_size(),)))
+    reg, optimizer = train(model, range(3), every_n_steps=every_n_steps)
+    checkpoint.save(held(model, optimizer, reg), checkpoint_id=folder)
+    for step in range(3, 6):
+        one_step(model, optimizer, step)
+    return outcome(model, reg)
+
+
+def resume(folder, every_n_steps):
+    """Go on from what was saved, on however many processes there are."""
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    model = sharded_net(init_device_mesh("cpu", (dist.get_world_size(),)))
+    reg, optimizer = train(model, (), every_n_steps=every_n_steps, seed=99)
+    state = copy.copy(held(model, optimizer, reg))
+    checkpoint.load(state, checkpoint_id=folder)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
+    reg.load_state_dict(state["spectral"])
+    for step in range(3, 6):
+        one_step(model, optimizer, step)
+    return outcome(model, reg)
