@@ -83,8 +83,8 @@ def tests_all(session: nox.Session) -> None:
 
 @nox.session
 def integrations(session: nox.Session) -> None:
-    """Weights divided among processes."""
-    install(session, "-e", ".[torch]", *group("test"))
+    """Weights divided among processes and over meshes."""
+    install(session, "-e", ".[torch,jax]", *group("test"))
     session.run(*PYTEST, "tests/integrations", *session.posargs)
 
 

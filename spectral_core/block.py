@@ -6,7 +6,7 @@ first singular value alone. A second one that already points along v₂ is there
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ._arrays import Array, Namespace, Traits, array_namespace, cast, conj, is_complex, squared
@@ -100,10 +100,32 @@ def block_iteration(
     kind = _check_rows(W, V, xp)
     W, V = cast(W, kind.iteration_dtype, xp), cast(V, kind.iteration_dtype, xp)
     tiny = kind.tiny if eps is None else eps
-    for _ in range(checked_int(n_iter, "n_iter")):
-        Q = left_rows(xp.matmul(V, xp.matrix_transpose(W)), tiny, kind, xp)
-        sigma, u, V = right_rows(conj(xp.matmul(conj(Q, xp), W), xp), Q, V, tiny, kind, xp)
+    sigma, u, V = iterated_rows(
+        lambda V: xp.matmul(V, xp.matrix_transpose(W)),
+        lambda Q: conj(xp.matmul(conj(Q, xp), W), xp),
+        V,
+        checked_int(n_iter, "n_iter"),
+        tiny,
+        kind,
+        xp,
+    )
     return BlockIteration(sigma, u, V[..., 0, :], V)
+
+
+def iterated_rows(
+    times: Callable[[Array], Array],
+    adjoint_times: Callable[[Array], Array],
+    V: Array,
+    n_iter: int,
+    tiny: float,
+    kind: Traits,
+    xp: Namespace,
+) -> PowerIteration:
+    """The iteration of `block_iteration`, of a matrix that is given by its products with rows."""
+    for _ in range(n_iter):
+        Q = left_rows(times(V), tiny, kind, xp)
+        sigma, u, V = right_rows(adjoint_times(Q), Q, V, tiny, kind, xp)
+    return PowerIteration(sigma, u, V)
 
 
 def iterations(

@@ -1,23 +1,25 @@
-"""The power iteration with its products as XLA runs them fast.
+"""The power iteration with its products as XLA runs them fast, on one device and on many.
 
-JAX's kernels lie with the outputs last, so the core's matrix is a transpose. XLA's CPU compiler
-does not fold it away in every product: ``transpose(W) @ v`` then takes 10 times as long as
-``v @ W``. A weight is therefore multiplied as it lies, from the left or from the right.
+A weight is multiplied as it lies, over all axes of its rows or columns at once. To view it as a
+matrix first would join axes, and XLA gathers a weight whole to join one that a mesh divides. Which
+factor comes first matters too: XLA's CPU compiler does not fold every transpose away.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 import jax
 import jax.numpy as jnp
 
 from spectral_core import PowerIteration
 from spectral_core._arrays import cast, conj, traits
-from spectral_core.layout import lay, lying_matrix, reshaped, unlay
-from spectral_core.power import iterated, matvec, vecmat
-from spectral_core.step import Advance, Task, plain_step, triples_of
+from spectral_core.block import iterated_rows
+from spectral_core.layout import reshaped
+from spectral_core.power import iterated
+from spectral_core.step import Advance, Task, plain_step
+
+Axes = tuple[int, ...]
 
 
 def step(tasks: Sequence[Task], n_iter: int) -> Advance:
@@ -33,32 +35,41 @@ def refresh(tasks: Sequence[Task], n_iter: int) -> Advance:
 
 
 def _iterated(task: Task, n_iter: int) -> PowerIteration:
-    if task.v.ndim > len(task.plan.right):  # several vectors: products of matrices are fast anyway
-        return triples_of([task], n_iter)[0]
-    kind = traits(task.weight, jnp, task.name)
-    stored, transposed = _stored(task)
-    W = cast(stored, kind.iteration_dtype, jnp)
-    v = lay(cast(task.v, kind.iteration_dtype, jnp), task.plan, jnp)
+    plan, kind = task.plan, traits(task.weight, jnp, task.name)
+    W = cast(reshaped(task.weight, plan.split, jnp), kind.iteration_dtype, jnp)
+    v = cast(task.v, kind.iteration_dtype, jnp)
+    n_stack = len(plan.matrix) - 2
+    n_columns = len(plan.columns) - n_stack
+    stack, rows = plan.order[:n_stack], plan.order[n_stack:-n_columns]
+    columns = plan.order[-n_columns:]
 
     def times(v: jax.Array) -> jax.Array:
-        return vecmat(v, W) if transposed else matvec(W, v)
+        return _product(W, v, stack, columns, rows)
 
     def adjoint_times(u: jax.Array) -> jax.Array:
-        u = conj(u, jnp)
-        return conj(matvec(W, u) if transposed else vecmat(u, W), jnp)
+        return conj(_product(W, conj(u, jnp), stack, rows, columns), jnp)
 
-    triple = iterated(times, adjoint_times, v, n_iter, kind.tiny, jnp)
-    return triple._replace(v=unlay(triple.v, task.plan, jnp))
+    if v.ndim > len(plan.right):
+        return iterated_rows(times, adjoint_times, v, n_iter, kind.tiny, kind, jnp)
+    return iterated(times, adjoint_times, v, n_iter, kind.tiny, jnp)
 
 
-def _stored(task: Task) -> tuple[jax.Array, bool]:
-    """The matrix, or its transpose where that is how the weight lies; and whether it is that."""
-    plan = task.plan
-    *stack, m, n = plan.matrix
-    lead, rest = plan.lying[: len(stack)], plan.lying[len(stack) :]
-    for rows in range(1, len(rest)):
-        is_cut = prod(plan.split[axis] for axis in rest[:rows]) == m
-        columns_first = lead + rest[rows:] + rest[:rows]
-        if is_cut and columns_first == tuple(range(len(columns_first))):
-            return reshaped(task.weight, (*stack, n, m), jnp), True
-    return lying_matrix(task.weight, plan, jnp), False
+def _product(W: jax.Array, x: jax.Array, stack: Axes, summed: Axes, kept: Axes) -> jax.Array:
+    """W times x (*stack, n), or several x (*stack, k, n), over some of the axes of W."""
+    s = len(stack)
+    several = x.shape[s:-1]  # (k,) or ()
+    x = x.reshape(*x.shape[:-1], *(W.shape[axis] for axis in summed))
+    of_x = tuple(range(s + len(several), x.ndim))
+    # In the order in which W lies: in another, XLA would transpose it.
+    summed, of_x = zip(*sorted(zip(summed, of_x, strict=True)), strict=True)
+    batch = tuple(range(s))
+    if min(summed) < min(kept):
+        found = jax.lax.dot_general(x, W, ((of_x, summed), (batch, stack)))
+    else:
+        found = jax.lax.dot_general(W, x, ((summed, of_x), (stack, batch)))
+        if several:
+            found = jnp.moveaxis(found, -1, s)
+    first = s + len(several)
+    lying = sorted(kept)  # the order in which the axes come that are left
+    order = (*range(first), *(first + lying.index(axis) for axis in kept))
+    return found.transpose(order).reshape(*found.shape[:first], -1)
