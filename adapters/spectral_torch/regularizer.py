@@ -78,7 +78,8 @@ class SpectralNormRegularizer:
     Notes
     -----
     A weight whose gradient is None, or that does not require one, is left out of a step. A tied
-    weight counts once. A grouped convolution is a stack of matrices, each with its own σ. Nothing
+    weight counts once. A grouped convolution is a stack of matrices, each with its own σ. A weight
+    that is divided among processes (DTensor) stays so, and these must step together. Nothing
     in a step waits for the device. v and σ are written in place, as a captured CUDA graph needs.
 
     Gradients are clipped before the optimizer steps, and so before this adds to them.
