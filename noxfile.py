@@ -84,7 +84,7 @@ def tests_all(session: nox.Session) -> None:
 @nox.session
 def integrations(session: nox.Session) -> None:
     """Weights divided among processes and over meshes."""
-    install(session, "-e", ".[torch,jax]", *group("test"))
+    install(session, "-e", ".[torch,jax]", *group("test"), *group("integrations"))
     session.run(*PYTEST, "tests/integrations", *session.posargs)
 
 

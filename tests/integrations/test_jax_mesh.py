@@ -125,3 +125,29 @@ def sizes_sent(program):
             shapes = re.findall(r"\w+\[([\d,]*)\]", found[1])
             sizes += [prod(int(n) for n in shape.split(",") if n) for shape in shapes]
     return sizes
+
+
+def test_a_run_goes_on_over_another_mesh(tmp_path):
+    checkpoint = pytest.importorskip("orbax.checkpoint", reason="orbax is not installed")
+    tx = optimizer({"every_n_steps": 2})
+    step = step_of(tx)
+
+    def begun(name):
+        weights = divided(params(), name)
+        return weights, jax.jit(tx.init)(weights), divided(jax.tree.map(jnp.cos, params()), name)
+
+    weights, state, grads = begun("inputs and outputs")
+    for _ in range(3):
+        weights, state = step(weights, state, grads)
+    with checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "run", {"params": weights, "state": state})
+    expected, _ = step(weights, state, grads)
+
+    weights, state, grads = begun("outputs")
+    with checkpoint.StandardCheckpointer() as checkpointer:
+        kept = checkpointer.restore(tmp_path / "run", {"params": weights, "state": state})
+    assert kept["params"]["dense"]["kernel"].sharding == weights["dense"]["kernel"].sharding
+    resumed, _ = step(kept["params"], kept["state"], grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), expected, resumed
+    )
