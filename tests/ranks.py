@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -132,6 +132,33 @@ def traffic():
     with Sizes() as sizes, CommDebugMode() as others:
         reg.add_gradients_()
     return sizes.elements, sizes.messages, others.get_total_counts()
+
+
+def partial_and_wrong_gradients():
+    """What a gradient becomes that is a sum not taken yet; and what one is told that is whole."""
+    import spectral_core as sc
+
+    mesh = init_device_mesh("cpu", (4,))
+    w = torch.arange(12.0).reshape(4, 3)
+    parameters = {
+        key: nn.Parameter(distribute_tensor(w, mesh, [Replicate()])) for key in ("a", "b")
+    }
+    reg = SpectralNormRegularizer(parameters, factor=1.0)
+    zeros = torch.zeros(4, 3)
+    for key, operation in (("a", "sum"), ("b", "avg")):
+        parameters[key].grad = DTensor.from_local(zeros.clone(), mesh, [Partial(operation)])
+    reg.add_gradients_()
+    sums = [whole(parameters[key].grad) for key in ("a", "b")]
+    u, s, v = torch.linalg.svd(w)
+    expected = s[0] * torch.outer(u[:, 0], v[0])
+
+    before = parameters["a"].grad.to_local().clone()
+    parameters["b"].grad = DTensor.from_local(zeros.clone(), mesh, [Partial("max")])
+    try:
+        reg.add_gradients_()
+    except sc.ArgumentError as error:
+        message = str(error)
+    return sums, expected, message, torch.equal(before, parameters["a"].grad.to_local())
 
 
 def net(bias=True):

@@ -43,9 +43,11 @@ def sharded_step_(tasks: Sequence[Task], n_iter: int) -> Advance:
     >>> sharded_step_([], 1)
     Advance(grads=[], triples=[])
     """
+    # Asked of all before the first gradient changes.
+    adds = [task.grad is not None and _adds_here(task.grad, task.name) for task in tasks]
     triples = _iterated(tasks, n_iter) if n_iter else [last_of(task) for task in tasks]
-    for task, triple in zip(tasks, triples, strict=True):
-        if task.grad is not None:
+    for task, triple, here in zip(tasks, triples, adds, strict=True):
+        if here:
             _add_(task, triple)
     return Advance([task.grad for task in tasks], triples)
 
@@ -179,13 +181,6 @@ def _summed(shards: Sequence[_Shard], partials: Sequence[Tensor]) -> list[Tensor
 
 def _add_(task: Task, triple: PowerIteration) -> None:
     grad, plan, xp = task.grad, task.plan, task.xp
-    if not is_sharded(grad):
-        raise ArgumentError(
-            f"weight {task.name!r} is a DTensor but its gradient is not: give it one of the same "
-            "mesh"
-        )
-    if not _adds_here(grad, task.name):
-        return
     u, v = outer_factors(triple, plan, task.factor, xp)
     local = grad.to_local()
     for part in _parts_of(grad, plan):
@@ -196,6 +191,10 @@ def _add_(task: Task, triple: PowerIteration) -> None:
 
 def _adds_here(grad: Any, name: str) -> bool:
     """Whether this process adds, where a gradient is a sum that has not been taken yet."""
+    if not is_sharded(grad):
+        raise ArgumentError(
+            f"weight {name!r} is a DTensor but its gradient is not: give it one of the same mesh"
+        )
     mesh, adds = grad.device_mesh, True
     for axis, placed in enumerate(grad.placements):
         if placed.is_partial("sum"):

@@ -55,6 +55,14 @@ def test_vectors_are_all_that_is_sent(four):
         assert messages == of_all_kinds == 2  # for all weights together
 
 
+def test_a_gradient_whose_sum_is_not_taken_yet_gets_the_term_once(four):
+    for sums, expected, message, untouched in four.run(ranks.partial_and_wrong_gradients):
+        for found in sums:
+            assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+        assert "'b'" in message
+        assert untouched  # an error changes no gradient
+
+
 def test_copies_agree_without_a_word(four):
     expected, expected_sigma = ranks.alone()
     outcomes = four.run(ranks.ddp)
