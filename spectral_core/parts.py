@@ -7,7 +7,6 @@ what is left at either end are parts by themselves, three at most.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 from .layout import Layout, Plan, Shape, plan_of
@@ -23,7 +22,6 @@ class Part(NamedTuple):
     plan: Plan  # of the part: it has the axes of the whole one's, shorter
 
 
-@lru_cache(maxsize=4096)
 def parts_of(layout: Layout, shape: Shape, offset: Shape, block: Shape) -> tuple[Part, ...]:
     """The parts of the block of shape ``block`` that begins at ``offset`` of a tensor.
 

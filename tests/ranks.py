@@ -1,6 +1,5 @@
 """What each process of the distributed tests does. Apart, for they must import it by its name."""
 
-import copy
 from unittest.mock import patch
 
 import torch
@@ -117,7 +116,7 @@ class Sizes:
 
 
 def traffic():
-    """Elements and messages of one step of ours, and rows + columns of all matrices."""
+    """Elements and messages of a step, the messages PyTorch counts, and those of a penalty."""
     from torch.distributed.tensor.debug import CommDebugMode
 
     mesh = init_device_mesh("cpu", (4,))
@@ -131,7 +130,9 @@ def traffic():
         parameter.grad = distribute_tensor(torch.zeros(parameter.shape), mesh, [Shard(0)])
     with Sizes() as sizes, CommDebugMode() as others:
         reg.add_gradients_()
-    return sizes.elements, sizes.messages, others.get_total_counts()
+    with Sizes() as of_penalty:
+        reg.penalty(differentiable=True).backward()
+    return sizes.elements, sizes.messages, others.get_total_counts(), of_penalty.messages
 
 
 def partial_and_wrong_gradients():
@@ -181,12 +182,11 @@ def batch(step):
     return x, torch.randint(3, (8,), generator=generator)
 
 
-def train(model, steps, *, mine=slice(None), attach=True, parameters=None, **options):
+def train(model, steps, *, mine=slice(None), parameters=None, **options):
     """Train and say what became of it; ``mine`` is this process's part of each batch."""
     reg = SpectralNormRegularizer(parameters or model, factor=0.1, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
-    if attach:
-        reg.attach(optimizer)
+    reg.attach(optimizer)
     for step in steps:
         one_step(model, optimizer, step, mine)
     return reg, optimizer
@@ -225,12 +225,12 @@ def ddp():
     return weights, sigma, reg.state_dict(), sizes.messages
 
 
-def sharded_net(mesh, **policy):
+def sharded_net(mesh):
     model = net()
     for layer in model:
         if list(layer.parameters()):
-            fully_shard(layer, mesh=mesh, **policy)
-    fully_shard(model, mesh=mesh, **policy)
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     return model
 
 
@@ -286,7 +286,7 @@ def resume(folder, every_n_steps):
 
     model = sharded_net(init_device_mesh("cpu", (dist.get_world_size(),)))
     reg, optimizer = train(model, (), every_n_steps=every_n_steps, seed=99)
-    state = copy.copy(held(model, optimizer, reg))
+    state = held(model, optimizer, reg)
     checkpoint.load(state, checkpoint_id=folder)
     set_state_dict(
         model,

@@ -247,19 +247,19 @@ class SpectralNormRegularizer:
         factors = factors_of(self.factor, self._parameters)
         with self._full_precision():
             with torch.no_grad():
-                u = sc.iterate(self._parameters, self._state, step=looked_at).u
+                found = sc.iterate(self._parameters, self._state, step=looked_at)
             with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-                terms = [
-                    self._penalty_at(name, u[name], factors[name]) for name in self._parameters
-                ]
+                terms = [self._penalty_at(name, found, factors[name]) for name in self._parameters]
                 return _sum(terms)
 
-    def _penalty_at(self, name: str, u: Tensor, factor: Any) -> Tensor:
+    def _penalty_at(self, name: str, found: sc.SpectralState, factor: Any) -> Tensor:
         parameter, layout = self._parameters[name], self._state.layouts[name]
+        triple = sc.PowerIteration(found.sigma[name], found.u[name], found.v[name])
         if is_sharded(parameter):
             plan = plan_of(layout, parameter.shape, name)
-            return penalty_at(parameter, u, plan, array_namespace(parameter), factor)
-        return sc.penalty_at(sc.as_matrix(parameter, layout, name=name), u, factor=factor)
+            return penalty_at(parameter, triple, plan, array_namespace(parameter), factor)
+        W = sc.as_matrix(parameter, layout, name=name)
+        return sc.penalty_at(W, triple.u, factor=factor)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a training run needs to go on, as a flat dict of tensors.

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spectral_core import ArgumentError, PowerIteration
-from spectral_core._arrays import Traits, cast, conj, squared, traits
+from spectral_core import ArgumentError, Layout, PowerIteration, penalty
+from spectral_core._arrays import Traits, cast, conj, traits
 from spectral_core.block import left_rows, right_rows
-from spectral_core.layout import Plan, lay, lying_matrix, reshaped, unlay
+from spectral_core.layout import Plan, first_of, lay, lying_matrix, reshaped, unlay
 from spectral_core.parts import Part, clipped, ordered, parts_of
-from spectral_core.penalty import add_outer_, check_factor, outer_factors
+from spectral_core.penalty import add_outer_, outer_factors
 from spectral_core.power import left_of, right_of
 from spectral_core.step import Advance, Task, last_of
 
@@ -52,19 +53,21 @@ def sharded_step_(tasks: Sequence[Task], n_iter: int) -> Advance:
     return Advance([task.grad for task in tasks], triples)
 
 
-def penalty_at(weight: Tensor, u: Tensor, plan: Plan, xp: Any, factor: float | Tensor) -> Tensor:
+def penalty_at(
+    weight: Tensor, triple: PowerIteration, plan: Plan, xp: Any, factor: float | Tensor
+) -> Tensor:
     """`spectral_core.penalty_at` of a DTensor: the value is that of the whole weight.
 
-    Its gradient reaches, in each process, the part that this process holds.
+    ``triple`` is of the weight as it is now: it has Wᴴu = σv, and so nothing is sent. The gradient
+    reaches, in each process, the part that this process holds.
     """
+    value = penalty(triple.sigma, factor=factor)
     shard = _shard_of(weight, plan, xp)
-    u = u[..., None, :]
-    partial = shard.adjoint_times(u)
+    partial = shard.adjoint_times(triple.u[..., None, :])[..., 0, :]
     if not shard.parts:
         partial = partial + shard.local.sum()  # of nothing: for the graph, as elsewhere
-    (WHu,) = _summed([shard], [partial.detach()])
-    value = check_factor(factor) * xp.sum(squared(WHu, xp)) / 2
-    # Of the same gradient as the value, though each process sees its own summand of WHu alone.
+    # Of the same gradient as the value, though each process sees its own summand of Wᴴu alone.
+    WHu = triple.sigma[..., None] * first_of(triple.v, plan)
     slope = factor * xp.sum(xp.real(conj(WHu, xp) * partial))
     return value + (slope - slope.detach())
 
@@ -131,10 +134,17 @@ def _shard_of(weight: Any, plan: Plan, xp: Any) -> _Shard:
 
 def _parts_of(x: Any, plan: Plan) -> tuple[Part, ...]:
     """The parts that this process holds of a DTensor."""
+    return _parts(plan.layout, tuple(x.shape), x.device_mesh, tuple(x.placements))
+
+
+@lru_cache(maxsize=4096)
+def _parts(
+    layout: Layout, shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]
+) -> tuple[Part, ...]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    shape, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
-    return parts_of(plan.layout, tuple(x.shape), tuple(offset), tuple(shape))
+    block, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return parts_of(layout, shape, tuple(offset), tuple(block))
 
 
 def _iterated(tasks: Sequence[Task], n_iter: int) -> list[PowerIteration]:

@@ -50,9 +50,9 @@ def test_a_divided_weight_is_as_a_whole_one(four, name, dtype, options, toleranc
 
 
 def test_vectors_are_all_that_is_sent(four):
-    for elements, messages, of_all_kinds in four.run(ranks.traffic):
+    for elements, messages, of_all_kinds, of_penalty in four.run(ranks.traffic):
         assert elements == 64 + 48 + 32 + 16
-        assert messages == of_all_kinds == 2  # for all weights together
+        assert messages == of_all_kinds == of_penalty == 2  # for all weights together
 
 
 def test_a_gradient_whose_sum_is_not_taken_yet_gets_the_term_once(four):
