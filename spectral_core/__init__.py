@@ -1,6 +1,7 @@
 """Spectral norm regularization (Yoshida & Miyato, 2017) for every array framework."""
 
 from .block import BlockIteration, block_iteration
+from .constraint import constrain, constrain_
 from .errors import (
     ArgumentError,
     DeviceError,
@@ -11,7 +12,7 @@ from .errors import (
 )
 from .estimate import SpectralNorm, spectral_norm
 from .layout import Layout, as_matrix, from_matrix
-from .penalty import penalty, penalty_at, rank_one
+from .penalty import penalty, penalty_at, rank_one, slope
 from .power import PowerIteration, power_iteration, start_vector
 from .regularizer import SpectralState, add_gradient, add_gradient_, init, iterate
 
@@ -33,6 +34,8 @@ __all__ = [
     "add_gradient_",
     "as_matrix",
     "block_iteration",
+    "constrain",
+    "constrain_",
     "from_matrix",
     "init",
     "iterate",
@@ -40,6 +43,7 @@ __all__ = [
     "penalty_at",
     "power_iteration",
     "rank_one",
+    "slope",
     "spectral_norm",
     "start_vector",
 ]

@@ -271,6 +271,12 @@ def spread(u: Array, v: Array, plan: Plan, xp: Namespace) -> tuple[Array, Array]
     )
 
 
+def spread_stack(x: Array, plan: Plan, xp: Namespace) -> Array:
+    """Reshape a number of each matrix (*stack,) to broadcast to ``plan.split``."""
+    ones = (1,) * (len(plan.split) - x.ndim)
+    return _rearrange(x, (*x.shape, *ones), plan.back, None, xp) if x.ndim else x
+
+
 def _tokens(axes: str) -> list[str]:
     tokens = _TOKEN.findall(axes)
     if "".join(tokens) != axes:

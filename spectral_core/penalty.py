@@ -1,4 +1,9 @@
-"""The penalty (λ/2)·Σσ² of the paper's equation (1), and its gradient λ·σ·u·vᴴ."""
+"""The penalty (λ/2)·Σσ² of the paper's equation (1), and its gradient λ·σ·u·vᴴ.
+
+It is one of a family, (λ/p)·Σ max(0, σ − target)^p with p = ``power``: the paper's has power 2 and
+target 0. A target above 0 is a hinge, which leaves matrices with a smaller σ alone; power 1 pulls
+with the same force whatever σ is. The gradient is λ·slope(σ)·u·vᴴ.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +27,25 @@ _PART = 1 << 18
 Factor: TypeAlias = "float | Array | Mapping[str, float | Array]"
 
 
-def penalty(sigma: Array | Mapping[str, Array], *, factor: Factor = 0.01) -> Array:
+def penalty(
+    sigma: Array | Mapping[str, Array],
+    *,
+    factor: Factor = 0.01,
+    target: Factor = 0.0,
+    power: int = 2,
+) -> Array:
     """(factor/2)·Σσ², the term that the regularizer adds to the loss (paper, equation 1).
+
+    In general, (factor/power)·Σ max(0, σ − target)^power.
 
     Parameters
     ----------
     sigma : array or mapping of name to array
         Singular values; every entry counts.
-    factor : float, array or mapping of name or pattern to either
-        λ. A mapping needs a mapping of sigma.
+    factor, target : float, array or mapping of name or pattern to either
+        λ, and the σ below which nothing is paid. A mapping needs a mapping of sigma.
+    power : int
+        2, or 1 for a penalty in σ itself.
 
     Returns
     -------
@@ -39,9 +54,9 @@ def penalty(sigma: Array | Mapping[str, Array], *, factor: Factor = 0.01) -> Arr
     Raises
     ------
     ArgumentError
-        If ``factor`` is negative or not finite.
+        If ``factor`` or ``target`` is negative or not finite, or ``power`` neither 1 nor 2.
     NamesError
-        If a mapping of factors does not cover the names, or there is none.
+        If a mapping of factors or targets does not cover the names, or there is none.
 
     Examples
     --------
@@ -49,18 +64,35 @@ def penalty(sigma: Array | Mapping[str, Array], *, factor: Factor = 0.01) -> Arr
     >>> import spectral_core as sc
     >>> round(float(sc.penalty({"a": np.array(2.0), "b": np.array([1.0, 3.0])}, factor=0.1)), 4)
     0.7
+    >>> round(float(sc.penalty(np.array([1.0, 3.0]), factor=0.1, target=2.0)), 4)
+    0.05
     """
     if not isinstance(sigma, Mapping):
         xp = array_namespace(sigma)
-        return check_factor(factor) * xp.sum(sigma * sigma) / 2
+        factor, limit = check_factor(factor), _limit(target, sigma.dtype, xp)
+        below, power = sigma <= limit, check_power(power)
+        return factor * xp.sum(_raised(sigma, limit, power, below, xp))
     if not sigma:
         raise NamesError("sigma is a mapping of nothing")
     factors = factors_of(factor, sigma)
-    return sum(penalty(value, factor=factors[name]) for name, value in sigma.items())
+    targets = factors_of(target, sigma, "target")
+    return sum(
+        penalty(value, factor=factors[name], target=targets[name], power=power)
+        for name, value in sigma.items()
+    )
 
 
-def penalty_at(W: Array, u: Array, *, factor: float | Array = 0.01) -> Array:
+def penalty_at(
+    W: Array,
+    u: Array,
+    *,
+    factor: float | Array = 0.01,
+    target: float | Array = 0.0,
+    power: int = 2,
+) -> Array:
     """(factor/2)·Σ‖Wᴴu‖²: the penalty as a function of W, to differentiate.
+
+    In general, (factor/power)·Σ max(0, ‖Wᴴu‖ − target)^power.
 
     With u from `power_iteration` and held constant, its gradient in W is exactly `rank_one` (of a
     complex W, ∂/∂Re + i·∂/∂Im, as PyTorch has it; ``jax.grad`` gives the conjugate). It is smooth
@@ -71,8 +103,10 @@ def penalty_at(W: Array, u: Array, *, factor: float | Array = 0.01) -> Array:
     W : array, shape (..., m, n)
     u : array, shape (..., m)
         Unit vector, in the dtype of the iteration.
-    factor : float or array of shape ()
-        λ.
+    factor, target : float or array of shape ()
+        λ, and the σ below which nothing is paid.
+    power : int
+        2 or 1.
 
     Returns
     -------
@@ -81,7 +115,7 @@ def penalty_at(W: Array, u: Array, *, factor: float | Array = 0.01) -> Array:
     Raises
     ------
     ArgumentError
-        If ``factor`` is negative or not finite.
+        If ``factor`` or ``target`` is negative or not finite, or ``power`` neither 1 nor 2.
 
     Examples
     --------
@@ -92,11 +126,61 @@ def penalty_at(W: Array, u: Array, *, factor: float | Array = 0.01) -> Array:
     """
     xp = array_namespace(W, u)
     WHu = rmatvec(cast(W, u.dtype, xp), u, xp)
-    return check_factor(factor) * xp.sum(squared(WHu, xp)) / 2
+    square, factor = xp.sum(squared(WHu, xp), axis=-1), check_factor(factor)
+    if is_plain(target, check_power(power)):
+        return factor * xp.sum(square) / 2
+    limit = _limit(target, square.dtype, xp)
+    below = square <= limit * limit
+    # The root's gradient is infinite at zero, and nothing times infinity is NaN.
+    sigma = xp.sqrt(xp.where(below, xp.ones_like(square), square))
+    return factor * xp.sum(_raised(sigma, limit, power, below, xp))
 
 
-def rank_one(sigma: Array, u: Array, v: Array, *, factor: float | Array = 0.01) -> Array:
+def slope(sigma: Array, *, target: float | Array = 0.0, power: int = 2) -> Array:
+    """What takes the place of σ in the gradient λσuvᴴ: the derivative of the penalty by σ, for λ 1.
+
+    Parameters
+    ----------
+    sigma : array, shape (...)
+    target : float or array of shape ()
+        The σ below which nothing is paid.
+    power : int
+        2 for max(0, σ − target), or 1 for a slope of one where σ is more than the target.
+
+    Returns
+    -------
+    array, shape (...)
+
+    Raises
+    ------
+    ArgumentError
+        If ``target`` is negative or not finite, or ``power`` neither 1 nor 2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import spectral_core as sc
+    >>> sc.slope(np.array([1.0, 3.0]), target=2.0)
+    array([0., 1.])
+    """
+    xp = array_namespace(sigma)
+    limit = _limit(target, sigma.dtype, xp)
+    over = sigma - limit if check_power(power) == 2 else xp.ones_like(sigma)
+    return xp.where(sigma <= limit, xp.zeros_like(sigma), over)  # a σ that is NaN stays NaN
+
+
+def rank_one(
+    sigma: Array,
+    u: Array,
+    v: Array,
+    *,
+    factor: float | Array = 0.01,
+    target: float | Array = 0.0,
+    power: int = 2,
+) -> Array:
     """factor·σ·u·vᴴ, the gradient of the penalty (paper, equation 3).
+
+    In general, factor·slope(σ)·u·vᴴ.
 
     Parameters
     ----------
@@ -105,8 +189,10 @@ def rank_one(sigma: Array, u: Array, v: Array, *, factor: float | Array = 0.01) 
         Unit vector.
     v : array, shape (..., n)
         Unit vector.
-    factor : float or array of shape ()
-        λ.
+    factor, target : float or array of shape ()
+        λ, and the σ below which nothing is paid.
+    power : int
+        2 or 1.
 
     Returns
     -------
@@ -115,7 +201,7 @@ def rank_one(sigma: Array, u: Array, v: Array, *, factor: float | Array = 0.01) 
     Raises
     ------
     ArgumentError
-        If ``factor`` is negative or not finite.
+        If ``factor`` or ``target`` is negative or not finite, or ``power`` neither 1 nor 2.
 
     Examples
     --------
@@ -128,7 +214,8 @@ def rank_one(sigma: Array, u: Array, v: Array, *, factor: float | Array = 0.01) 
            [0., 0.]])
     """
     xp = array_namespace(sigma, u, v)
-    return _scaled(sigma, u, check_factor(factor))[..., None] * conj(v, xp)[..., None, :]
+    force = sigma if is_plain(target, power) else slope(sigma, target=target, power=power)
+    return _scaled(force, u, check_factor(factor))[..., None] * conj(v, xp)[..., None, :]
 
 
 def outer_factors(
@@ -184,24 +271,49 @@ def check_factor(factor: Factor, name: str = "factor") -> float | Array:
     )
 
 
-def factors_of(factor: Factor, names: Mapping[str, Array]) -> dict[str, float | Array]:
-    """The factor of each name, checked."""
+def factors_of(
+    factor: Factor, names: Mapping[str, Array], what: str = "factor"
+) -> dict[str, float | Array]:
+    """The factor of each name, checked; or another number of each, which errors call ``what``."""
     if not isinstance(factor, Mapping):
-        return dict.fromkeys(names, check_factor(factor))
-    found = by_name(factor, names, "factor")
+        return dict.fromkeys(names, check_factor(factor, what))
+    found = by_name(factor, names, what)
     missing = [name for name in names if name not in found]
     if missing:
-        raise NamesError(f"factor has no entry for {missing}: add one, or a '*' for all others")
-    return {name: check_factor(value, f"factor[{name!r}]") for name, value in found.items()}
+        raise NamesError(f"{what} has no entry for {missing}: add one, or a '*' for all others")
+    return {name: check_factor(value, f"{what}[{name!r}]") for name, value in found.items()}
 
 
-def check_writeable(grad: Array, name: str) -> None:
-    """Raise `DeviceError` if ``grad`` cannot be written to."""
-    if not is_writeable_array(grad):
+def check_power(power: int) -> int:
+    """``power`` if it is 1 or 2, or `ArgumentError`."""
+    if isinstance(power, bool) or power not in (1, 2):
+        raise ArgumentError(f"power must be 1 or 2, not {power!r}")
+    return power
+
+
+def is_plain(target: Factor, power: int) -> bool:
+    """Whether the penalty is the paper's: its slope is σ itself."""
+    return isinstance(target, (int, float)) and target == 0 and check_power(power) == 2
+
+
+def check_writeable(x: Array, what: str, instead: str) -> None:
+    """Raise `DeviceError` if ``x`` cannot be written to."""
+    if not is_writeable_array(x):
         raise DeviceError(
-            f"the gradient of {name!r} cannot be written in place ({type(grad).__name__}): "
-            "use add_gradient, which returns new arrays"
+            f"{what} cannot be written in place ({type(x).__name__}): use {instead}, which returns "
+            "new arrays"
         )
+
+
+def _limit(target: Factor, dtype: Any, xp: Namespace) -> float | Array:
+    target = check_factor(target, "target")
+    return target if isinstance(target, float) else cast(target, dtype, xp)
+
+
+def _raised(sigma: Array, limit: float | Array, power: int, below: Array, xp: Namespace) -> Array:
+    """(1/power)·(σ − limit)^power, and zero ``below``."""
+    over = xp.where(below, xp.zeros_like(sigma), sigma - limit)
+    return over if power == 1 else over * over / 2
 
 
 def _scaled(sigma: Array, u: Array, factor: float | Array) -> Array:

@@ -10,9 +10,9 @@ from .checks import Checks
 from .errors import ArgumentError, NamesError, ShapeError, checked_int
 from .layout import Layout, as_layout, default_layout, plan_of
 from .patterns import by_name
-from .penalty import Factor, check_writeable, factors_of
+from .penalty import Factor, check_writeable, factors_of, is_plain, slope
 from .power import PowerIteration, start_vector
-from .step import Step, Task, plain_step, plain_step_
+from .step import Step, Task, plain_step, plain_step_, sloped
 
 Arrays = Mapping[str, Array]
 Layouts = Mapping[str, "Layout | str"] | Layout | str
@@ -174,6 +174,8 @@ def add_gradient(
     state: SpectralState,
     *,
     factor: Factor = 0.01,
+    target: Factor = 0.0,
+    power: int = 2,
     n_iter: int = 1,
     step: Step = plain_step,
 ) -> tuple[dict[str, Array | None], SpectralState]:
@@ -190,6 +192,11 @@ def add_gradient(
         From `init` or the step before.
     factor : float, array of shape (), or mapping of name or pattern to either
         λ. The value of an array is not checked.
+    target : float, array of shape (), or mapping of name or pattern to either
+        The σ below which a matrix is left alone: with it the term is factor·(σ − target)·u·vᴴ,
+        the gradient of the hinge (factor/2)·max(0, σ − target)².
+    power : int
+        2, or 1 for the gradient factor·u·vᴴ of factor·max(0, σ − target).
     n_iter : int
         Power iterations in this step. With 0, the term of the step before is added anew.
     step : callable
@@ -210,8 +217,8 @@ def add_gradient(
     ShapeError, DTypeError, DeviceError
         If a gradient or a v does not fit its weight.
     ArgumentError
-        If ``factor`` is negative or not finite, ``n_iter`` is negative, or it is 0 and the state
-        holds no u; if ``step`` works in place.
+        If ``factor`` or ``target`` is negative or not finite, ``power`` neither 1 nor 2,
+        ``n_iter`` is negative, or it is 0 and the state holds no u; if ``step`` works in place.
 
     Notes
     -----
@@ -231,6 +238,7 @@ def add_gradient(
     """
     if getattr(step, "in_place", False):
         raise ArgumentError("this step writes into the gradients: give it to add_gradient_")
+    step = _with_penalty(step, target, power, state)
     return _step(weights, grads, state, factor, n_iter, step)
 
 
@@ -240,6 +248,8 @@ def add_gradient_(
     state: SpectralState,
     *,
     factor: Factor = 0.01,
+    target: Factor = 0.0,
+    power: int = 2,
     n_iter: int = 1,
     step: Step = plain_step_,
 ) -> SpectralState:
@@ -247,7 +257,7 @@ def add_gradient_(
 
     Parameters
     ----------
-    weights, grads, state, factor, n_iter
+    weights, grads, state, factor, target, power, n_iter
         As for `add_gradient`; gradients must be writeable.
     step : callable
         The arithmetic, which writes into the gradients: a framework's faster way goes here
@@ -277,7 +287,8 @@ def add_gradient_(
     _check_grads(grads, state)
     for name in state.v:
         if grads[name] is not None:
-            check_writeable(grads[name], name)
+            check_writeable(grads[name], f"the gradient of {name!r}", "add_gradient")
+    step = _with_penalty(step, target, power, state)
     return _step(weights, grads, state, factor, n_iter, step)[1]
 
 
@@ -299,6 +310,13 @@ def choose_layouts(ndims: Mapping[str, int], layouts: Layouts | None) -> dict[st
         name: as_layout(given[name]) if name in given else default_layout(ndim)
         for name, ndim in ndims.items()
     }
+
+
+def _with_penalty(step: Step, target: Factor, power: int, state: SpectralState) -> Step:
+    if is_plain(target, power):
+        return step
+    targets = factors_of(target, state.v, "target")
+    return sloped(step, lambda name, sigma: slope(sigma, target=targets[name], power=power))
 
 
 def _step(

@@ -110,6 +110,35 @@ def divided_step(tasks: Sequence[Task], n_iter: int, step_of: Callable[[Task], S
     return Advance([grad for grad, _ in ordered], [triple for _, triple in ordered])
 
 
+def sloped(step: Step, slope_of: Callable[[str, Array], Array]) -> Step:
+    """``step`` for another penalty: the term is slope(σ)·u·vᴴ in place of σ·u·vᴴ.
+
+    It is two steps: one iterates and leaves the gradients alone, one adds and reads no weight.
+
+    Parameters
+    ----------
+    step : Step
+    slope_of : callable
+        ``slope_of(name, sigma)``: the derivative of the penalty by σ.
+    """
+
+    def sloped_step(tasks: Sequence[Task], n_iter: int) -> Advance:
+        if n_iter > 0:
+            triples = step([task._replace(grad=None) for task in tasks], n_iter).triples
+        else:
+            triples = [last_of(task) for task in tasks]
+        forces = [
+            triple._replace(sigma=slope_of(task.name, triple.sigma))
+            for task, triple in zip(tasks, triples, strict=True)
+        ]
+        adding = [
+            task._replace(v=force.v, last=force) for task, force in zip(tasks, forces, strict=True)
+        ]
+        return Advance(step(adding, 0).grads, triples)
+
+    return sloped_step
+
+
 def overlapping(ranges: Iterable[tuple[int, int]]) -> set[int]:
     """Which of these pieces of memory, (address, size), lie in one before: as of tied weights.
 

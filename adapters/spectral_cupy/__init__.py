@@ -72,6 +72,8 @@ def add_gradient_(
     state: SpectralState,
     *,
     factor: Factor = 0.01,
+    target: Factor = 0.0,
+    power: int = 2,
     n_iter: int = 1,
     stepper: Stepper | None = None,
 ) -> SpectralState:
@@ -79,7 +81,7 @@ def add_gradient_(
 
     Parameters
     ----------
-    weights, grads, state, factor
+    weights, grads, state, factor, target, power
         As for `spectral_core.add_gradient_`.
     n_iter : int
         Power iterations in this step. With 0, the term of the step before is added anew, and no
@@ -116,5 +118,10 @@ def add_gradient_(
     array([[1.2, 1.6]])
     """
     return sc.add_gradient_(
-        weights, grads, state, factor=factor, n_iter=n_iter, step=stepper or Stepper()
+        *(weights, grads, state),
+        factor=factor,
+        target=target,
+        power=power,
+        n_iter=n_iter,
+        step=stepper or Stepper(),
     )

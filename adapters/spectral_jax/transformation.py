@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +47,8 @@ def add_spectral_norm_regularization(
     mask: Any | Callable[[Any], Any] | None = None,
     layouts: Mapping[str, sc.Layout | str] | None = None,
     seed: int = 0,
+    target: Any = None,
+    power: int | None = None,
 ) -> optax.GradientTransformation:
     r"""Add λσuvᴴ to the update of every weight matrix.
 
@@ -83,6 +86,11 @@ def add_spectral_norm_regularization(
         is regularized if the default would leave it out.
     seed : int
         Of the start vectors, which depend on it and on the paths alone.
+    target : float, array of shape (), schedule, or mapping of name or pattern, optional
+        The σ below which a matrix is left alone: the penalty is the hinge
+        (λ/2)·Σ max(0, σ − target)².
+    power : int, optional
+        1 for the penalty λ·Σ max(0, σ − target), or 2, the default.
 
     Returns
     -------
@@ -104,7 +112,7 @@ def add_spectral_norm_regularization(
 
     `optax.inject_hyperparams` takes a mask for a schedule, and makes arrays of numbers: with a
     mask, or to jit ``init``, pass it
-    ``static_args=("mask", "n_iter", "n_vectors", "every_n_steps", "seed")``.
+    ``static_args=("mask", "n_iter", "n_vectors", "every_n_steps", "seed", "power")``.
 
     For complex weights the term is ∂/∂Re + i·∂/∂Im, the direction of steepest ascent, which is
     what optax expects: conjugate what ``jax.grad`` gives before ``update``.
@@ -129,28 +137,17 @@ def add_spectral_norm_regularization(
         checked_int(every_n_steps, "every_n_steps")
 
     def init(params: Any) -> SpectralNormState:
-        count = jnp.zeros([], jnp.int32)
-        if not jax.tree.leaves(params):
-            # Masked out whole, or the placeholder of `optax.tree_map_params`, which maps a leaf
-            # of this state over whatever stands in its place in a real one.
-            return SpectralNormState(count, jnp.zeros([]), jnp.zeros([]), jnp.zeros([]))
-        weights, chosen = choose(params, layouts, everything)
-        for value, what in ((seed, "seed"), (n_vectors, "n_vectors")):
-            if isinstance(value, jax.core.Tracer):
-                raise sc.ArgumentError(
-                    f"{what} is traced, but decides the start vectors on the host: give "
-                    'optax.inject_hyperparams static_args=("seed", "n_vectors"), or do not jit init'
-                )
-        with jax.default_matmul_precision("highest"):
-            start = sc.init(weights, seed=seed, layouts=chosen, n_vectors=n_vectors)
         # Traced by `optax.inject_hyperparams`, the number may be any.
         keeps_u = isinstance(every_n_steps, jax.core.Tracer) or every_n_steps > 1
-        u = dict(start.u) if keeps_u else {}
-        return SpectralNormState(count, dict(start.v), dict(start.sigma), u)
+        return start(params, layouts, everything, seed, n_vectors, keeps_u=keeps_u)
 
     def update(
         updates: Any, state: SpectralNormState, params: Any = None
     ) -> tuple[Any, SpectralNormState]:
+        if isinstance(power, jax.core.Tracer):
+            raise sc.ArgumentError(
+                'power is traced: give optax.inject_hyperparams static_args=("power",)'
+            )
         if params is None:
             raise ValueError("add_spectral_norm_regularization: pass params to update")
         count = optax.safe_increment(state.count)
@@ -158,19 +155,18 @@ def add_spectral_norm_regularization(
             return updates, state._replace(count=count)
         weights, chosen = choose(params, layouts, everything)
         leaves, structure = named_leaves(updates)
-        # An optimizer state may come back from a file as NumPy arrays, and gradients so too.
+        # Gradients may come as NumPy arrays.
         given = {name: jnp.asarray(leaf) for name, _, leaf in leaves if name in weights}
         grads = {**dict.fromkeys(weights), **given}
-        v, sigma, u = jax.tree.map(jnp.asarray, (state.v, state.sigma, state.u))
-        before = sc.SpectralState(v, sigma, chosen, u)
+        before = of_core(state, chosen)
         # float32 means float32: the default on GPU and TPU may round the products' operands.
         with jax.default_matmul_precision("highest"):
-            if not (u or isinstance(every_n_steps, jax.core.Tracer) or every_n_steps == 1):
+            if not (before.u or isinstance(every_n_steps, jax.core.Tracer) or every_n_steps == 1):
                 raise sc.ArgumentError(
                     f"every_n_steps is {every_n_steps}, but the state holds no u: it comes from "
                     "one with every_n_steps=1; init anew, and take over its v"
                 )
-            if u:
+            if before.u:
                 due = state.count % every_n_steps == 0
                 before, last = _refreshed_if(due, weights, grads, before, n_iter), 0
             else:
@@ -179,16 +175,56 @@ def add_spectral_norm_regularization(
                 weights,
                 grads,
                 before,
-                factor=factor(state.count) if callable(factor) else factor,
+                factor=at_step(factor, state.count),
+                target=0.0 if target is None else at_step(target, state.count),
+                power=2 if power is None else power,
                 n_iter=last,
                 step=step,
             )
-        new_state = SpectralNormState(count, dict(after.v), dict(after.sigma), dict(after.u))
+        new_state = of_optax(count, after)
         new_leaves = [grads.get(name, leaf) for name, _, leaf in leaves]
         return jax.tree.unflatten(structure, new_leaves), new_state
 
     transformation = optax.GradientTransformation(init, update)
     return optax.masked(transformation, mask) if everything else transformation
+
+
+def start(
+    params: Any,
+    layouts: Mapping[str, sc.Layout | str] | None,
+    everything: bool,
+    seed: Any,
+    n_vectors: Any,
+    *,
+    keeps_u: bool,
+) -> SpectralNormState:
+    """The state to begin with; with ``keeps_u``, one that a step without an iteration can use."""
+    count = jnp.zeros([], jnp.int32)
+    if not jax.tree.leaves(params):
+        # Masked out whole, or the placeholder of `optax.tree_map_params`, which maps a leaf
+        # of this state over whatever stands in its place in a real one.
+        return SpectralNormState(count, jnp.zeros([]), jnp.zeros([]), jnp.zeros([]))
+    weights, chosen = choose(params, layouts, everything)
+    for value, what in ((seed, "seed"), (n_vectors, "n_vectors")):
+        if isinstance(value, jax.core.Tracer):
+            raise sc.ArgumentError(
+                f"{what} is traced, but decides the start vectors on the host: give "
+                'optax.inject_hyperparams static_args=("seed", "n_vectors"), or do not jit init'
+            )
+    with jax.default_matmul_precision("highest"):
+        found = sc.init(weights, seed=seed, layouts=chosen, n_vectors=n_vectors)
+    return of_optax(count, found if keeps_u else replace(found, u={}))
+
+
+def of_core(state: SpectralNormState, layouts: Mapping[str, sc.Layout]) -> sc.SpectralState:
+    """The core's state; an optimizer's may come back from a file as NumPy arrays."""
+    v, sigma, u = jax.tree.map(jnp.asarray, (state.v, state.sigma, state.u))
+    return sc.SpectralState(v, sigma, layouts, u)
+
+
+def of_optax(count: jax.Array, state: sc.SpectralState) -> SpectralNormState:
+    """The optimizer's state."""
+    return SpectralNormState(count, dict(state.v), dict(state.sigma), dict(state.u))
 
 
 def sigmas(state: Any) -> dict[str, jax.Array]:
@@ -197,7 +233,8 @@ def sigmas(state: Any) -> dict[str, jax.Array]:
     Parameters
     ----------
     state : pytree
-        The state of an optimizer in which `add_spectral_norm_regularization` takes part.
+        The state of an optimizer in which `add_spectral_norm_regularization` takes part, or
+        `constrain_spectral_norm`.
 
     Returns
     -------
@@ -229,6 +266,11 @@ def sigmas(state: Any) -> dict[str, jax.Array]:
         if isinstance(node.sigma, Mapping)
         for name, sigma in node.sigma.items()
     }
+
+
+def at_step(value: Any, count: jax.Array) -> Any:
+    """A schedule's value at this step, or what is no schedule itself."""
+    return value(count) if callable(value) else value
 
 
 def _refreshed_if(

@@ -2,6 +2,7 @@
 
 from spectral_core import Layout
 
+from .constraint import SpectralNormConstraint
 from .regularizer import SpectralNormRegularizer
 
-__all__ = ["Layout", "SpectralNormRegularizer"]
+__all__ = ["Layout", "SpectralNormConstraint", "SpectralNormRegularizer"]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
-from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,19 +12,20 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 import spectral_core as sc
-from spectral_core._arrays import array_namespace, traits_of
+from spectral_core._arrays import array_namespace
 from spectral_core.errors import checked_int
 from spectral_core.layout import plan_of
-from spectral_core.penalty import Factor, factors_of
+from spectral_core.penalty import Factor, check_power, factors_of, is_plain
 from spectral_core.step import Advance, Task
 
+from .estimator import Estimator
 from .repetition import Repetition
-from .selection import Choice, Model, choose
+from .selection import Choice, Model
 from .sharded import is_sharded, penalty_at
-from .steps import Steps, looked_at
+from .steps import looked_at
 
 
-class SpectralNormRegularizer:
+class SpectralNormRegularizer(Estimator):
     r"""Add λσuvᵀ to the gradient of every weight matrix before the optimizer steps.
 
     Minimizes :math:`L + \frac{λ}{2} \sum_ℓ σ(W^ℓ)^2` by Algorithm 1 of Yoshida & Miyato (2017).
@@ -67,6 +65,11 @@ class SpectralNormRegularizer:
         Whether to use compiled kernels where they can be: Triton's for weights on a GPU, and
         Numba's on the CPU if it is installed. Otherwise, and for weights that do not lie as their
         matrix does, PyTorch's own operations.
+    target : float, tensor of shape (), or mapping of name or pattern to either
+        The σ below which a matrix is left alone: the penalty is the hinge
+        (λ/2)·Σ max(0, σ − target)². May be set anew at any time.
+    power : int
+        2, or 1 for the penalty λ·Σ max(0, σ − target).
 
     Raises
     ------
@@ -82,7 +85,12 @@ class SpectralNormRegularizer:
     that is divided among processes (DTensor) stays so, and these must step together. Nothing
     in a step waits for the device. v and σ are written in place, as a captured CUDA graph needs.
 
-    Gradients are clipped before the optimizer steps, and so before this adds to them.
+    Where ``optimizer.step`` is given a closure, the term is added each time the closure has
+    computed gradients, and the penalty to the loss it returns, as a line search needs.
+    A `torch.amp.GradScaler` may be in use, with optimizers that unscale in their step too.
+
+    Gradients are clipped before the optimizer steps, and so before this adds to them. To clip with
+    the term, clip in a step pre-hook of the optimizer that is registered after `attach`.
 
     Make it once the parameters are final: it holds on to them, and does not see one that takes
     another's place in the model later. The names are those of the module that it is given, so give
@@ -114,28 +122,32 @@ class SpectralNormRegularizer:
         seed: int = 0,
         layouts: Mapping[str, sc.Layout | str] | None = None,
         kernels: bool = True,
+        target: Factor = 0.0,
+        power: int = 2,
     ) -> None:
-        self._parameters, chosen = choose(model, include, exclude, layouts)
-        self._handles: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
+        self._last: WeakKeyDictionary[object, Repetition] = WeakKeyDictionary()
+        super().__init__(
+            model,
+            n_iter=n_iter,
+            n_vectors=n_vectors,
+            warmup_iters=warmup_iters,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            layouts=layouts,
+            kernels=kernels,
+        )
         self.factor = factor
-        self.n_iter = checked_int(n_iter, "n_iter")
+        self.target = target
+        self.power = check_power(power)
         self.every_n_steps = checked_int(every_n_steps, "every_n_steps")
         self._steps_taken = dict.fromkeys(self._parameters, 0)
-        self._step = Steps(kernels)
-        self._last: WeakKeyDictionary[object, Repetition] = WeakKeyDictionary()
-        with self._full_precision():
-            self._state = sc.init(
-                self._parameters, seed=seed, layouts=chosen, n_vectors=n_vectors, step=looked_at
-            )
-        if warmup_iters != 0:
-            self.iterate_(checked_int(warmup_iters, "warmup_iters"))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies of an optimizer lose its hooks, and so a copy of this is attached to none.
-        return {**vars(self), "_handles": None, "_last": None}
+        return {**super().__getstate__(), "_last": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({**state, "_handles": WeakKeyDictionary(), "_last": WeakKeyDictionary()})
+        super().__setstate__({**state, "_last": WeakKeyDictionary()})
 
     def __repr__(self) -> str:
         return (
@@ -153,49 +165,21 @@ class SpectralNormRegularizer:
         factors_of(factor, self._parameters)
         self._factor = factor
 
-    def attach(self, optimizer: Optimizer) -> SpectralNormRegularizer:
-        """Add the term before each step of ``optimizer``, to the weights that it holds.
+    @property
+    def target(self) -> Factor:
+        """The σ below which a matrix is left alone: checked when it is set."""
+        return self._target
 
-        Attaching twice is the same as once. Of a model with several optimizers, attach to each.
-        Where ``optimizer.step`` is given a closure, the term is added each time the closure has
-        computed gradients, and the penalty to the loss it returns, as a line search needs.
-        A `torch.amp.GradScaler` may be in use, with optimizers that unscale in their step too.
-
-        Parameters
-        ----------
-        optimizer : torch.optim.Optimizer
-
-        Returns
-        -------
-        SpectralNormRegularizer
-            Itself.
-
-        Raises
-        ------
-        spectral_core.ArgumentError
-            If ``optimizer`` has no step hooks, or holds none of the weights.
-        """
-        if not hasattr(optimizer, "register_step_pre_hook"):
-            raise sc.ArgumentError(
-                f"{type(optimizer).__name__} has no register_step_pre_hook: attach the optimizer "
-                "that it wraps, or call add_gradients_() before its step"
-            )
-        if not self._held_by(optimizer):
-            raise sc.ArgumentError(
-                f"this {type(optimizer).__name__} holds none of the weights "
-                f"{list(self._parameters)}: was it made from another model?"
-            )
-        if optimizer not in self._handles:
-            self._handles[optimizer] = optimizer.register_step_pre_hook(self._before_step)
-        return self
+    @target.setter
+    def target(self, target: Factor) -> None:
+        factors_of(target, self._parameters, "target")
+        self._target = target
 
     def detach(self, optimizer: Optimizer | None = None) -> None:
         """Undo `attach`, for one optimizer or for all."""
         for attached in list(self._handles) if optimizer is None else [optimizer]:
             self._last.pop(attached, None)
-            handle = self._handles.pop(attached, None)
-            if handle is not None:
-                handle.remove()
+        super().detach(optimizer)
 
     def add_gradients_(self, *, scale: float | Tensor | None = None) -> None:
         """Run one step of Algorithm 1: for a loop whose optimizer takes no hooks.
@@ -207,31 +191,10 @@ class SpectralNormRegularizer:
         """
         self._add_gradients_(self._parameters, scale)
 
-    @torch.no_grad()
-    def iterate_(self, n_iter: int = 1) -> None:
-        """Improve v and σ, and leave the gradients alone.
-
-        Parameters
-        ----------
-        n_iter : int
-            Power iterations.
-        """
-        self._follow()
-        with self._full_precision():
-            self._state = sc.iterate(self._parameters, self._state, n_iter=n_iter, step=self._step)
-
-    def sigmas(self) -> dict[str, Tensor]:
-        """The newest estimate of each weight's largest singular value, on its device.
-
-        Returns
-        -------
-        dict of name to tensor, shape (*stack,)
-            As of the last step, before the optimizer moved the weights.
-        """
-        return {name: sigma.clone() for name, sigma in self._state.sigma.items()}
-
     def penalty(self, *, differentiable: bool = False) -> Tensor:
         """(λ/2)·Σσ² of the weights as they are now (paper, equation 1).
+
+        With ``target`` and ``power``, (λ/power)·Σ max(0, σ − target)^power.
 
         Parameters
         ----------
@@ -244,81 +207,34 @@ class SpectralNormRegularizer:
         torch.Tensor, shape ()
         """
         self._follow()
-        factors = factors_of(self.factor, self._parameters)
         with self._full_precision():
             with torch.no_grad():
                 found = sc.iterate(self._parameters, self._state, step=looked_at)
             with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-                terms = [self._penalty_at(name, found, factors[name]) for name in self._parameters]
+                prices = self._prices()
+                terms = [self._penalty_at(name, found, prices[name]) for name in self._parameters]
                 return _sum(terms)
 
-    def _penalty_at(self, name: str, found: sc.SpectralState, factor: Any) -> Tensor:
+    def _prices(self) -> dict[str, dict[str, Any]]:
+        """The keywords of each weight's penalty."""
+        factors = factors_of(self.factor, self._parameters)
+        targets = factors_of(self.target, self._parameters, "target")
+        return {
+            name: {"factor": factors[name], "target": targets[name], "power": self.power}
+            for name in self._parameters
+        }
+
+    def _penalty_at(self, name: str, found: sc.SpectralState, price: dict[str, Any]) -> Tensor:
         parameter, layout = self._parameters[name], self._state.layouts[name]
         triple = sc.PowerIteration(found.sigma[name], found.u[name], found.v[name])
         if is_sharded(parameter):
             plan = plan_of(layout, parameter.shape, name)
-            return penalty_at(parameter, triple, plan, array_namespace(parameter), factor)
+            return penalty_at(parameter, triple, plan, array_namespace(parameter), **price)
         W = sc.as_matrix(parameter, layout, name=name)
-        return sc.penalty_at(W, triple.u, factor=factor)
+        return sc.penalty_at(W, triple.u, **price)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that a training run needs to go on, as a flat dict of tensors.
-
-        Returns
-        -------
-        dict of str to tensor
-            ``"<name>.v"`` and ``"<name>.sigma"`` of each weight; where ``every_n_steps`` is not 1,
-            ``"<name>.u"`` and ``"<name>.steps"`` too. As of a module or an optimizer, the tensors
-            are those in use: the next step changes them.
-        """
-        return {**self._required(), **self._between_iterations()}
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave; all of it or, after an error, nothing.
-
-        ``every_n_steps`` may be another than that of the run that saved it.
-
-        Parameters
-        ----------
-        state_dict : mapping of str to tensor
-
-        Raises
-        ------
-        spectral_core.NamesError
-            If it is of another model: the message lists what is missing, unexpected and of
-            another shape.
-        """
-        own = self._required()
-        optional = {f"{name}.{field}" for name in self._parameters for field in ("u", "steps")}
-        missing = [key for key in own if key not in state_dict]
-        unexpected = [key for key in state_dict if key not in own and key not in optional]
-        between = self._between_iterations()
-        whole = all(key in state_dict for key in between)
-        own |= between if whole else {}
-        misfits = [
-            f"{key} ({tuple(state_dict[key].shape)}, not {tuple(value.shape)})"
-            for key, value in own.items()
-            if key in state_dict and state_dict[key].shape != value.shape
-        ]
-        if missing or unexpected or misfits:
-            raise sc.NamesError(
-                f"the state is of another model: missing {missing}, unexpected {unexpected}, "
-                f"of another shape {misfits}"
-            )
-        with torch.no_grad():
-            for key, value in own.items():
-                value.copy_(state_dict[key])
-        for name in self._parameters:
-            # Without its u, a weight has to iterate in its next step.
-            steps = between.get(f"{name}.steps") if whole else None
-            self._steps_taken[name] = 0 if steps is None else int(steps)
-
-    def _required(self) -> dict[str, Tensor]:
-        return {
-            f"{name}.{field}": values[name]
-            for name in self._parameters
-            for field, values in (("v", self._state.v), ("sigma", self._state.sigma))
-        }
+    def _register(self, optimizer: Optimizer) -> RemovableHandle:
+        return optimizer.register_step_pre_hook(self._before_step)
 
     def _between_iterations(self) -> dict[str, Tensor]:
         if self.every_n_steps == 1:
@@ -327,6 +243,15 @@ class SpectralNormRegularizer:
         for name, steps in self._steps_taken.items():
             found[f"{name}.steps"] = torch.tensor(steps % self.every_n_steps)
         return found
+
+    def _take_over(self, between: Mapping[str, Tensor]) -> None:
+        for name in self._parameters:
+            # Without its u, a weight has to iterate in its next step.
+            steps = between.get(f"{name}.steps")
+            self._steps_taken[name] = 0 if steps is None else int(steps)
+
+    def _moved(self) -> None:
+        self._last.clear()
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -347,9 +272,8 @@ class SpectralNormRegularizer:
         def closure_with_term() -> Any:
             loss = closure()
             held = self._add_held(optimizer)
-            factors = factors_of(self.factor, self._parameters)
-            sigma = self._state.sigma
-            terms = [sc.penalty(sigma[name], factor=factors[name]) for name in held]
+            prices, sigma = self._prices(), self._state.sigma
+            terms = [sc.penalty(sigma[name], **prices[name]) for name in held]
             if not terms or not isinstance(loss, (Tensor, float, int)):
                 return loss
             total = _sum(terms)
@@ -373,10 +297,6 @@ class SpectralNormRegularizer:
         state = self._state
         return [*state.v.values(), *state.sigma.values(), *state.u.values()]
 
-    def _held_by(self, optimizer: Optimizer) -> list[str]:
-        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [name for name, parameter in self._parameters.items() if id(parameter) in ids]
-
     def _takes_part(self, name: str) -> bool:
         parameter = self._parameters[name]
         return parameter.requires_grad and parameter.grad is not None
@@ -390,7 +310,8 @@ class SpectralNormRegularizer:
             outside = torch.compiler.disable(self._add_gradients_)  # type: ignore[no-untyped-call]
             outside(names, scale, turn)
             return
-        may_repeat = scale is None and self.every_n_steps == 1
+        plain = is_plain(self._target, self.power)
+        may_repeat = plain and scale is None and self.every_n_steps == 1
         turn = self if turn is None else turn
         last = self._last.get(turn) if may_repeat else None
         if last and last.step(names, self._parameters, self._factor, self.n_iter):
@@ -415,13 +336,18 @@ class SpectralNormRegularizer:
         taken: list[Task] = []
 
         def step(tasks: Sequence[Task], n_iter: int) -> Advance:
-            taken.extend(tasks)
+            taken.extend(task for task in tasks if task.grad is not None)
             return self._step(tasks, n_iter)
 
         for n_iter, due in self._iterations(grads):
             with self._full_precision():
                 self._state = sc.add_gradient_(
-                    self._parameters, due, self._state, factor=factor, n_iter=n_iter, step=step
+                    *(self._parameters, due, self._state),
+                    factor=factor,
+                    target=self.target,
+                    power=self.power,
+                    n_iter=n_iter,
+                    step=step,
                 )
         for task in taken:
             self._steps_taken[task.name] += 1
@@ -461,51 +387,6 @@ class SpectralNormRegularizer:
                 products[key] = factor * scale.reshape(()).to(device, non_blocking=True)
             scaled[name] = products[key]
         return scaled
-
-    def _full_precision(self) -> AbstractContextManager[object]:
-        """Out of reach of an autocast around the training step: it would round the products."""
-        rounding = [
-            kind
-            for kind in {parameter.device.type for parameter in self._parameters.values()}
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        ]
-        if not rounding:
-            return nullcontext()
-        stack = ExitStack()
-        for kind in rounding:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        return stack
-
-    def _follow(self) -> None:
-        """Move the state to where ``model.to`` has moved the weights, and to their precision."""
-        state = self._state
-        if all(
-            state.v[name].device == parameter.device
-            and state.v[name].dtype == _iterated_in(parameter.dtype)
-            for name, parameter in self._parameters.items()
-        ):
-            return
-
-        def moved(field: Mapping[str, Tensor], *, real: bool) -> dict[str, Tensor]:
-            dtypes = {name: _iterated_in(p.dtype) for name, p in self._parameters.items()}
-            return {
-                name: field[name].to(p.device, dtypes[name].to_real() if real else dtypes[name])
-                for name, p in self._parameters.items()
-            }
-
-        self._last.clear()
-        self._state = replace(
-            state,
-            v=moved(state.v, real=False),
-            sigma=moved(state.sigma, real=True),
-            u=moved(state.u, real=False),
-        )
-
-
-@cache
-def _iterated_in(dtype: torch.dtype) -> torch.dtype:
-    traits = traits_of(dtype, array_namespace(torch.empty(0)))
-    return dtype if traits is None else traits.iteration_dtype
 
 
 def _take_back(buffers: list[Tensor], before: list[Tensor], found_inf: Tensor) -> None:

@@ -16,10 +16,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spectral_core import ArgumentError, Layout, PowerIteration, penalty
+from spectral_core import ArgumentError, Layout, PowerIteration, constraint, penalty, slope
 from spectral_core._arrays import Traits, cast, conj, traits
 from spectral_core.block import left_rows, right_rows
-from spectral_core.layout import Plan, first_of, lay, lying_matrix, reshaped, unlay
+from spectral_core.layout import (
+    Plan,
+    first_of,
+    lay,
+    lying_matrix,
+    reshaped,
+    unlay,
+)
 from spectral_core.parts import Part, clipped, ordered, parts_of
 from spectral_core.penalty import add_outer_, outer_factors
 from spectral_core.power import left_of, right_of
@@ -54,22 +61,30 @@ def sharded_step_(tasks: Sequence[Task], n_iter: int) -> Advance:
 
 
 def penalty_at(
-    weight: Tensor, triple: PowerIteration, plan: Plan, xp: Any, factor: float | Tensor
+    weight: Tensor,
+    triple: PowerIteration,
+    plan: Plan,
+    xp: Any,
+    *,
+    factor: float | Tensor,
+    target: float | Tensor,
+    power: int,
 ) -> Tensor:
     """`spectral_core.penalty_at` of a DTensor: the value is that of the whole weight.
 
     ``triple`` is of the weight as it is now: it has Wᴴu = σv, and so nothing is sent. The gradient
     reaches, in each process, the part that this process holds.
     """
-    value = penalty(triple.sigma, factor=factor)
+    value = penalty(triple.sigma, factor=factor, target=target, power=power)
     shard = _shard_of(weight, plan, xp)
     partial = shard.adjoint_times(triple.u[..., None, :])[..., 0, :]
     if not shard.parts:
         partial = partial + shard.local.sum()  # of nothing: for the graph, as elsewhere
     # Of the same gradient as the value, though each process sees its own summand of Wᴴu alone.
-    WHu = triple.sigma[..., None] * first_of(triple.v, plan)
-    slope = factor * xp.sum(xp.real(conj(WHu, xp) * partial))
-    return value + (slope - slope.detach())
+    force = slope(triple.sigma, target=target, power=power)
+    pull = force[..., None] * first_of(triple.v, plan)
+    linear = factor * xp.sum(xp.real(conj(pull, xp) * partial))
+    return value + (linear - linear.detach())
 
 
 class _Shard(NamedTuple):
@@ -197,6 +212,15 @@ def _add_(task: Task, triple: PowerIteration) -> None:
         here = reshaped(local[part.inside], part.plan.split, xp)
         u_here, v_here = (x[clipped(part.ranges, tuple(x.shape))] for x in (u, v))
         add_outer_(here, u_here, v_here)
+
+
+def scale_(weight: Any, scale: Tensor, plan: Plan, xp: Any) -> Tensor:
+    """`spectral_core.constraint.scale_` of a DTensor: each process scales what it holds."""
+    local = weight.to_local()
+    for part in _parts_of(weight, plan):
+        s = scale[clipped(part.ranges, tuple(scale.shape))] if scale.ndim else scale
+        constraint.scale_(local[part.inside], s, part.plan, xp)
+    return weight
 
 
 def _adds_here(grad: Any, name: str) -> bool:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import spectral_core as sc
-from backends import gaussian, matrix, on, outer, unit
+from backends import gaussian, get, matrix, on, outer, unit
 from spectral_core import penalty, penalty_at, power_iteration, rank_one
 
 CASES = pytest.mark.parametrize(
@@ -152,3 +152,100 @@ def test_errors_about_factor(factor):
         rank_one(one, vector, vector, factor=factor)
     with pytest.raises(sc.ArgumentError, match=re.escape("factor['a'] must be")):
         penalty({"a": one}, factor={"a": factor})
+
+
+# The family: a hinge at a target, and a penalty in σ itself
+
+FAMILY = pytest.mark.parametrize(
+    ("target", "power"), [(0.0, 1), (1.5, 1), (1.5, 2), (100.0, 2)], ids=str
+)
+
+
+def by_hand(sigma, target, power):
+    """The value and its derivative."""
+    over = max(0.0, sigma - target)
+    return over**power / power, over if power == 2 else float(sigma > target)
+
+
+@FAMILY
+@CASES
+def test_the_familys_value_slope_and_term(backend, shape, dtype, target, power):
+    W, triple = problem(backend, shape, dtype)
+    sigma = backend.to_numpy(triple.sigma)
+    pairs = [by_hand(s, target, power) for s in sigma.flat]
+    options = {"target": target, "power": power}
+    expected = 0.3 * sum(value for value, _ in pairs)
+    assert float(penalty(triple.sigma, factor=0.3, **options)) == pytest.approx(expected, rel=1e-12)
+    assert float(penalty_at(W, triple.u, factor=0.3, **options)) == pytest.approx(
+        expected, rel=1e-12
+    )
+    force = np.array([force for _, force in pairs]).reshape(sigma.shape)
+    np.testing.assert_allclose(
+        backend.to_numpy(sc.slope(triple.sigma, **options)), force, rtol=1e-12
+    )
+    _, u, v = (backend.to_numpy(part) for part in triple)
+    term = backend.to_numpy(rank_one(*triple, factor=0.3, **options))
+    np.testing.assert_allclose(term, 0.3 * outer(force, u, v), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["torch-cpu", "jax-cpu"])
+@FAMILY
+@CASES
+def test_the_familys_term_is_the_gradient(name, shape, dtype, target, power):
+    backend = get(name)
+    W, triple = problem(backend, shape, dtype)
+    options = {"factor": 0.3, "target": target, "power": power}
+    if name == "torch-cpu":
+        W.requires_grad_()
+        penalty_at(W, triple.u, **options).backward()
+        found = backend.to_numpy(W.grad)
+    else:
+        jax = pytest.importorskip("jax")
+        gradient = jax.grad(lambda W: penalty_at(W, triple.u, **options))(W)
+        found = backend.to_numpy(gradient).conj()
+    expected = backend.to_numpy(rank_one(*triple, **options))
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-14)
+
+
+@on(module="torch")
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("target", [0.0, 1.0])
+def test_the_familys_gradient_at_zero_is_zero(backend, target, power):
+    W = backend.asarray(np.zeros((2, 3))).requires_grad_()
+    u = backend.asarray(np.array([1.0, 0.0]))
+    penalty_at(W, u, target=target, power=power).backward()
+    assert not W.grad.any()
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_the_familys_slope_of_what_is_not_a_number(backend, power):
+    sigma = backend.asarray(np.array([np.nan, 3.0]))
+    slopes = backend.to_numpy(sc.slope(sigma, target=1.0, power=power))
+    assert slopes[1] == (2.0 if power == 2 else 1.0)
+    assert np.isnan(slopes[0]) or power == 1  # there u and v say it
+
+
+def test_a_target_may_be_an_array_and_one_of_each_name(backend):
+    target = {"a": backend.asarray(np.array(1.0), "float32"), "*": 2.0}
+    sigma = {"a": backend.asarray(np.array(3.0), "float32"), "b": backend.asarray(np.array(3.0))}
+    assert float(penalty(sigma, factor=1.0, target=target)) == pytest.approx(2.0 + 0.5)
+    narrow = sc.slope(sigma["a"], target=backend.asarray(np.array(1.0)))
+    assert backend.dtype_name(narrow) == "float32"
+
+
+def test_errors_about_target_and_power():
+    one, vector = np.array(1.0), np.ones(1)
+    for target in (-1.0, np.nan, "1"):
+        with pytest.raises(sc.ArgumentError, match="target must be a finite number ≥ 0"):
+            penalty(one, target=target)
+        with pytest.raises(sc.ArgumentError, match="target must be"):
+            rank_one(one, vector, vector, target=target)
+        with pytest.raises(sc.ArgumentError, match="target must be"):
+            penalty_at(np.eye(1), vector, target=target)
+    for power in (0, 3, 1.5, True, None):
+        with pytest.raises(sc.ArgumentError, match="power must be 1 or 2"):
+            penalty(one, power=power)
+        with pytest.raises(sc.ArgumentError, match="power must be 1 or 2"):
+            sc.slope(one, power=power)
+        with pytest.raises(sc.ArgumentError, match="power must be 1 or 2"):
+            rank_one(one, vector, vector, power=power)

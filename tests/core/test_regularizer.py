@@ -915,3 +915,48 @@ def test_a_complex_factor_changes_no_gradient(backend):
     with pytest.raises(sc.DTypeError, match=r"factor of 'b' has dtype .*complex128"):
         step(weights, grads, init(weights), factor=factor)
     assert not backend.to_numpy(grads["a"]).any()
+
+
+# Other penalties than the paper's
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(("target", "power"), [(0.0, 1), (2.0, 1), (2.0, 2)])
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_another_penaltys_term(backend, dtype, target, power, in_place):
+    if in_place and not backend.in_place:
+        pytest.skip(f"{backend}: arrays are immutable")
+    weights, grads = model(dtype)
+    mine, my_grads = backend.tree(weights), backend.tree(grads)
+    state = init(mine, layouts=LAYOUTS, seed=3)
+    options = {"factor": 0.3, "target": target, "power": power, "n_iter": 300}
+    if in_place:
+        found, new = my_grads, add_gradient_(mine, my_grads, state, **options)
+    else:
+        found, new = add_gradient(mine, my_grads, state, **options)
+    for name, weight in weights.items():
+        matrices = as_matrix(weight, LAYOUTS[name])
+        u, s, vh = np.linalg.svd(matrices, full_matrices=False)
+        force = np.maximum(s[..., 0] - target, 0) if power == 2 else 1.0 * (s[..., 0] > target)
+        term = outer(force, u[..., 0], vh[..., 0, :].conj())
+        expected = grads[name] + 0.3 * sc.from_matrix(term, LAYOUTS[name], weight.shape)
+        np.testing.assert_allclose(backend.to_numpy(found[name]), expected, rtol=1e-9, atol=1e-9)
+        # What the state says is σ itself.
+        np.testing.assert_allclose(backend.to_numpy(new.sigma[name]), s[..., 0], rtol=1e-9)
+    if not in_place:
+        again, same = add_gradient(mine, my_grads, new, **{**options, "n_iter": 0})
+        assert_close(backend.tree_to_numpy(again), backend.tree_to_numpy(found))
+        assert_equal(backend.tree_to_numpy(same.sigma), backend.tree_to_numpy(new.sigma))
+
+
+def test_a_target_of_each_name():
+    weights = {"a": np.diag([3.0, 1.0]), "b": np.diag([3.0, 1.0])}
+    grads = {name: np.zeros((2, 2)) for name in weights}
+    options = {"factor": 1.0, "target": {"a": 1.0, "*": 4.0}, "n_iter": 50}
+    found, _ = add_gradient(weights, grads, init(weights), **options)
+    np.testing.assert_allclose(found["a"], np.diag([2.0, 0.0]), atol=1e-12)
+    np.testing.assert_array_equal(found["b"], grads["b"])
+    with pytest.raises(sc.NamesError, match="target has no entry for"):
+        add_gradient(weights, grads, init(weights), target={"a": 1.0})
+    with pytest.raises(sc.ArgumentError, match="power must be 1 or 2"):
+        add_gradient(weights, grads, init(weights), power=3)

@@ -1,0 +1,107 @@
+"""A bound on spectral norms as an optax transformation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+import spectral_core as sc
+from spectral_core.errors import checked_int
+
+from .products import refresh
+from .selection import choose, named_leaves
+from .transformation import SpectralNormState, at_step, of_core, of_optax, start
+
+
+def constrain_spectral_norm(
+    bound: Any = 1.0,
+    *,
+    normalize: bool = False,
+    n_iter: int = 1,
+    n_vectors: int = 1,
+    mask: Any | Callable[[Any], Any] | None = None,
+    layouts: Mapping[str, sc.Layout | str] | None = None,
+    seed: int = 0,
+) -> optax.GradientTransformation:
+    r"""Scale every weight matrix to a spectral norm of at most ``bound`` after each step.
+
+    .. math:: W ← W · \min(1, \text{bound}/σ)
+
+    The hard bound of `spectral_core.constrain`, or with ``normalize`` spectral normalization of the
+    weights themselves: unlike `flax.nnx.SpectralNorm` it wraps no layer. Put it last in a chain:
+    it changes the updates so that what comes out of `optax.apply_updates` obeys the bound.
+
+    Parameters
+    ----------
+    bound : float, array of shape (), schedule, or mapping of name or pattern to the first two
+        A schedule is called with the number of the step.
+    normalize : bool
+        Whether smaller matrices grow to the bound too.
+    n_iter : int
+        Power iterations a step.
+    n_vectors, mask, layouts, seed
+        As for `add_spectral_norm_regularization`.
+
+    Returns
+    -------
+    optax.GradientTransformation
+        Its state is a `SpectralNormState`, or with a mask an `optax.MaskedState` of one.
+
+    Raises
+    ------
+    spectral_core.SpectralError
+        As `add_spectral_norm_regularization`.
+    ValueError
+        From ``update`` if it gets no params.
+
+    Notes
+    -----
+    Nothing changes before the first step. σ is estimated from below: see `spectral_core.constrain`.
+    A float16 or bfloat16 weight misses the bound by its rounding.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp, optax, spectral_jax
+    >>> params = {"dense": {"kernel": jnp.array([[3.0, 0.0], [3.0, 3.0]]), "bias": jnp.zeros(2)}}
+    >>> tx = optax.chain(optax.sgd(0.1), spectral_jax.constrain_spectral_norm(1.0, n_iter=20))
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    >>> params = optax.apply_updates(params, updates)
+    >>> round(float(jnp.linalg.norm(params["dense"]["kernel"], 2)), 3)
+    1.0
+    """
+    everything = mask is not None
+    checked_int(n_iter, "n_iter")
+
+    def init(params: Any) -> SpectralNormState:
+        return start(params, layouts, everything, seed, n_vectors, keeps_u=False)
+
+    def update(
+        updates: Any, state: SpectralNormState, params: Any = None
+    ) -> tuple[Any, SpectralNormState]:
+        if params is None:
+            raise ValueError("constrain_spectral_norm: pass params to update")
+        count = optax.safe_increment(state.count)
+        if not jax.tree.leaves(params):
+            return updates, state._replace(count=count)
+        before, chosen = choose(params, layouts, everything)
+        leaves, structure = named_leaves(updates)
+        moved, _ = choose(optax.apply_updates(params, updates), layouts, everything)
+        with jax.default_matmul_precision("highest"):
+            weights, after = sc.constrain(
+                moved,
+                of_core(state, chosen),
+                bound=at_step(bound, state.count),
+                normalize=normalize,
+                n_iter=n_iter,
+                step=refresh,
+            )
+        new = [
+            weights[name] - before[name] if name in weights else leaf for name, _, leaf in leaves
+        ]
+        return jax.tree.unflatten(structure, new), of_optax(count, after)
+
+    transformation = optax.GradientTransformation(init, update)
+    return optax.masked(transformation, mask) if everything else transformation

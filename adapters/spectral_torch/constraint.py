@@ -1,0 +1,157 @@
+"""A bound on spectral norms beside a PyTorch optimizer: kept after each step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+import spectral_core as sc
+from spectral_core.constraint import scale_
+from spectral_core.layout import Plan
+from spectral_core.penalty import Factor, factors_of
+
+from . import sharded
+from .estimator import Estimator
+from .selection import Choice, Model
+
+
+class SpectralNormConstraint(Estimator):
+    r"""Scale every weight matrix to a spectral norm of at most ``bound`` after each step.
+
+    .. math:: W ← W · \min(1, \text{bound}/σ)
+
+    The hard bound of `spectral_core.constrain`, or with ``normalize`` spectral normalization of the
+    weights themselves: unlike `torch.nn.utils.parametrizations.spectral_norm` it wraps no layer,
+    and the weights that are saved are those that are used.
+
+    Parameters
+    ----------
+    model, n_iter, n_vectors, warmup_iters, include, exclude, seed, layouts, kernels
+        As for `SpectralNormRegularizer`.
+    bound : float, tensor of shape (), or mapping of name or pattern to either
+        May be set anew at any time.
+    normalize : bool
+        Whether smaller matrices grow to the bound too.
+
+    Raises
+    ------
+    spectral_core.NamesError, spectral_core.ArgumentError
+        As `SpectralNormRegularizer`.
+
+    Notes
+    -----
+    Nothing changes before the first step, or `constrain_`. Only what an attached optimizer holds is
+    scaled. σ is estimated from below: see `spectral_core.constrain`. Moments that an optimizer
+    keeps are not scaled.
+
+    Examples
+    --------
+    >>> import torch, spectral_torch
+    >>> model = torch.nn.Linear(4, 8)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+    >>> cap = spectral_torch.SpectralNormConstraint(model, bound=1.0).attach(optimizer)
+    >>> model(torch.ones(1, 4)).sum().backward()
+    >>> optimizer.step()
+    >>> bool(torch.linalg.matrix_norm(model.weight, 2) < 1.01)
+    True
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        bound: Factor = 1.0,
+        *,
+        normalize: bool = False,
+        n_iter: int = 1,
+        n_vectors: int = 1,
+        warmup_iters: int = 15,
+        include: Choice | None = None,
+        exclude: Choice | None = None,
+        seed: int = 0,
+        layouts: Mapping[str, sc.Layout | str] | None = None,
+        kernels: bool = True,
+    ) -> None:
+        super().__init__(
+            model,
+            n_iter=n_iter,
+            n_vectors=n_vectors,
+            warmup_iters=warmup_iters,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            layouts=layouts,
+            kernels=kernels,
+        )
+        self.bound = bound
+        self.normalize = normalize
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(bound={self.bound!r}, normalize={self.normalize}, "
+            f"n_iter={self.n_iter}, weights={list(self._parameters)})"
+        )
+
+    @property
+    def bound(self) -> Factor:
+        """The largest σ that is left as it is: checked when it is set."""
+        return self._bound
+
+    @bound.setter
+    def bound(self, bound: Factor) -> None:
+        factors_of(bound, self._parameters, "bound")
+        self._bound = bound
+
+    def constrain_(self) -> None:
+        """Scale all weights now: before the first step, or where an optimizer takes no hooks."""
+        self._constrain_(list(self._parameters))
+
+    def _register(self, optimizer: Optimizer) -> RemovableHandle:
+        return optimizer.register_step_post_hook(self._after_step)
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._constrain_(self._held_by(optimizer))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _constrain_(self, names: list[str]) -> None:
+        if not names:
+            return
+        self._follow()
+        state = self._state
+        bounds = factors_of(self.bound, self._parameters, "bound")
+        with self._full_precision():
+            found = sc.constrain_(
+                {name: self._parameters[name] for name in names},
+                _part_of(state, names),
+                bound={name: bounds[name] for name in names},
+                normalize=self.normalize,
+                n_iter=self.n_iter,
+                step=self._step,
+                scale=_scale_,
+            )
+        # v and u are written already, where they lie.
+        torch._foreach_copy_([state.sigma[n] for n in names], [found.sigma[n] for n in names])
+
+
+def _part_of(state: sc.SpectralState, names: list[str]) -> sc.SpectralState:
+    def part(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: values[name] for name in names}
+
+    return replace(
+        state,
+        v=part(state.v),
+        sigma=part(state.sigma),
+        u=part(state.u),
+        layouts=part(state.layouts),
+    )
+
+
+def _scale_(weight: Tensor, scale: Tensor, plan: Plan, xp: Any) -> Tensor:
+    scale_of_kind = sharded.scale_ if sharded.is_sharded(weight) else scale_
+    return scale_of_kind(weight, scale, plan, xp)

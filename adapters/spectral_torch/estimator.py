@@ -1,0 +1,251 @@
+"""v, σ and u of a model's weights, kept beside its optimizer: what a penalty and a bound share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
+from functools import cache
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+import spectral_core as sc
+from spectral_core._arrays import array_namespace, traits_of
+from spectral_core.errors import checked_int
+
+from .selection import Choice, Model, choose
+from .steps import Steps, looked_at
+
+_Self = TypeVar("_Self", bound="Estimator")
+
+
+class Estimator:
+    """The singular vectors of the chosen weights, and when an optimizer steps, something to do.
+
+    A subclass says what, and registers it in `_register`. The parameters are those of
+    `SpectralNormRegularizer`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_iter: int,
+        n_vectors: int,
+        warmup_iters: int,
+        include: Choice | None,
+        exclude: Choice | None,
+        seed: int,
+        layouts: Mapping[str, sc.Layout | str] | None,
+        kernels: bool,
+    ) -> None:
+        self._parameters, chosen = choose(model, include, exclude, layouts)
+        self._handles: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
+        self.n_iter = checked_int(n_iter, "n_iter")
+        self._step = Steps(kernels)
+        with self._full_precision():
+            self._state = sc.init(
+                self._parameters, seed=seed, layouts=chosen, n_vectors=n_vectors, step=looked_at
+            )
+        if warmup_iters != 0:
+            self.iterate_(checked_int(warmup_iters, "warmup_iters"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of an optimizer lose its hooks, and so a copy of this is attached to none.
+        return {**vars(self), "_handles": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({**state, "_handles": WeakKeyDictionary()})
+
+    def attach(self: _Self, *optimizers: Optimizer) -> _Self:
+        """Act in each step of these optimizers, on the weights that they hold.
+
+        Attaching twice is the same as once. Of a model with several optimizers, attach all: also
+        of one for each parameter, which steps in the backward pass.
+
+        Parameters
+        ----------
+        *optimizers : torch.optim.Optimizer
+
+        Returns
+        -------
+        SpectralNormRegularizer or SpectralNormConstraint
+            Itself.
+
+        Raises
+        ------
+        spectral_core.ArgumentError
+            If one of them has no step hooks, or none of them holds one of the weights.
+        """
+        for optimizer in optimizers:
+            _check_hooks(optimizer)
+        if not any(map(self._held_by, optimizers)):
+            raise sc.ArgumentError(
+                f"{', '.join(type(optimizer).__name__ for optimizer in optimizers)} holds none of "
+                f"the weights {list(self._parameters)}: was it made from another model?"
+            )
+        for optimizer in optimizers:
+            if optimizer not in self._handles:
+                self._handles[optimizer] = self._register(optimizer)
+        return self
+
+    def detach(self, optimizer: Optimizer | None = None) -> None:
+        """Undo `attach`, for one optimizer or for all."""
+        for attached in list(self._handles) if optimizer is None else [optimizer]:
+            handle = self._handles.pop(attached, None)
+            if handle is not None:
+                handle.remove()
+
+    @torch.no_grad()
+    def iterate_(self, n_iter: int = 1) -> None:
+        """Improve v and σ, and leave weights and gradients alone.
+
+        Parameters
+        ----------
+        n_iter : int
+            Power iterations.
+        """
+        self._follow()
+        with self._full_precision():
+            self._state = sc.iterate(self._parameters, self._state, n_iter=n_iter, step=self._step)
+
+    def sigmas(self) -> dict[str, Tensor]:
+        """The newest estimate of each weight's largest singular value, on its device.
+
+        Returns
+        -------
+        dict of name to tensor, shape (*stack,)
+            As of the last step, before the optimizer moved the weights.
+        """
+        return {name: sigma.clone() for name, sigma in self._state.sigma.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that a training run needs to go on, as a flat dict of tensors.
+
+        Returns
+        -------
+        dict of str to tensor
+            ``"<name>.v"`` and ``"<name>.sigma"`` of each weight; where ``every_n_steps`` is not 1,
+            ``"<name>.u"`` and ``"<name>.steps"`` too. As of a module or an optimizer, the tensors
+            are those in use: the next step changes them.
+        """
+        return {**self._required(), **self._between_iterations()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave; all of it or, after an error, nothing.
+
+        ``every_n_steps`` may be another than that of the run that saved it.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to tensor
+
+        Raises
+        ------
+        spectral_core.NamesError
+            If it is of another model: the message lists what is missing, unexpected and of
+            another shape.
+        """
+        own = self._required()
+        optional = {f"{name}.{field}" for name in self._parameters for field in ("u", "steps")}
+        missing = [key for key in own if key not in state_dict]
+        unexpected = [key for key in state_dict if key not in own and key not in optional]
+        between = self._between_iterations()
+        whole = all(key in state_dict for key in between)
+        own |= between if whole else {}
+        misfits = [
+            f"{key} ({tuple(state_dict[key].shape)}, not {tuple(value.shape)})"
+            for key, value in own.items()
+            if key in state_dict and state_dict[key].shape != value.shape
+        ]
+        if missing or unexpected or misfits:
+            raise sc.NamesError(
+                f"the state is of another model: missing {missing}, unexpected {unexpected}, "
+                f"of another shape {misfits}"
+            )
+        with torch.no_grad():
+            for key, value in own.items():
+                value.copy_(state_dict[key])
+        self._take_over(between if whole else {})
+
+    def _required(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{field}": values[name]
+            for name in self._parameters
+            for field, values in (("v", self._state.v), ("sigma", self._state.sigma))
+        }
+
+    def _between_iterations(self) -> dict[str, Tensor]:
+        """What the state holds in addition, where not every step iterates."""
+        return {}
+
+    def _take_over(self, between: Mapping[str, Tensor]) -> None:
+        """Take over the rest of what `_between_iterations` gave, or do without it."""
+
+    def _register(self, optimizer: Optimizer) -> RemovableHandle:
+        raise NotImplementedError
+
+    def _held_by(self, optimizer: Optimizer) -> list[str]:
+        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [name for name, parameter in self._parameters.items() if id(parameter) in ids]
+
+    def _full_precision(self) -> AbstractContextManager[object]:
+        """Out of reach of an autocast around the training step: it would round the products."""
+        rounding = [
+            kind
+            for kind in {parameter.device.type for parameter in self._parameters.values()}
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        ]
+        if not rounding:
+            return nullcontext()
+        stack = ExitStack()
+        for kind in rounding:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        return stack
+
+    def _follow(self) -> None:
+        """Move the state to where ``model.to`` has moved the weights, and to their precision."""
+        state = self._state
+        if all(
+            state.v[name].device == parameter.device
+            and state.v[name].dtype == _iterated_in(parameter.dtype)
+            for name, parameter in self._parameters.items()
+        ):
+            return
+
+        def moved(field: Mapping[str, Tensor], *, real: bool) -> dict[str, Tensor]:
+            dtypes = {name: _iterated_in(p.dtype) for name, p in self._parameters.items()}
+            return {
+                name: field[name].to(p.device, dtypes[name].to_real() if real else dtypes[name])
+                for name, p in self._parameters.items()
+            }
+
+        self._moved()
+        self._state = replace(
+            state,
+            v=moved(state.v, real=False),
+            sigma=moved(state.sigma, real=True),
+            u=moved(state.u, real=False),
+        )
+
+    def _moved(self) -> None:
+        """Forget where v, σ and u lay."""
+
+
+@cache
+def _iterated_in(dtype: torch.dtype) -> torch.dtype:
+    traits = traits_of(dtype, array_namespace(torch.empty(0)))
+    return dtype if traits is None else traits.iteration_dtype
+
+
+def _check_hooks(optimizer: Optimizer) -> None:
+    if not hasattr(optimizer, "register_step_pre_hook"):
+        raise sc.ArgumentError(
+            f"{type(optimizer).__name__} has no register_step_pre_hook: attach the optimizer "
+            "that it wraps, or call add_gradients_() before its step"
+        )
