@@ -600,3 +600,120 @@ def test_every_layout_gives_the_cores_step(layout, shape, n_vectors):
     np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(state.sigma["w"], expected_state.sigma["w"], rtol=1e-10)
     assert state.v["w"].shape == expected_state.v["w"].shape
+
+
+# Other penalties than the paper's, and the hard bound
+
+
+@pytest.mark.parametrize("every_n_steps", [1, 2])
+@pytest.mark.parametrize(("target", "power"), [(None, 1), (1.5, 1), (1.5, 2), ("schedule", None)])
+def test_another_penaltys_updates(target, power, every_n_steps):
+    limit = 0.0 if target is None else 1.5
+    given = (lambda count: 1.5 + 0 * count) if target == "schedule" else target
+    W = np.random.default_rng(0).standard_normal((2, 4, 3))
+    tx = spectral_jax.add_spectral_norm_regularization(
+        0.3,
+        n_iter=300,
+        every_n_steps=every_n_steps,
+        layouts={"w": "sio"},
+        target=given,
+        power=power,
+    )
+    params = {"w": jnp.asarray(W)}
+    state = jax.jit(tx.init)(params)
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), state, params)
+    u, s, vh = np.linalg.svd(W.swapaxes(1, 2), full_matrices=False)
+    s = s[:, 0]
+    force = np.maximum(s - limit, 0) if power != 1 else 1.0 * (s > limit)
+    term = 0.3 * force[:, None, None] * u[:, :, :1] * vh[:, :1]
+    np.testing.assert_allclose(updates["w"].swapaxes(1, 2), term, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(spectral_jax.sigmas(state)["w"], s, rtol=1e-10)
+
+
+def test_inject_hyperparams_schedules_the_target_and_refuses_a_traced_power():
+    params = {"w": jnp.diag(jnp.array([3.0, 1.0]))}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    make = optax.inject_hyperparams(spectral_jax.add_spectral_norm_regularization)
+    tx = make(1.0, n_iter=30, target=lambda count: 1.0 * count)
+    state = tx.init(params)
+    for step in range(3):
+        updates, state = tx.update(zero, state, params)
+        assert float(updates["w"][0, 0]) == pytest.approx(3.0 - step)
+    tx = make(1.0, power=1)
+    with pytest.raises(sc.ArgumentError, match="power is traced"):
+        jax.jit(tx.update)(zero, tx.init(params), params)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_bound_holds_after_each_step(normalize):
+    rng = np.random.default_rng(0)
+    params = {
+        "blocks": {"kernel": jnp.asarray(rng.standard_normal((2, 4, 3)))},
+        "conv": {"kernel": jnp.asarray(rng.standard_normal((2, 2, 3, 4))), "bias": jnp.ones(4)},
+    }
+    layouts = {"blocks/kernel": "sio", "conv/kernel": "kkio"}
+    grads = jax.tree.map(jnp.cos, params)
+    tx = optax.chain(
+        optax.sgd(0.1),
+        spectral_jax.constrain_spectral_norm(
+            {"blocks/*": 1.0, "*": 2.5},
+            normalize=normalize,
+            n_iter=300,
+            layouts=layouts,
+        ),
+    )
+    state = tx.init(params)
+    expected = jax.tree.map(np.array, params)
+    for _ in range(3):
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        expected = jax.tree.map(lambda w, g: w - 0.1 * np.asarray(g), expected, grads)
+        for name, bound in (("blocks", 1.0), ("conv", 2.5)):
+            layout = layouts[f"{name}/kernel"]
+            W = sc.as_matrix(expected[name]["kernel"], layout)
+            scale = bound / np.linalg.svd(W, compute_uv=False)[..., :1, None]
+            W = W * (scale if normalize else np.minimum(1, scale))
+            shape = expected[name]["kernel"].shape
+            expected[name]["kernel"] = sc.from_matrix(W, layout, shape)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), params, expected
+    )
+
+
+def test_the_bound_may_be_a_schedule_and_masked():
+    params = {"a": jnp.diag(jnp.array([3.0, 1.0])), "b": jnp.diag(jnp.array([3.0, 1.0]))}
+    tx = spectral_jax.constrain_spectral_norm(
+        lambda count: 2.0 - count, n_iter=50, mask={"a": True, "b": False}
+    )
+    state = tx.init(params)
+    for bound in (2.0, 1.0):
+        updates, state = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+        assert float(jnp.linalg.norm(params["a"], 2)) == pytest.approx(bound)
+        assert float(spectral_jax.sigmas(state)["a"]) == pytest.approx(bound)
+    np.testing.assert_array_equal(params["b"], np.diag([3.0, 1.0]))
+    with pytest.raises(ValueError, match="pass params"):
+        tx.update(params, state)
+
+
+def test_normalized_weights_are_those_of_flaxs_spectral_norm():
+    """Flax normalizes the layer's parameters where they are, and starts from the outputs' side."""
+    nnx = pytest.importorskip("flax.nnx", reason="Flax is not installed")
+    rngs = nnx.Rngs(0)
+    layer = nnx.Conv(3, 4, (2, 2), rngs=rngs, param_dtype=jnp.float64)
+    norm = nnx.SpectralNorm(layer, n_steps=2, rngs=rngs, param_dtype=jnp.float64)
+    (u,) = (value for path, value in norm.batch_stats.items() if path[-1] == "u")
+    tx = spectral_jax.constrain_spectral_norm(
+        1.0, normalize=True, n_iter=2, layouts={"kernel": "oooi"}
+    )
+    params = {"kernel": layer.kernel[...]}
+    state = tx.init(params)
+    state = state._replace(v={"kernel": u[...][0]})
+    for step in range(4):
+        grad = {"kernel": 0.1 * jnp.cos(step + jnp.arange(48.0)).reshape(2, 2, 3, 4)}
+        updates, state = tx.update(grad, state, params)
+        params = optax.apply_updates(params, updates)
+        layer.kernel[...] = layer.kernel[...] + grad["kernel"]
+        norm(jnp.ones((1, 4, 4, 3)), update_stats=True)
+        np.testing.assert_allclose(params["kernel"], layer.kernel[...], rtol=1e-9)  # its epsilon
