@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
@@ -173,12 +174,19 @@ class SpectralNormRegularizer:
         Raises
         ------
         spectral_core.ArgumentError
-            If ``optimizer`` has no step hooks, or holds none of the weights.
+            If the step of ``optimizer`` would not run hooks, or run them twice, or if it holds
+            none of the weights.
         """
-        if not hasattr(optimizer, "register_step_pre_hook"):
+        kind = type(optimizer)
+        if not getattr(getattr(kind, "step", None), "hooked", False):
             raise sc.ArgumentError(
-                f"{type(optimizer).__name__} has no register_step_pre_hook: attach the optimizer "
-                "that it wraps, or call add_gradients_() before its step"
+                f"{kind.__name__}.step runs no hooks: attach the optimizer that it wraps, or call "
+                "add_gradients_() before each step"
+            )
+        if _calls_parents_step(kind):
+            raise sc.ArgumentError(
+                f"{kind.__name__}.step calls the step of a class that it is derived from, and "
+                "PyTorch may run the hooks in both: call add_gradients_() before each step instead"
             )
         if not self._held_by(optimizer):
             raise sc.ArgumentError(
@@ -500,6 +508,14 @@ class SpectralNormRegularizer:
             sigma=moved(state.sigma, real=True),
             u=moved(state.u, real=False),
         )
+
+
+def _calls_parents_step(kind: type[Optimizer]) -> bool:
+    """PyTorch hooks the step of each class that an optimizer was ever made of."""
+    steps = {inspect.unwrap(vars(base)["step"]) for base in kind.__mro__ if "step" in vars(base)}
+    own = inspect.unwrap(kind.step)
+    overridden = steps - {own, inspect.unwrap(Optimizer.step)}
+    return bool(overridden) and "step" in own.__code__.co_names
 
 
 @cache
