@@ -8,6 +8,8 @@ from torch import nn
 
 from spectral_torch import SpectralNormRegularizer
 
+torch.set_num_threads(1)  # on small networks, several wait for each other
+
 FACTOR = 0.1
 
 
