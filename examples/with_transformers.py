@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from sklearn.datasets import load_digits
+from torch import nn
 from torch.utils.data import random_split
 from transformers import (
     ConvNextConfig,
@@ -26,34 +27,22 @@ def digits() -> list[dict]:
 
 
 def network(width: int = 16) -> ConvNextForImageClassification:
-    config = ConvNextConfig(
-        num_channels=1,
-        patch_size=2,
-        num_stages=2,
-        hidden_sizes=[width, 2 * width],
-        depths=[1, 1],
-        num_labels=10,
-    )
+    stages = {"num_stages": 2, "hidden_sizes": [width, 2 * width], "depths": [1, 1]}
+    config = ConvNextConfig(num_channels=1, patch_size=2, num_labels=10, **stages)
     return ConvNextForImageClassification(config)
 
 
 def regularized(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, factor: float
+    model: nn.Module, optimizer: torch.optim.Optimizer, factor: float
 ) -> SpectralNormRegularizer:
     reg = SpectralNormRegularizer(model, factor=factor).attach(optimizer)  # <- the line
     # The Trainer's checkpoints hold what the optimizer says of itself: let it say v and σ too.
-    optimizer.register_state_dict_post_hook(
-        lambda _, state: {**state, "spectral": reg.state_dict()}
-    )
-    optimizer.register_load_state_dict_pre_hook(
-        lambda _, state: reg.load_state_dict(state["spectral"])
-    )
+    optimizer.register_state_dict_post_hook(lambda _, state: state | {"spectral": reg.state_dict()})
+    optimizer.register_load_state_dict_pre_hook(lambda _, s: reg.load_state_dict(s["spectral"]))
     return reg
 
 
-def main(
-    epochs: int = 10, factor: float = 0.01
-) -> tuple[torch.nn.Module, SpectralNormRegularizer, float]:
+def main(epochs: int = 10, factor: float = 0.01) -> tuple[SpectralNormRegularizer, float]:
     set_seed(0)
     train, test = random_split(digits(), [0.5, 0.5])
     model = network()
@@ -74,7 +63,7 @@ def main(
     accuracy = float((predicted.predictions.argmax(1) == predicted.label_ids).mean())
     print("largest σ", round(max(float(sigma.max()) for sigma in reg.sigmas().values()), 2))
     print(f"accuracy {accuracy:.3f}")
-    return model, reg, accuracy
+    return reg, accuracy
 
 
 if __name__ == "__main__":

@@ -136,8 +136,8 @@ def test_the_trainers_own_optimizer(tmp_path, how):
 
 
 def test_the_example():
-    _, reg, accuracy = with_transformers.main(epochs=3, factor=0.05)
-    _, plain_reg, _ = with_transformers.main(epochs=3, factor=0.0)
+    reg, accuracy = with_transformers.main(epochs=3, factor=0.05)
+    plain_reg, _ = with_transformers.main(epochs=3, factor=0.0)
     assert accuracy > 0.5
     largest, without = (max(s.max() for s in r.sigmas().values()) for r in (reg, plain_reg))
     assert largest < 0.7 * without
