@@ -225,12 +225,12 @@ def ddp():
     return weights, sigma, reg.state_dict(), sizes.messages
 
 
-def sharded_net(mesh):
+def sharded_net(mesh, **options):
     model = net()
     for layer in model:
         if list(layer.parameters()):
-            fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+            fully_shard(layer, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
     return model
 
 
@@ -242,6 +242,36 @@ def fsdp(mesh_shape):
     model = sharded_net(mesh)
     reg, _ = train(model, range(6), mine=slice(rank * 8 // size, (rank + 1) * 8 // size))
     return outcome(model, reg)
+
+
+def scaled(overflow_at, fused, options):
+    """Fully sharded training with a GradScaler."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model = sharded_net(init_device_mesh("cpu", (size,)), **options)
+    mine = slice(rank * 8 // size, (rank + 1) * 8 // size)
+    return with_scaler(model, overflow_at, fused, mine)
+
+
+def with_scaler(model, overflow_at, fused=False, mine=slice(0, None)):
+    """What became of a model, which steps moved v or σ, and the last scale."""
+    reg = SpectralNormRegularizer(model, factor=0.1)
+    # A large eps: Adam would divide what bfloat16 rounds by almost nothing.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, eps=0.1, fused=fused)
+    reg.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    moved = []
+    for step in range(6):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.cross_entropy(model(x[mine]).float(), y[mine])).backward()
+        if step == overflow_at and mine.start == 0:  # in what one process holds
+            grad = next(model.parameters()).grad
+            (grad.to_local() if isinstance(grad, DTensor) else grad).view(-1)[0] = torch.inf
+        before = {key: value.clone() for key, value in reg.state_dict().items()}
+        scaler.step(optimizer)
+        scaler.update()
+        moved.append(any(not torch.equal(before[k], v) for k, v in reg.state_dict().items()))
+    return *outcome(model, reg), moved, scaler.get_scale()
 
 
 def tensor_parallel(mesh_shape):

@@ -62,6 +62,8 @@ class SpectralNormConstraint(Estimator):
     True
     """
 
+    _by_hand = "call constrain_() after each step"
+
     def __init__(
         self,
         model: Model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
@@ -30,6 +31,8 @@ class Estimator:
     A subclass says what, and registers it in `_register`. The parameters are those of
     `SpectralNormRegularizer`.
     """
+
+    _by_hand: str  # what to do where an optimizer runs no hooks
 
     def __init__(
         self,
@@ -80,10 +83,11 @@ class Estimator:
         Raises
         ------
         spectral_core.ArgumentError
-            If one of them has no step hooks, or none of them holds one of the weights.
+            If the step of one would not run hooks, or run them twice, or if none of them holds one
+            of the weights.
         """
         for optimizer in optimizers:
-            _check_hooks(optimizer)
+            self._check_hooks(optimizer)
         if not any(map(self._held_by, optimizers)):
             raise sc.ArgumentError(
                 f"{', '.join(type(optimizer).__name__ for optimizer in optimizers)} holds none of "
@@ -187,6 +191,19 @@ class Estimator:
     def _take_over(self, between: Mapping[str, Tensor]) -> None:
         """Take over the rest of what `_between_iterations` gave, or do without it."""
 
+    def _check_hooks(self, optimizer: Optimizer) -> None:
+        kind = type(optimizer)
+        if not getattr(getattr(kind, "step", None), "hooked", False):
+            raise sc.ArgumentError(
+                f"{kind.__name__}.step runs no hooks: attach the optimizer that it wraps, or "
+                f"{self._by_hand}"
+            )
+        if _calls_parents_step(kind):
+            raise sc.ArgumentError(
+                f"{kind.__name__}.step calls the step of a class that it is derived from, and "
+                f"PyTorch may run the hooks in both: {self._by_hand} instead"
+            )
+
     def _register(self, optimizer: Optimizer) -> RemovableHandle:
         raise NotImplementedError
 
@@ -243,9 +260,9 @@ def _iterated_in(dtype: torch.dtype) -> torch.dtype:
     return dtype if traits is None else traits.iteration_dtype
 
 
-def _check_hooks(optimizer: Optimizer) -> None:
-    if not hasattr(optimizer, "register_step_pre_hook"):
-        raise sc.ArgumentError(
-            f"{type(optimizer).__name__} has no register_step_pre_hook: attach the optimizer "
-            "that it wraps, or call add_gradients_() before its step"
-        )
+def _calls_parents_step(kind: type[Optimizer]) -> bool:
+    """PyTorch hooks the step of each class that an optimizer was ever made of."""
+    steps = {inspect.unwrap(vars(base)["step"]) for base in kind.__mro__ if "step" in vars(base)}
+    own = inspect.unwrap(kind.step)
+    overridden = steps - {own, inspect.unwrap(Optimizer.step)}
+    return bool(overridden) and "step" in own.__code__.co_names

@@ -18,6 +18,7 @@ from spectral_core.layout import plan_of
 from spectral_core.penalty import Factor, check_power, factors_of, is_plain
 from spectral_core.step import Advance, Task
 
+from . import operation
 from .estimator import Estimator
 from .repetition import Repetition
 from .selection import Choice, Model
@@ -109,6 +110,8 @@ class SpectralNormRegularizer(Estimator):
     ['0.weight', '2.weight']
     """
 
+    _by_hand = "call add_gradients_() before each step"
+
     def __init__(
         self,
         model: Model,
@@ -142,6 +145,9 @@ class SpectralNormRegularizer(Estimator):
         self.power = check_power(power)
         self.every_n_steps = checked_int(every_n_steps, "every_n_steps")
         self._steps_taken = dict.fromkeys(self._parameters, 0)
+        self._lines = {
+            name: operation.described(name, layout) for name, layout in self._state.layouts.items()
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_last": None}
@@ -306,7 +312,10 @@ class SpectralNormRegularizer(Estimator):
     ) -> None:
         """Make a step; ``turn`` tells optimizers that take turns apart."""
         if torch.compiler.is_compiling():
-            # Between two compiled graphs: its own kernels are compiled already.
+            if self.every_n_steps == 1 and all(map(self._is_operation, names)):
+                self._add_in_graph_(names, scale)
+                return
+            # Between two compiled graphs.
             outside = torch.compiler.disable(self._add_gradients_)  # type: ignore[no-untyped-call]
             outside(names, scale, turn)
             return
@@ -319,6 +328,29 @@ class SpectralNormRegularizer(Estimator):
         tasks = self._add_checked_(names, scale)
         if may_repeat:
             self._last[turn] = Repetition(tasks, self.n_iter, self._factor, self._step)
+
+    def _is_operation(self, name: str) -> bool:
+        return operation.takes(self._parameters[name], self._state.v[name])
+
+    def _add_in_graph_(self, names: Collection[str], scale: float | Tensor | None) -> None:
+        """The same, as `torch.compile` can trace it: one operation, which it does not look into."""
+        taken = [name for name in names if self._takes_part(name)]
+        if not taken:
+            return
+        parameters, state = self._parameters, self._state
+        prices, scaled = self._prices(), None if scale is None else self._scaled(scale)
+        with torch.no_grad():
+            operation.run(
+                [self._lines[name] for name in taken],
+                [parameters[name] for name in taken],
+                [parameters[name].grad for name in taken],  # type: ignore[misc]
+                [sc.PowerIteration(state.sigma[n], state.u[n], state.v[n]) for n in taken],
+                [prices[n]["factor"] if scaled is None else scaled[n] for n in taken],
+                [prices[n]["target"] for n in taken],
+                power=self.power,
+                n_iter=self.n_iter,
+                kernels=self._step.kernels,
+            )
 
     @torch.no_grad()
     def _add_checked_(self, names: Collection[str], scale: float | Tensor | None) -> Sequence[Task]:

@@ -194,7 +194,7 @@ def test_an_explicit_scale_multiplies_the_term():
 def test_an_optimizer_that_takes_the_scaler_itself_is_told_apart():
     class Old(torch.optim.SGD):
         def step(self, closure=None, *, grad_scaler=None):
-            return super().step(closure)
+            raise AssertionError("the hook comes first")
 
     model = mlp(torch.float32)
     optimizer = Old(model.parameters(), lr=0.1)
@@ -342,8 +342,73 @@ def test_a_foreign_optimizer_and_one_without_hooks_are_refused():
     reg = SpectralNormRegularizer(mlp())
     with pytest.raises(sc.ArgumentError, match="holds none of the weights"):
         reg.attach(sgd(mlp()))
-    with pytest.raises(sc.ArgumentError, match="has no register_step_pre_hook"):
+    with pytest.raises(sc.ArgumentError, match="step runs no hooks"):
         reg.attach(object())
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As many are written: an optimizer by name, whose step is that of another."""
+
+    def __init__(self, base):
+        self.base = base
+
+    def __getattr__(self, name):
+        return getattr(vars(self)["base"], name)
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
+class Derived(torch.optim.SGD):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class Named(torch.optim.SGD):
+    @torch.no_grad()
+    def step(self, closure=None):
+        return torch.optim.SGD.step(self, closure)
+
+
+class Rewritten(torch.optim.SGD):
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad)
+
+
+def test_a_wrapper_that_runs_no_hooks_is_refused_and_what_it_wraps_is_not():
+    model, other = mlp(), mlp()
+    reg = SpectralNormRegularizer(model, factor=0.3)
+    wrapper = Wrapper(sgd(model))
+    with pytest.raises(sc.ArgumentError, match="attach the optimizer that it wraps"):
+        reg.attach(wrapper)
+    reg.attach(wrapper.base)
+    loss_of(model, seed=0).backward()
+    wrapper.step()
+    train(other, sgd(other), steps=1)
+    assert_equal(model, other)
+
+
+@pytest.mark.parametrize("kind", [Derived, Named])
+def test_a_step_within_a_step_is_refused(kind):
+    sgd(mlp())  # from now on PyTorch runs hooks in its step too
+    model = mlp()
+    optimizer = kind(model.parameters(), lr=0.1)
+    runs = []
+    optimizer.register_step_pre_hook(lambda *args: runs.append(args))
+    optimizer.step()
+    assert len(runs) == 2  # if it is 1, the check can go
+    with pytest.raises(sc.ArgumentError, match=r"run the hooks in both.*add_gradients_"):
+        SpectralNormRegularizer(model).attach(optimizer)
+
+
+def test_a_step_of_its_own_is_taken():
+    model, other = mlp(), mlp()
+    train(model, Rewritten(model.parameters(), lr=0.1))
+    train(other, torch.optim.SGD(other.parameters(), lr=0.1))
+    assert_equal(model, other)
 
 
 def test_sparse_gradients_are_refused_by_name():

@@ -6,6 +6,8 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 if not torch.distributed.is_available():
     pytest.skip("PyTorch is built without torch.distributed", allow_module_level=True)
 
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy  # noqa: E402
+
 import ranks  # noqa: E402
 from processes import Processes  # noqa: E402
 
@@ -80,6 +82,29 @@ def test_fully_sharded_training_is_as_on_one(four, mesh):
     for weights, sigma in four.run(ranks.fsdp, mesh):
         assert_close(weights, expected)
         assert_close(sigma, expected_sigma)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({}, 1e-5),
+        ({"offload_policy": CPUOffloadPolicy(pin_memory=False)}, 1e-5),
+        (
+            {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)},
+            0.1,
+        ),  # 0.2 without the term
+    ],
+    ids=["float32", "offloaded", "bfloat16"],
+)
+def test_fully_sharded_steps_that_a_scaler_skips(two, options, tolerance, fused):
+    expected, expected_sigma, moved, scale = ranks.with_scaler(ranks.net(), overflow_at=3)
+    assert moved == [True, True, True, False, True, True]
+    for weights, sigma, also_moved, same_scale in two.run(ranks.scaled, 3, fused, options):
+        assert also_moved == moved
+        assert same_scale == scale
+        assert_close(weights, expected, tolerance)  # without the term it would be 0.2
+        assert_close(sigma, expected_sigma, tolerance)
 
 
 @pytest.mark.parametrize("mesh", [(4,), (2, 2)], ids=["tensor", "tensor and data"])

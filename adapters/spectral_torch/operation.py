@@ -1,0 +1,125 @@
+"""The step as one operation of PyTorch, which `torch.compile` puts into its graph as it is.
+
+The kernels are compiled already: there is nothing in them for it to trace. All that an operation
+may be given is tensors, numbers and text, and so the names and layouts of the weights are text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from math import isnan, nan
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import spectral_core as sc
+from spectral_core.checks import Checks
+
+from .sharded import is_sharded
+from .steps import Steps
+
+_SETS = 64  # of weights that take part together
+
+Value = float | Tensor
+
+
+def described(name: str, layout: sc.Layout) -> str:
+    """A weight as one line of text."""
+    return json.dumps([name, layout.axes, layout.groups])
+
+
+def takes(parameter: Tensor, v: Tensor) -> bool:
+    """Whether `run` can do this weight: it is whole, and v is where and in what it is iterated."""
+    dtype, half = parameter.dtype, parameter.dtype in (torch.float16, torch.bfloat16)
+    iterated = v.dtype == (torch.float32 if half else dtype)
+    return iterated and v.device == parameter.device and not is_sharded(parameter)
+
+
+def run(
+    lines: Sequence[str],
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    vectors: Sequence[sc.PowerIteration],
+    factors: Sequence[Value],
+    targets: Sequence[Value],
+    *,
+    power: int,
+    n_iter: int,
+    kernels: bool,
+) -> None:
+    """`spectral_core.add_gradient_` of these weights: v, σ and u are written into, too."""
+    numbers, tensors = _divided(factors)
+    target_numbers, target_tensors = _divided(targets)
+    _step_(
+        *(list(weights), list(grads)),
+        *([t.v for t in vectors], [t.sigma for t in vectors], [t.u for t in vectors]),
+        *(numbers, tensors, target_numbers, target_tensors),
+        *("\n".join(lines), power, n_iter, kernels),
+    )
+
+
+class _Set(NamedTuple):
+    """What is kept from call to call of a set of weights."""
+
+    layouts: Mapping[str, sc.Layout]
+    checks: Checks
+    step: Steps
+
+
+@lru_cache(_SETS)
+def _set_of(text: str, kernels: bool) -> _Set:
+    rows = map(json.loads, text.splitlines())
+    layouts = {name: sc.Layout(axes, groups) for name, axes, groups in rows}
+    return _Set(layouts, Checks(), Steps(kernels))
+
+
+@torch.library.custom_op(
+    "spectral_torch::step_",
+    mutates_args=("grads", "v", "sigma", "u"),
+    schema="(Tensor[] weights, Tensor(a!)[] grads, Tensor(b!)[] v, Tensor(c!)[] sigma, "
+    "Tensor(d!)[] u, float[] factors, Tensor[] factor_tensors, float[] targets, "
+    "Tensor[] target_tensors, str text, int power, int n_iter, bool kernels) -> ()",
+)
+def _step_(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    v: list[Tensor],
+    sigma: list[Tensor],
+    u: list[Tensor],
+    factors: list[float],
+    factor_tensors: list[Tensor],
+    targets: list[float],
+    target_tensors: list[Tensor],
+    text: str,
+    power: int,
+    n_iter: int,
+    kernels: bool,
+) -> None:
+    layouts, checks, step = _set_of(text, kernels)
+
+    def named(values: Sequence[Value]) -> dict[str, Value]:
+        return dict(zip(layouts, values, strict=True))
+
+    state = sc.SpectralState(named(v), named(sigma), layouts, named(u), checks)
+    sc.add_gradient_(
+        *(named(weights), named(grads), state),
+        factor=named(_joined(factors, factor_tensors)),
+        target=named(_joined(targets, target_tensors)),
+        power=power,
+        n_iter=n_iter,
+        step=step,
+    )
+
+
+def _divided(values: Sequence[Value]) -> tuple[list[float], list[Tensor]]:
+    """Numbers, NaN where there is a tensor, and the tensors."""
+    numbers = [nan if isinstance(value, Tensor) else value for value in values]
+    return numbers, [value for value in values if isinstance(value, Tensor)]
+
+
+def _joined(numbers: Sequence[float], tensors: Sequence[Tensor]) -> list[Value]:
+    rest = iter(tensors)
+    return [next(rest) if isnan(number) else number for number in numbers]
