@@ -14,6 +14,7 @@ from .layout import Layout, as_matrix, from_matrix
 from .penalty import penalty, penalty_at, rank_one
 from .power import PowerIteration, power_iteration, start_vector
 from .regularizer import SpectralState, add_gradient, add_gradient_, init, iterate
+from .watch import Watch
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "SpectralError",
     "SpectralNorm",
     "SpectralState",
+    "Watch",
     "add_gradient",
     "add_gradient_",
     "as_matrix",
