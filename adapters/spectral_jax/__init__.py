@@ -3,5 +3,6 @@
 from spectral_core import Layout
 
 from .transformation import SpectralNormState, add_spectral_norm_regularization, sigmas
+from .watch import Watch
 
-__all__ = ["Layout", "SpectralNormState", "add_spectral_norm_regularization", "sigmas"]
+__all__ = ["Layout", "SpectralNormState", "Watch", "add_spectral_norm_regularization", "sigmas"]

@@ -3,5 +3,6 @@
 from spectral_core import Layout
 
 from .regularizer import SpectralNormRegularizer
+from .watch import Watch
 
-__all__ = ["Layout", "SpectralNormRegularizer"]
+__all__ = ["Layout", "SpectralNormRegularizer", "Watch"]
