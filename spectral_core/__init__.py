@@ -14,6 +14,7 @@ from .layout import Layout, as_matrix, from_matrix
 from .penalty import penalty, penalty_at, rank_one
 from .power import PowerIteration, power_iteration, start_vector
 from .regularizer import SpectralState, add_gradient, add_gradient_, init, iterate
+from .saving import load_state_dict, state_dict
 from .watch import Watch
 
 __version__ = "0.1.0"
@@ -38,10 +39,12 @@ __all__ = [
     "from_matrix",
     "init",
     "iterate",
+    "load_state_dict",
     "penalty",
     "penalty_at",
     "power_iteration",
     "rank_one",
     "spectral_norm",
     "start_vector",
+    "state_dict",
 ]

@@ -19,6 +19,7 @@ from spectral_core._arrays import array_namespace, traits_of
 from spectral_core.errors import checked_int
 from spectral_core.layout import plan_of
 from spectral_core.penalty import Factor, factors_of
+from spectral_core.saving import check_fits
 from spectral_core.step import Advance, Task
 
 from .repetition import Repetition
@@ -290,21 +291,10 @@ class SpectralNormRegularizer:
         """
         own = self._required()
         optional = {f"{name}.{field}" for name in self._parameters for field in ("u", "steps")}
-        missing = [key for key in own if key not in state_dict]
-        unexpected = [key for key in state_dict if key not in own and key not in optional]
         between = self._between_iterations()
         whole = all(key in state_dict for key in between)
         own |= between if whole else {}
-        misfits = [
-            f"{key} ({tuple(state_dict[key].shape)}, not {tuple(value.shape)})"
-            for key, value in own.items()
-            if key in state_dict and state_dict[key].shape != value.shape
-        ]
-        if missing or unexpected or misfits:
-            raise sc.NamesError(
-                f"the state is of another model: missing {missing}, unexpected {unexpected}, "
-                f"of another shape {misfits}"
-            )
+        check_fits(own, state_dict, optional)
         with torch.no_grad():
             for key, value in own.items():
                 value.copy_(state_dict[key])
