@@ -98,7 +98,7 @@ class Torch:
         )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
         self.reg = spectral_torch.SpectralNormRegularizer(
-            self.model, FACTOR, every_n_steps=every_n_steps, kernels=False
+            self.model, FACTOR, every_n_steps=every_n_steps
         ).attach(self.optimizer)
 
     def step(self, step):

@@ -66,7 +66,7 @@ class Watch(sc.Watch):
         self, log: Log | Any, *, every_n_steps: int = 100, prefix: str = "spectral/"
     ) -> None:
         super().__init__(log, every_n_steps=every_n_steps, prefix=prefix, read=OnItsWay.of)
-        self._handles: dict[Optimizer, RemovableHandle] = {}
+        self._handle: RemovableHandle | None = None
 
     def attach(self, reg: SpectralNormRegularizer, optimizer: Optimizer) -> Self:
         """Look at ``reg`` after each step of ``optimizer``; of several optimizers, take one.
@@ -91,7 +91,7 @@ class Watch(sc.Watch):
                 f"{type(optimizer).__name__} has no register_step_post_hook: attach the optimizer "
                 "that it wraps, or call watch(reg) after its step"
             )
-        if self._handles:
+        if self._handle is not None:
             raise sc.ArgumentError(
                 "this watch is attached already, to the optimizer whose steps it counts: close() "
                 "it first, or make another"
@@ -100,7 +100,7 @@ class Watch(sc.Watch):
         def after_step(*_: object) -> None:
             self(reg)
 
-        self._handles[optimizer] = optimizer.register_step_post_hook(after_step)
+        self._handle = optimizer.register_step_post_hook(after_step)
         return self
 
     def __call__(self, state: SpectralNormRegularizer, step: int | None = None) -> None:
@@ -120,8 +120,9 @@ class Watch(sc.Watch):
 
     def close(self) -> None:
         """Detach from the optimizer, and log what is still on its way."""
-        while self._handles:
-            self._handles.popitem()[1].remove()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
         super().close()
 
     def _look(self, state: SpectralNormRegularizer) -> tuple[Mapping[str, Tensor], Factor]:
