@@ -15,6 +15,8 @@ from .layout import Layout, as_matrix, from_matrix
 from .penalty import penalty, penalty_at, rank_one, slope
 from .power import PowerIteration, power_iteration, start_vector
 from .regularizer import SpectralState, add_gradient, add_gradient_, init, iterate
+from .saving import load_state_dict, state_dict
+from .watch import Watch
 
 __version__ = "0.1.0"
 
@@ -30,6 +32,7 @@ __all__ = [
     "SpectralError",
     "SpectralNorm",
     "SpectralState",
+    "Watch",
     "add_gradient",
     "add_gradient_",
     "as_matrix",
@@ -39,6 +42,7 @@ __all__ = [
     "from_matrix",
     "init",
     "iterate",
+    "load_state_dict",
     "penalty",
     "penalty_at",
     "power_iteration",
@@ -46,4 +50,5 @@ __all__ = [
     "slope",
     "spectral_norm",
     "start_vector",
+    "state_dict",
 ]

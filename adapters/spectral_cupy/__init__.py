@@ -23,8 +23,9 @@ from spectral_core.step import plain_step
 
 from .device import CuPyRuntime
 from .fused import FusedStep
+from .watch import Watch
 
-__all__ = ["SpectralState", "Stepper", "add_gradient_", "init", "iterate"]
+__all__ = ["SpectralState", "Stepper", "Watch", "add_gradient_", "init", "iterate"]
 
 # In the dtype of the vectors, and rounded once: float16 gradients take float32 terms.
 _outer_kernel = cupy.ElementwiseKernel(

@@ -4,10 +4,12 @@ from spectral_core import Layout
 
 from .constraint import constrain_spectral_norm
 from .transformation import SpectralNormState, add_spectral_norm_regularization, sigmas
+from .watch import Watch
 
 __all__ = [
     "Layout",
     "SpectralNormState",
+    "Watch",
     "add_spectral_norm_regularization",
     "constrain_spectral_norm",
     "sigmas",

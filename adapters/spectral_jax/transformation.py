@@ -253,6 +253,16 @@ def sigmas(state: Any) -> dict[str, jax.Array]:
     >>> float(spectral_jax.sigmas(state)["w"])
     5.0
     """
+    return {
+        name: sigma
+        for node in states(state)
+        if isinstance(node.sigma, Mapping)
+        for name, sigma in node.sigma.items()
+    }
+
+
+def states(state: Any) -> list[SpectralNormState]:
+    """The states of `add_spectral_norm_regularization` within that of an optimizer."""
 
     def is_ours(node: Any) -> bool:
         return isinstance(node, SpectralNormState)
@@ -260,12 +270,7 @@ def sigmas(state: Any) -> dict[str, jax.Array]:
     found = [node for node in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(node)]
     if not found:
         raise sc.NamesError("this optimizer state holds no SpectralNormState")
-    return {
-        name: sigma
-        for node in found
-        if isinstance(node.sigma, Mapping)
-        for name, sigma in node.sigma.items()
-    }
+    return found
 
 
 def at_step(value: Any, count: jax.Array) -> Any:

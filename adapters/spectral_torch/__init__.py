@@ -4,5 +4,6 @@ from spectral_core import Layout
 
 from .constraint import SpectralNormConstraint
 from .regularizer import SpectralNormRegularizer
+from .watch import Watch
 
-__all__ = ["Layout", "SpectralNormConstraint", "SpectralNormRegularizer"]
+__all__ = ["Layout", "SpectralNormConstraint", "SpectralNormRegularizer", "Watch"]

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 import spectral_core as sc
 from spectral_core._arrays import array_namespace, traits_of
 from spectral_core.errors import checked_int
+from spectral_core.saving import check_fits
 
 from .selection import Choice, Model, choose
 from .steps import Steps, looked_at
@@ -157,21 +158,10 @@ class Estimator:
         """
         own = self._required()
         optional = {f"{name}.{field}" for name in self._parameters for field in ("u", "steps")}
-        missing = [key for key in own if key not in state_dict]
-        unexpected = [key for key in state_dict if key not in own and key not in optional]
         between = self._between_iterations()
         whole = all(key in state_dict for key in between)
         own |= between if whole else {}
-        misfits = [
-            f"{key} ({tuple(state_dict[key].shape)}, not {tuple(value.shape)})"
-            for key, value in own.items()
-            if key in state_dict and state_dict[key].shape != value.shape
-        ]
-        if missing or unexpected or misfits:
-            raise sc.NamesError(
-                f"the state is of another model: missing {missing}, unexpected {unexpected}, "
-                f"of another shape {misfits}"
-            )
+        check_fits(own, state_dict, optional)
         with torch.no_grad():
             for key, value in own.items():
                 value.copy_(state_dict[key])

@@ -1,0 +1,75 @@
+"""σ on its way from the device to a log, without a wait."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import cupy
+import numpy as np
+
+import spectral_core as sc
+from spectral_core.penalty import Factor
+from spectral_core.watch import Log
+
+
+class Watch(sc.Watch):
+    """Log σ of each weight, log₁₀ Πσ and the penalty every n-th step, without a wait.
+
+    As `spectral_core.Watch`, whose ``read`` would wait for the GPU: here σ is copied into pinned
+    memory by the GPU itself.
+
+    Parameters
+    ----------
+    log, factor, every_n_steps, prefix
+        As for `spectral_core.Watch`.
+
+    Examples
+    --------
+    >>> import cupy as cp, spectral_cupy
+    >>> state = spectral_cupy.init({"w": cp.asarray([[6.0, 8.0]])})
+    >>> with spectral_cupy.Watch(print, factor=0.01, prefix="") as watch:
+    ...     watch(state, 0)
+    {'sigma/w': 10.0, 'log10_sigma_product': 1.0, 'penalty': 0.5} 0
+    """
+
+    def __init__(
+        self,
+        log: Log | Any,
+        *,
+        factor: Factor = 0.01,
+        every_n_steps: int = 100,
+        prefix: str = "spectral/",
+    ) -> None:
+        super().__init__(
+            log, factor=factor, every_n_steps=every_n_steps, prefix=prefix, read=OnItsWay.of
+        )
+
+
+class OnItsWay(NamedTuple):
+    """The `Reading` of arrays of one GPU."""
+
+    flat: cupy.ndarray  # kept: its memory is in use until the copy is made
+    host: np.ndarray[Any, Any]
+    event: cupy.cuda.Event
+
+    @classmethod
+    def of(cls, arrays: Sequence[cupy.ndarray]) -> OnItsWay:
+        """Send them to the host."""
+        with arrays[0].device:
+            flat = cupy.concatenate([array.reshape(-1) for array in arrays])
+            pinned = cupy.cuda.alloc_pinned_memory(flat.nbytes)
+            host = np.frombuffer(pinned, flat.dtype, flat.size)
+            flat.get(out=host, blocking=False)
+            event = cupy.cuda.Event(disable_timing=True)
+            event.record()
+        return cls(flat, host, event)
+
+    def ready(self) -> bool:
+        """Whether the copy is made."""
+        return bool(self.event.done)
+
+    def values(self) -> np.ndarray[Any, Any]:
+        """The elements of all."""
+        self.event.synchronize()
+        return self.host

@@ -1,0 +1,232 @@
+"""What `Watch` logs, of which step, and when."""
+
+import math
+
+import numpy as np
+import pytest
+
+import spectral_core as sc
+from backends import svd_norm
+from spectral_core import watch as watching
+
+SHAPES = {"dense": (6, 5), "grouped": (4, 3, 2, 2)}
+LAYOUTS = {"grouped": sc.Layout("(go)ihw", groups=2)}
+FACTOR = {"dense": 0.5, "*": 0.1}
+
+
+@pytest.fixture
+def weights():
+    rng = np.random.default_rng(0)
+    return {name: rng.standard_normal(shape) for name, shape in SHAPES.items()}
+
+
+def converged(weights):
+    return sc.iterate(weights, sc.init(weights, layouts=LAYOUTS), n_iter=2000)
+
+
+def expected(weights, prefix="spectral/"):
+    """The logged numbers, from the singular values that LAPACK finds."""
+    dense = svd_norm(weights["dense"])
+    grouped = svd_norm(weights["grouped"].reshape(2, 2, 12))
+    return {
+        f"{prefix}sigma/dense": dense,
+        f"{prefix}sigma/grouped": max(grouped),
+        f"{prefix}log10_sigma_product": math.log10(dense * grouped[0] * grouped[1]),
+        f"{prefix}penalty": 0.25 * dense**2 + 0.05 * (grouped[0] ** 2 + grouped[1] ** 2),
+    }
+
+
+class Log(list):
+    def __call__(self, values, step):
+        self.append((step, values))
+
+    def assert_is(self, numbers):
+        assert [step for step, _ in self] == list(numbers)
+        for (_, found), values in zip(self, numbers.values(), strict=True):
+            assert found.keys() == values.keys()
+            assert all(type(value) is float for value in found.values())
+            np.testing.assert_allclose(list(found.values()), list(values.values()), rtol=1e-10)
+
+
+class Late:
+    """A device whose numbers arrive when it is told to let them, and a `Read` of it."""
+
+    def __init__(self):
+        self.sent, self.arrived, self.waited_for = 0, 0, []
+
+    def __call__(self, arrays):
+        reading = LateReading(self, self.sent, watching.read(arrays))
+        self.sent += 1
+        return reading
+
+
+class LateReading:
+    def __init__(self, device, number, reading):
+        self.device, self.number, self.reading = device, number, reading
+
+    def ready(self):
+        return self.number < self.device.arrived
+
+    def values(self):
+        if not self.ready():
+            self.device.waited_for.append(self.number)
+        return self.reading.values()
+
+
+def test_the_numbers_are_those_of_an_svd(weights, backend):
+    log = Log()
+    state = sc.iterate(
+        backend.tree(weights), sc.init(backend.tree(weights), layouts=LAYOUTS), n_iter=2000
+    )
+    sc.Watch(log, factor=FACTOR, prefix="")(state, 0)
+    log.assert_is({0: expected(weights, "")})
+
+
+@pytest.mark.parametrize("every_n_steps", [1, 3])
+def test_due_steps_are_logged_with_the_weights_of_the_step(weights, every_n_steps):
+    log, numbers = Log(), {}
+    watch = sc.Watch(log, factor=FACTOR, every_n_steps=every_n_steps)
+    for step in range(7):
+        scaled = {name: weight * (1 + step) for name, weight in weights.items()}
+        watch(converged(scaled))
+        if step % every_n_steps == 0:
+            numbers[step] = expected(scaled)
+        log.assert_is(numbers)  # a host array is logged at once
+    assert list(numbers) == list(range(0, 7, every_n_steps))
+
+
+def test_late_numbers_are_logged_once_in_order_with_their_own_step(weights):
+    device, log, numbers = Late(), Log(), {}
+    watch = sc.Watch(log, factor=FACTOR, every_n_steps=2, read=device)
+    arrivals = [0, 0, 0, 1, 1, 3, 3, 3, 4, 5]  # how many readings have arrived at each step
+    for step, arrived in enumerate(arrivals):
+        scaled = {name: weight * (1 + step) for name, weight in weights.items()}
+        state = converged(scaled)
+        device.arrived = arrived
+        watch(state, 100 + step)
+        for vector in (*state.v.values(), *state.sigma.values()):
+            vector[...] = np.nan  # what a step in place does to what is on its way
+        if step % 2 == 0:
+            numbers[100 + step] = expected(scaled)
+        log.assert_is(dict(list(numbers.items())[:arrived]))
+    assert device.waited_for == []
+    watch.flush()
+    log.assert_is(numbers)
+    watch.flush()
+    watch.close()
+    log.assert_is(numbers)
+
+
+def test_an_end_waits_for_what_is_on_its_way(weights):
+    device, log = Late(), Log()
+    with sc.Watch(log, factor=FACTOR, every_n_steps=2, read=device) as watch:
+        for _ in range(5):
+            watch(converged(weights))
+        assert log == []
+    log.assert_is(dict.fromkeys((0, 2, 4), expected(weights)))
+    assert device.waited_for == [0, 1, 2]
+
+
+def test_a_log_that_fails_is_not_told_the_same_again(weights):
+    device, told = Late(), []
+
+    def log(values, step):
+        told.append(step)
+        if step == 0:
+            raise OSError("the disk is full")
+
+    watch = sc.Watch(log, every_n_steps=1, read=device)
+    watch(converged(weights))
+    device.arrived = 2
+    with pytest.raises(OSError, match="disk"):
+        watch(converged(weights))
+    watch.flush()
+    assert told == [0, 1]
+
+
+def test_factors_are_those_of_the_step(weights):
+    device, log = Late(), Log()
+    watch = sc.Watch(log, factor=0.2, every_n_steps=1, read=device)
+    state = converged(weights)
+    squares = sum(np.sum(sigma**2) for sigma in state.sigma.values())
+    watch(state)
+    watch.factor = {"dense": np.array(0.4), "grouped": np.float32(0.25)}
+    watch(state)
+    watch.factor = 0.0
+    watch.flush()
+    penalties = [values["spectral/penalty"] for _, values in log]
+    dense = float(state.sigma["dense"]) ** 2
+    assert penalties == pytest.approx([0.1 * squares, 0.2 * dense + 0.125 * (squares - dense)])
+
+
+def test_a_factor_that_is_an_array_is_read_with_sigma(weights, backend):
+    asked = []
+
+    def read(arrays):
+        asked.append(len(arrays))
+        return watching.read(arrays)
+
+    log, on_device = Log(), backend.tree(weights)
+    factor = backend.asarray(np.array(0.3))
+    watch = sc.Watch(log, factor=factor, read=read)
+    state = sc.init(on_device)
+    watch(state)
+    squares = sum(float(sigma) ** 2 for sigma in backend.tree_to_numpy(state.sigma).values())
+    assert log[0][1]["spectral/penalty"] == pytest.approx(0.15 * squares)
+    assert asked == [2 if backend.module == "numpy" else 3]  # NumPy's is a number like any other
+
+
+def test_numbers_out_of_range_are_logged_as_they_are():
+    log = Log()
+    many = {f"w{i}": np.full((2, 2), 1e10) for i in range(40)}
+    zero = {"w": np.zeros((2, 2)), "one": np.eye(2)}
+    bad = {"w": np.full((2, 2), np.nan), "one": np.eye(2)}
+    for weights in (many, zero, bad):
+        sc.Watch(log, factor=1.0)(sc.init(weights))
+    large, none, nan = (values for _, values in log)
+    assert large["spectral/log10_sigma_product"] == pytest.approx(40 * math.log10(2e10))
+    assert none["spectral/sigma/w"] == 0
+    assert none["spectral/log10_sigma_product"] == -math.inf
+    assert none["spectral/penalty"] == pytest.approx(0.5)
+    assert math.isnan(nan["spectral/sigma/w"])
+    assert math.isnan(nan["spectral/penalty"])
+    assert nan["spectral/sigma/one"] == pytest.approx(1)
+
+
+def test_a_writer_gets_scalars(weights):
+    class Writer:
+        def __init__(self):
+            self.scalars = []
+
+        def add_scalar(self, name, value, step):
+            self.scalars.append((name, value, step))
+
+    writer, log = Writer(), Log()
+    for to in (writer, log):
+        sc.Watch(to, factor=FACTOR)(converged(weights), 200)
+    assert writer.scalars == [(name, value, 200) for name, value in log[0][1].items()]
+
+
+def test_a_resumed_run_counts_on(weights):
+    log, state = Log(), converged(weights)
+    watch = sc.Watch(log, every_n_steps=4)
+    watch.step = 6
+    for _ in range(4):
+        watch(state)
+    watch(state, 16)
+    for _ in range(4):
+        watch(state)
+    assert [step for step, _ in log] == [8, 16, 20]
+
+
+def test_mistakes_are_named(weights):
+    with pytest.raises(sc.ArgumentError, match="every_n_steps must be an integer ≥ 1, not 0"):
+        sc.Watch(print, every_n_steps=0)
+    with pytest.raises(sc.ArgumentError, match=r"log must be a callable log\(values, step\)"):
+        sc.Watch("runs/1")
+    with pytest.raises(sc.ArgumentError, match=r"must be a SpectralState.*its adapter"):
+        sc.Watch(print)({"w": weights["dense"]})
+    with pytest.raises(sc.NamesError, match="matches none"):
+        sc.Watch(print, factor={"other": 0.1})(converged(weights))
+    with pytest.raises(sc.NamesError, match=r"no entry for \['grouped'\]"):
+        sc.Watch(print, factor={"dense": 0.1})(converged(weights))

@@ -1,0 +1,359 @@
+"""What training runs log: read back from TensorBoard's files, beside singular values by SVD."""
+
+import math
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import spectral_core as sc
+from backends import svd_norm
+
+FACTOR = 0.02
+N_ITER = 150  # a step, so that σ is that of an SVD
+
+
+def digits(n=256):
+    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
+    images, labels = datasets.load_digits(return_X_y=True)
+    return images[:n].reshape(n, 8, 8) / 16, labels[:n]
+
+
+def logged(folder):
+    """The scalars of all event files: {name: {step: value}}."""
+    events = EventAccumulator(str(folder)).Reload()
+    return {
+        name: {event.step: event.value for event in events.Scalars(name)}
+        for name in events.Tags()["scalars"]
+    }
+
+
+def numbers_of(sigma):
+    """What is to be logged, from all singular values of each weight's stack."""
+    every = np.concatenate([np.atleast_1d(value) for value in sigma.values()])
+    return {
+        **{f"spectral/sigma/{name}": np.max(value) for name, value in sigma.items()},
+        "spectral/log10_sigma_product": np.sum(np.log10(every)),
+        "spectral/penalty": FACTOR / 2 * np.sum(every**2),
+    }
+
+
+def assert_logged(found, by_step, rtol=1e-5):
+    names = set().union(*by_step.values())
+    assert found.keys() == names
+    for name in names:
+        assert list(found[name]) == list(by_step)
+        expected = [values[name] for values in by_step.values()]
+        np.testing.assert_allclose(list(found[name].values()), expected, rtol=rtol, atol=1e-6)
+
+
+# PyTorch
+
+
+def torch_net(torch):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3),
+        torch.nn.Conv2d(4, 8, 3, groups=2),
+        torch.nn.Flatten(),
+        torch.nn.Linear(8 * 4 * 4, 10),
+    ).double()
+
+
+def torch_sigma(model):
+    """σ by SVD: of the grouped convolution two."""
+    return {
+        "0.weight": svd_norm(model[0].weight.detach().reshape(4, -1).numpy()),
+        "1.weight": svd_norm(model[1].weight.detach().reshape(2, 4, -1).numpy()),
+        "3.weight": svd_norm(model[3].weight.detach().numpy()),
+    }
+
+
+def torch_batches(torch, n_steps):
+    images, labels = digits()
+    for step in range(n_steps):
+        those = slice(step * 32 % 256, step * 32 % 256 + 32)
+        yield torch.tensor(images[those, None]), torch.tensor(labels[those])
+
+
+def train(torch, model, optimizer, n_steps):
+    """Train, and say what σ the weights of each step's loss had."""
+    sigma = []
+    for x, labels in torch_batches(torch, n_steps):
+        sigma.append(torch_sigma(model))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+    return sigma
+
+
+def regularized(torch, spectral_torch, **options):
+    model = torch_net(torch)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    reg = spectral_torch.SpectralNormRegularizer(model, FACTOR, **options).attach(optimizer)
+    return model, optimizer, reg
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch", reason="PyTorch is not installed")
+
+
+def test_a_torch_run_in_tensorboard(torch, tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    import spectral_torch
+
+    model, optimizer, reg = regularized(torch, spectral_torch, n_iter=N_ITER)
+    with (
+        SummaryWriter(tmp_path) as writer,
+        spectral_torch.Watch(writer, every_n_steps=4).attach(reg, optimizer) as watch,
+    ):
+        sigma = train(torch, model, optimizer, 10)
+    assert_logged(logged(tmp_path), {step: numbers_of(sigma[step]) for step in (0, 4, 8)})
+    assert sigma[0]["3.weight"] != pytest.approx(sigma[8]["3.weight"], rel=1e-3)
+
+    train(torch, model, optimizer, 5)  # detached, it counts and logs no more
+    assert watch.step == 10
+    assert set(logged(tmp_path)["spectral/penalty"]) == {0, 4, 8}
+
+
+def test_a_schedule_and_factors_by_name_are_logged_as_they_were(torch):
+    import spectral_torch
+
+    log = []
+    model, optimizer, reg = regularized(torch, spectral_torch, n_iter=N_ITER)
+    watch = spectral_torch.Watch(lambda *args: log.append(args), every_n_steps=1)
+    watch.attach(reg, optimizer)
+    reg.factor = {"0.weight": torch.tensor(0.5), "*": 0.1}
+    sigma = train(torch, model, optimizer, 1)
+    reg.factor = 0.3
+    sigma += train(torch, model, optimizer, 1)
+    squares = [{name: np.sum(value**2) for name, value in found.items()} for found in sigma]
+    first = squares[0]["0.weight"]
+    expected = [0.25 * first + 0.05 * (sum(squares[0].values()) - first)]
+    expected.append(0.15 * sum(squares[1].values()))
+    assert [values["spectral/penalty"] for values, _ in log] == pytest.approx(expected)
+
+
+def test_watching_adds_two_operations_to_a_due_step_and_none_to_others(torch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    import spectral_torch
+
+    class Recorded(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            assert func is not torch.ops.aten._local_scalar_dense.default, "waits for the device"
+            if kwargs.get("device") is not None:
+                assert kwargs.get("non_blocking"), f"{func} waits for the device"
+            if not func.is_view and func.namespace == "aten":
+                self.names.append(func.overloadpacket.__name__)
+            return func(*args, **kwargs)
+
+    with pytest.raises(AssertionError, match="waits"), Recorded():
+        torch.ones(1).item()
+
+    found, log = {}, []
+    for watched in (True, False):
+        model, optimizer, reg = regularized(torch, spectral_torch, kernels=False)
+        if watched:
+            watch = spectral_torch.Watch(lambda *args: log.append(args), every_n_steps=2)
+            watch.attach(reg, optimizer)
+        batches = list(torch_batches(torch, 4))
+        for step, (x, labels) in enumerate(batches):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), labels).backward()
+            with Recorded() as recorded:
+                optimizer.step()
+            found[watched, step] = recorded.names
+    for step in (1, 3):
+        assert found[True, step] == found[False, step]
+    for step in (0, 2):
+        assert found[True, step] == [*found[False, step], "cat", "cat"]  # to send, to take apart
+    assert [step for _, step in log] == [0, 2]
+
+
+def test_a_compiled_step_is_watched(torch):
+    import spectral_torch
+
+    torch.compiler.reset()
+    outcomes = []
+    for wrap in (lambda step: step, lambda step: torch.compile(step, backend="eager")):
+        log = []
+        model, optimizer, reg = regularized(torch, spectral_torch)
+        watch = spectral_torch.Watch(lambda *args, log=log: log.append(args), every_n_steps=2)
+        watch.attach(reg, optimizer)
+        step = wrap(optimizer.step)
+        for x, labels in torch_batches(torch, 5):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), labels).backward()
+            step()
+        outcomes.append(log)
+    assert [step for _, step in outcomes[0]] == [0, 2, 4]
+    assert [step for _, step in outcomes[1]] == [0, 2, 4]
+    for (plain, _), (compiled, _) in zip(*outcomes, strict=True):
+        assert compiled == pytest.approx(plain, rel=1e-6)
+
+
+def test_a_watch_counts_the_steps_of_one_optimizer(torch):
+    import spectral_torch
+
+    _, optimizer, reg = regularized(torch, spectral_torch)
+    watch = spectral_torch.Watch(print).attach(reg, optimizer)
+    with pytest.raises(sc.ArgumentError, match="attached already"):
+        watch.attach(reg, optimizer)
+    watch.close()
+    watch.attach(reg, optimizer)
+    with pytest.raises(sc.ArgumentError, match=r"has no register_step_post_hook.*watch\(reg\)"):
+        spectral_torch.Watch(print).attach(reg, object())
+
+
+@pytest.mark.parametrize("how", ["logger.log_metrics", "self.log_dict"])
+def test_a_lightning_run(torch, tmp_path, how):
+    lightning = pytest.importorskip("lightning", reason="Lightning is not installed")
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    import spectral_torch
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model, self.sigma = torch_net(torch), []
+
+        def training_step(self, batch, _):
+            self.sigma.append(torch_sigma(self.model))
+            return torch.nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+            reg = spectral_torch.SpectralNormRegularizer(self.model, FACTOR, n_iter=N_ITER)
+            reg.attach(optimizer)
+            log = {
+                "logger.log_metrics": logger.log_metrics,
+                "self.log_dict": lambda values, step: self.log_dict(values),
+            }[how]
+            spectral_torch.Watch(log, every_n_steps=3).attach(reg, optimizer)
+            return optimizer
+
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    module = Module()
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=logger,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(list(torch_batches(torch, 7)), batch_size=None))
+    found = logged(tmp_path)
+    found.pop("epoch", None)  # Lightning's own
+    # `self.log_dict` is for what each step has: Lightning logs the last numbers until there are new
+    latest = {0: 0, 3: 3, 6: 6}
+    if how == "self.log_dict":
+        latest = {step: step // 3 * 3 for step in range(7)}
+    assert_logged(found, {step: numbers_of(module.sigma[i]) for step, i in latest.items()})
+
+
+# JAX
+
+
+def test_a_jax_run_in_tensorboard(tmp_path):
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    optax = pytest.importorskip("optax", reason="optax is not installed")
+    tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="PyTorch is not installed")
+    import jax.numpy as jnp
+
+    import spectral_jax
+
+    rng = np.random.default_rng(0)
+    shapes = {"hidden": (64, 16), "out": (16, 10)}
+    params = {  # of which a few iterations find σ: its entries have a mean
+        name: {"kernel": jnp.asarray(0.1 + 0.1 * rng.standard_normal(shape), jnp.float32)}
+        for name, shape in shapes.items()
+    }
+    images, labels = digits()
+    x, y = jnp.asarray(images.reshape(256, 64), jnp.float32), jnp.asarray(labels)
+    tx = optax.chain(
+        spectral_jax.add_spectral_norm_regularization(FACTOR, n_iter=12),
+        optax.sgd(0.5, momentum=0.9),
+    )
+
+    def loss(params):
+        logits = jnp.tanh(x @ params["hidden"]["kernel"]) @ params["out"]["kernel"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    state, by_step = tx.init(params), {}
+    with (
+        tensorboard.SummaryWriter(tmp_path) as writer,
+        spectral_jax.Watch(writer, factor=FACTOR, every_n_steps=4) as watch,
+    ):
+        for number in range(10):
+            if number % 4 == 0:
+                kernels = {name: np.array(layer["kernel"]) for name, layer in params.items()}
+                by_step[number] = numbers_of(
+                    {f"{name}/kernel": svd_norm(kernel) for name, kernel in kernels.items()}
+                )
+            params, state = step(params, state)
+            watch(state, number)
+    assert_logged(logged(tmp_path), by_step, rtol=2e-5)
+    assert len({values["spectral/penalty"] for values in by_step.values()}) == 3
+
+
+def test_logarithms_are_finite_where_a_product_would_not_be(torch, tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    weights = {f"layer{i}": np.full((2, 2), 1e5 * (i + 1)) for i in range(80)}
+    with SummaryWriter(tmp_path) as writer, sc.Watch(writer, factor=FACTOR) as watch:
+        watch(sc.init(weights), 700)
+    expected = sum(math.log10(2e5 * (i + 1)) for i in range(80))
+    assert expected > 308  # the largest power of ten of a double
+    assert logged(tmp_path)["spectral/log10_sigma_product"] == {700: pytest.approx(expected)}
+
+
+# Examples
+
+
+def test_the_example_with_tensorboard(torch, tmp_path):
+    digits()  # or a skip
+    import with_tensorboard
+
+    outcome = with_tensorboard.main(str(tmp_path), epochs=1, every_n_steps=7)
+    found = logged(tmp_path)
+    for name in ("0.weight", "2.weight", "4.weight"):
+        values = found[f"spectral/sigma/{name}"]
+        assert list(values) == [0, 7, 14, 21]
+        assert values[21] == pytest.approx(outcome[f"sigma of {name}"])  # of the 22nd, the last
+    assert outcome["test accuracy"] > 0.3  # of ten classes
+
+
+def test_the_live_plot(torch, tmp_path):
+    digits()
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed")
+    pyplot.switch_backend("agg")
+    import live_plot
+
+    numbers = live_plot.main(save=str(tmp_path / "out.png"), epochs=1)
+    sigma = np.array([values for name, values in numbers.items() if "sigma/" in name])
+    assert sigma.shape == (4, 3)
+    assert numbers["step"] == [0, 5, 10]
+    np.testing.assert_allclose(numbers["penalty"], 0.005 * np.sum(sigma**2, axis=0))
+    above, below = pyplot.gcf().axes
+    drawn = [line.get_ydata() for line in (*above.lines, *below.lines)]
+    np.testing.assert_array_equal(drawn, [*sigma, numbers["penalty"]])
+    assert pyplot.imread(tmp_path / "out.png").std() > 0.05
+    pyplot.close("all")
