@@ -41,22 +41,22 @@ class SpectralNormRegularizer(keras.optimizers.Optimizer):  # type: ignore[misc]
         convolution and recurrent layers, not embeddings, norms and biases.
     factor : float, `keras.optimizers.schedules.LearningRateSchedule`, or mapping of path or pattern
         λ; a schedule is called with the number of the step. A mapping holds one of the first two
-        for each weight: ``{"*/conv*": 0.05, "*": 0.01}``.
+        for each weight: ``{"*conv*": 0.05, "*": 0.01}``.
     n_iter : int
         Power iterations a step.
     n_vectors : int
         How many vectors to iterate with for each matrix (`spectral_core.block_iteration`).
     include : str, iterable of str, or callable, optional
-        Paths or shell patterns (``"*/head/*"``) of the variables to regularize instead of the
-        default ones, or ``include(path, variable) -> bool``.
+        Paths (``variable.path``) or shell patterns (``"*head/*"``) of the variables to regularize
+        instead of the default ones, or ``include(path, variable) -> bool``.
     exclude : str, iterable of str, or callable, optional
         Of those, the ones to leave out.
     layouts : mapping of path or pattern to `spectral_core.Layout` or str, optional
         What the axes of a variable are where its layer does not tell, or tells otherwise. What is
         named here is regularized, if the default would leave it out.
     seed : int
-        Of the start vectors, which depend on it and on the paths alone. (Keras numbers the layers
-        that have no name anew with each model, unless `keras.utils.clear_session` is called.)
+        Of the start vectors, which depend on it and on the paths alone. (Keras goes on numbering
+        layers without a name from model to model, until `keras.utils.clear_session` is called.)
     name : str, optional
         The optimizer's.
 

@@ -57,7 +57,8 @@ class Weights:
         return Weights(layouts, places(found, variables), len(variables), found)
 
     def _again(self, variables: Sequence[Variable]) -> dict[str, Variable]:
-        # By place first: layers without a name are numbered anew in each model of a process.
+        # By place first: a model that is loaded has other paths, without the model's own name and
+        # with new numbers for layers that have none.
         if len(variables) == self.n_variables:
             return {path: variables[place] for path, place in self.places.items()}
         by_path = {variable.path: variable for variable in variables}

@@ -175,7 +175,8 @@ def test_evaluation_counts_no_term():
 def test_a_loss_scale_around_it_changes_nothing_but_skipped_steps():
     model = perceptron()
     expected, _ = by_hand(values(model.weights), factor=0.3)
-    compiled(model, around=lambda o: keras.optimizers.LossScaleOptimizer(o, initial_scale=64.0))
+    inner = sgd(loss_scale_factor=8.0)  # which the one around takes over
+    compiled(model, inner, lambda o: keras.optimizers.LossScaleOptimizer(o, initial_scale=64.0))
     fit(model)
     assert_close(values(model.weights), expected)
     before = values(model.optimizer.variables)
