@@ -37,7 +37,7 @@ import importlib.util, sys
 import numpy as np
 import spectral_core as sc
 assert not {"torch", "jax", "cupy"} & set(sys.modules)
-for package in ("spectral_torch", "spectral_jax", "spectral_cupy"):
+for package in ("spectral_torch", "spectral_jax", "spectral_cupy", "spectral_keras"):
     assert importlib.util.find_spec(package), package
 rng = np.random.default_rng(0)
 weights = {"w": rng.standard_normal((4, 3))}
@@ -83,7 +83,7 @@ def tests_all(session: nox.Session) -> None:
 
 @nox.session
 def integrations(session: nox.Session) -> None:
-    """Weights divided among processes and over meshes."""
+    """Real training stacks: many processes, meshes, trainers, the examples; kill and resume."""
     install(session, "-e", ".[torch,jax]", *group("test"), *group("integrations"))
     session.run(*PYTEST, "tests/integrations", *session.posargs)
 
@@ -105,7 +105,9 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
     session.run("mypy")
-    session.run("mypy", *(f"adapters/spectral_{name}" for name in ("torch", "jax", "cupy")))
+    session.run(
+        "mypy", *(f"adapters/spectral_{name}" for name in ("torch", "jax", "cupy", "keras"))
+    )
 
 
 @nox.session
