@@ -85,7 +85,7 @@ def tests_all(session: nox.Session) -> None:
 def integrations(session: nox.Session) -> None:
     """Real training stacks: many processes, meshes, trainers, the examples; kill and resume."""
     install(session, "-e", ".[torch,jax]", *group("test"), *group("integrations"))
-    session.run(*PYTEST, "tests/integrations", *session.posargs)
+    session.run(*PYTEST, "tests/integrations", "tests/test_readme.py", *session.posargs)
 
 
 @nox.session(venv_backend="none")

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.readme`: write the numbers of README anew from the committed results."""
+"""`python -m benchmarks.readme`: write the numbers of README anew, results and versions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks import stacks
 from benchmarks.blocks import replaced
 from benchmarks.paper import page
 from benchmarks.speed import markdown, results
@@ -107,6 +108,7 @@ def written(text: str) -> str:
         "demo": demo(),
         "speed": speed(),
         "accuracy": accuracy(),
+        "stacks": stacks.table(),
     }
     for name, block in blocks.items():
         text = replaced(text, name, block)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from ._arrays import Array, array_namespace, to_host
 from .errors import ArgumentError, checked_int
-from .penalty import Factor, factors_of, penalty
+from .penalty import Factor, check_power, factors_of, penalty
 from .regularizer import SpectralState
 
 Log: TypeAlias = Callable[[dict[str, float], int], object]
@@ -52,11 +52,22 @@ def read(arrays: Sequence[Array]) -> Reading:
     return Arrived(to_host(xp.concat([xp.reshape(x, (-1,)) for x in arrays])).real)
 
 
+class Look(NamedTuple):
+    """What there is to log of a state, where it lies."""
+
+    sigma: Mapping[str, Array]
+    factor: Factor
+    target: Factor = 0.0
+    power: int = 2
+
+
 class _Taken(NamedTuple):
     step: int
     names: tuple[str, ...]
-    factors: tuple[float | int, ...]  # an int is the place of λ among the arrays that are read
-    sizes: tuple[int, ...]  # of the arrays: σ of each weight, more than one in a stack, and λ
+    factors: tuple[float | int, ...]  # an int is a place among the arrays that are read
+    targets: tuple[float | int, ...]
+    power: int
+    sizes: tuple[int, ...]  # of the arrays: σ of each weight, more than one in a stack; λ; targets
     reading: Reading
 
 
@@ -70,7 +81,7 @@ class Watch:
     - ``spectral/sigma/<name>``, of a stack of matrices (a grouped convolution) the largest;
     - ``spectral/log10_sigma_product``, over all matrices: the product itself leaves the range of
       a float in a deep network;
-    - ``spectral/penalty``, (λ/2)·Σσ² over all matrices.
+    - ``spectral/penalty``, (λ/2)·Σσ² over all matrices (see `penalty`).
 
     Parameters
     ----------
@@ -83,6 +94,8 @@ class Watch:
         Steps that it divides are logged, from 0 on.
     prefix : str
         What the names begin with.
+    target, power
+        As for `add_gradient`, for the penalty.
     read : callable
         How arrays get to the host: a framework's way that does not wait goes here (`Read`). The
         adapters ``spectral_torch``, ``spectral_jax`` and ``spectral_cupy`` have a `Watch` with
@@ -128,10 +141,14 @@ class Watch:
         factor: Factor = 0.01,
         every_n_steps: int = 100,
         prefix: str = "spectral/",
+        target: Factor = 0.0,
+        power: int = 2,
         read: Read = read,
     ) -> None:
         self._log = _as_log(log)
         self.factor = factor
+        self.target = target
+        self.power = check_power(power)
         self.every_n_steps = checked_int(every_n_steps, "every_n_steps")
         self.prefix = prefix
         self.step = 0
@@ -151,7 +168,7 @@ class Watch:
         step = self.step if step is None else step
         self.step = step + 1
         if step % self.every_n_steps == 0:
-            self._pending.append(self._taken(step, *self._look(state)))
+            self._pending.append(self._taken(step, self._look(state)))
         while self._pending and self._pending[0].reading.ready():
             self._log_next()
 
@@ -170,39 +187,48 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _look(self, state: Any) -> tuple[Mapping[str, Array], Factor]:
-        """σ and λ where they lie: what an adapter says of its own state."""
+    def _look(self, state: Any) -> Look:
+        """What an adapter says of its own state."""
         if not isinstance(state, SpectralState):
             raise ArgumentError(
                 f"state must be a SpectralState, not {type(state)}: for that of a framework's "
                 "optimizer or regularizer there is the Watch of its adapter"
             )
-        return state.sigma, self.factor
+        return Look(state.sigma, self.factor, self.target, self.power)
 
-    def _taken(self, step: int, sigma: Mapping[str, Array], factor: Factor) -> _Taken:
-        arrays = list(sigma.values())
-        factors: list[float | int] = []
+    def _taken(self, step: int, look: Look) -> _Taken:
+        sigma, arrays = look.sigma, list(look.sigma.values())
         places: dict[int, int] = {}
-        for value in factors_of(factor, sigma).values():
-            if not isinstance(value, float):
-                if id(value) not in places:
-                    places[id(value)] = len(arrays)
-                    arrays.append(value)
-                value = places[id(value)]
-            factors.append(value)
+
+        def placed(values: Iterable[float | Array]) -> Iterator[float | int]:
+            for value in values:
+                if not isinstance(value, float):
+                    if id(value) not in places:
+                        places[id(value)] = len(arrays)
+                        arrays.append(value)
+                    value = places[id(value)]
+                yield value
+
+        factors = tuple(placed(factors_of(look.factor, sigma).values()))
+        targets = tuple(placed(factors_of(look.target, sigma, "target").values()))
         sizes = tuple(prod(array.shape) for array in arrays)
-        return _Taken(step, tuple(sigma), tuple(factors), sizes, self._read(arrays))
+        reading = self._read(arrays)
+        return _Taken(step, tuple(sigma), factors, targets, look.power, sizes, reading)
 
     def _log_next(self) -> None:
-        step, names, factors, sizes, reading = self._pending.popleft()
+        step, names, factors, targets, power, sizes, reading = self._pending.popleft()
         parts = np.split(reading.values().astype(np.float64), np.cumsum(sizes)[:-1])
         sigma = parts[: len(names)]
         found = {f"sigma/{name}": value.max() for name, value in zip(names, sigma, strict=True)}
         with np.errstate(divide="ignore"):  # -inf where a σ is 0
             found["log10_sigma_product"] = np.log10(np.concatenate(sigma)).sum()
+
+        def number(value: float | int) -> float:
+            return float(parts[value][0]) if isinstance(value, int) else value
+
         found["penalty"] = sum(
-            penalty(value, factor=float(parts[f][0]) if isinstance(f, int) else f)
-            for value, f in zip(sigma, factors, strict=True)
+            penalty(value, factor=number(factor), target=number(target), power=power)
+            for value, factor, target in zip(sigma, factors, targets, strict=True)
         )
         self._log({self.prefix + key: float(value) for key, value in found.items()}, step)
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from spectral_torch import Layout, SpectralNormRegularizer
+from spectral_torch import Layout, SpectralNormConstraint, SpectralNormRegularizer
 
 # Sizes that four processes do not divide evenly, nor the groups.
 WEIGHTS = {
@@ -90,6 +90,36 @@ def placed(name, dtype, options):
                 "sigma": reg.sigmas(),
                 "v": first_vectors(reg, several=options.get("n_vectors", 1) > 1),
                 "penalty": {"": penalty.detach()},
+            }
+        )
+    return runs
+
+
+def bounded(name, dtype, normalize):
+    """The same for weights that are held at a bound, a stack's matrices by themselves."""
+    mesh_shape, placements = PLACEMENTS[name]
+    mesh = init_device_mesh("cpu", mesh_shape)
+    layouts = {key: layout for key, (_, layout) in WEIGHTS.items()}
+    runs = []
+    for sharded in (True, False):
+        parameters = {
+            key: nn.Parameter(distribute_tensor(w, mesh, placements) if sharded else w.clone())
+            for key, w in weights(dtype).items()
+        }
+        optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
+        cap = SpectralNormConstraint(
+            parameters, 1.5, normalize=normalize, layouts=layouts, n_iter=3, kernels=False
+        ).attach(optimizer)
+        generator = torch.Generator().manual_seed(4)
+        for _ in range(3):
+            for parameter in parameters.values():
+                grad = torch.randn(parameter.shape, generator=generator, dtype=dtype)
+                parameter.grad = distribute_tensor(grad, mesh, placements) if sharded else grad
+            optimizer.step()
+        runs.append(
+            {
+                "weight": {key: whole(p.detach()) for key, p in parameters.items()},
+                "sigma": cap.sigmas(),
             }
         )
     return runs

@@ -1,10 +1,13 @@
 """The examples of README run."""
 
+import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("KERAS_BACKEND", "torch")
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
@@ -16,8 +19,9 @@ def test_there_are_examples_for_each_framework():
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
 def test_an_example_runs(block):
-    for module in re.findall(r"\b(?:torch|jax|optax)\b", block.splitlines()[0]):
-        pytest.importorskip(module, reason=f"{module} is not installed")
+    for module in re.findall(r"\b(?:torch|jax|optax|keras)\b", block.splitlines()[0]):
+        if find_spec(module) is None:  # to import Keras would choose its backend
+            pytest.skip(f"{module} is not installed")
     if "numba_step" in block:
         pytest.importorskip("numba", reason="Numba is not installed")
     exec(block, {})
@@ -27,3 +31,10 @@ def test_its_numbers_are_those_of_the_committed_results():
     from benchmarks.readme import written
 
     assert written(README) == README
+
+
+def test_its_table_has_all_stacks_that_are_tested():
+    from benchmarks.stacks import STACKS
+
+    files = (Path(__file__).parent / "integrations").glob("test_*.py")
+    assert sorted(f"test_{stack.test}.py" for stack in STACKS) == sorted(f.name for f in files)

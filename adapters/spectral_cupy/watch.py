@@ -21,7 +21,7 @@ class Watch(sc.Watch):
 
     Parameters
     ----------
-    log, factor, every_n_steps, prefix
+    log, factor, every_n_steps, prefix, target, power
         As for `spectral_core.Watch`.
 
     Examples
@@ -40,9 +40,17 @@ class Watch(sc.Watch):
         factor: Factor = 0.01,
         every_n_steps: int = 100,
         prefix: str = "spectral/",
+        target: Factor = 0.0,
+        power: int = 2,
     ) -> None:
         super().__init__(
-            log, factor=factor, every_n_steps=every_n_steps, prefix=prefix, read=OnItsWay.of
+            log,
+            factor=factor,
+            every_n_steps=every_n_steps,
+            prefix=prefix,
+            target=target,
+            power=power,
+            read=OnItsWay.of,
         )
 
 

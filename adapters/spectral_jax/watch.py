@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 
 import spectral_core as sc
 from spectral_core.penalty import Factor
-from spectral_core.watch import Log
+from spectral_core.watch import Log, Look
 
 from .transformation import sigmas, states
 
@@ -35,6 +35,8 @@ class Watch(sc.Watch):
         Steps that it divides are logged, from 0 on.
     prefix : str
         What the names begin with.
+    target, power
+        As the transformation has them.
 
     Attributes
     ----------
@@ -62,18 +64,26 @@ class Watch(sc.Watch):
         factor: Factor | Callable[[Any], Any] = 0.01,
         every_n_steps: int = 100,
         prefix: str = "spectral/",
+        target: Factor | Callable[[Any], Any] = 0.0,
+        power: int = 2,
     ) -> None:
-        super().__init__(log, every_n_steps=every_n_steps, prefix=prefix, read=OnItsWay.of)
+        super().__init__(
+            log, every_n_steps=every_n_steps, prefix=prefix, power=power, read=OnItsWay.of
+        )
         self.factor = factor
+        self.target = target
 
-    def _look(self, state: Any) -> tuple[Mapping[str, jax.Array], Factor]:
+    def _look(self, state: Any) -> Look:
         found = sigmas(state)
         if any(isinstance(sigma, jax.core.Tracer) for sigma in found.values()):
             raise sc.ArgumentError("state is traced: call watch between jitted steps, not in one")
-        if callable(self.factor):
-            # The count is that of the next step.
-            return found, jax.jit(self.factor)(jnp.maximum(states(state)[0].count - 1, 0))
-        return found, self.factor
+        # The count is that of the next step.
+        step = jnp.maximum(states(state)[0].count - 1, 0)
+        factor, target = (
+            jax.jit(value)(step) if callable(value) else value
+            for value in (self.factor, self.target)
+        )
+        return Look(found, factor, target, self.power)
 
 
 class OnItsWay(NamedTuple):

@@ -19,7 +19,7 @@ import numpy as np
 import spectral_core as sc
 from spectral_core.errors import checked_int
 from spectral_core.patterns import by_name
-from spectral_core.penalty import factors_of
+from spectral_core.penalty import check_factor, check_power, factors_of
 
 from .selection import Choice, Variable, Weights, choose
 
@@ -57,6 +57,11 @@ class SpectralNormRegularizer(keras.optimizers.Optimizer):  # type: ignore[misc]
     seed : int
         Of the start vectors, which depend on it and on the paths alone. (Keras goes on numbering
         layers without a name from model to model, until `keras.utils.clear_session` is called.)
+    target : float
+        The σ below which a matrix is left alone: the penalty is the hinge
+        (λ/2)·Σ max(0, σ − target)².
+    power : int
+        2, or 1 for the penalty λ·Σ max(0, σ − target).
     name : str, optional
         The optimizer's.
 
@@ -104,6 +109,8 @@ class SpectralNormRegularizer(keras.optimizers.Optimizer):  # type: ignore[misc]
         exclude: Choice | None = None,
         layouts: Mapping[str, sc.Layout | str] | None = None,
         seed: int = 0,
+        target: float = 0.0,
+        power: int = 2,
         name: str | None = None,
     ) -> None:
         backend = keras.backend.backend()
@@ -127,6 +134,8 @@ class SpectralNormRegularizer(keras.optimizers.Optimizer):  # type: ignore[misc]
         self.n_iter = checked_int(n_iter, "n_iter")
         self.n_vectors = checked_int(n_vectors, "n_vectors")
         self.seed = checked_int(seed, "seed", least=0)
+        self.target = check_factor(target, "target")
+        self.power = check_power(power)
 
     def build(self, variables: Sequence[Variable]) -> None:
         """Make v and σ, and what the inner optimizer keeps.
@@ -199,6 +208,8 @@ class SpectralNormRegularizer(keras.optimizers.Optimizer):  # type: ignore[misc]
             given,
             state,
             factor={path: scale * factor for path, factor in factors.items()},
+            target=self.target,
+            power=self.power,
             n_iter=self.n_iter,
         )
         for path, grad in given.items():
@@ -272,6 +283,8 @@ class SpectralNormRegularizer(keras.optimizers.Optimizer):  # type: ignore[misc]
             "n_iter": self.n_iter,
             "n_vectors": self.n_vectors,
             "seed": self.seed,
+            "target": self.target,
+            "power": self.power,
             **kept,
         }
 
@@ -291,7 +304,8 @@ class SpectralNormRegularizer(keras.optimizers.Optimizer):  # type: ignore[misc]
             key: keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
             for key in ("inner_optimizer", "factor")
         }
-        options = {key: config[key] for key in ("name", "n_iter", "n_vectors", "seed")}
+        kept = ("name", "n_iter", "n_vectors", "seed", "target", "power")
+        options = {key: config[key] for key in kept}
         return cls(model=Weights.from_config(config), **parts, **options)
 
 

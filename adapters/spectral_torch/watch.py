@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -12,8 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 import spectral_core as sc
-from spectral_core.penalty import Factor
-from spectral_core.watch import Log
+from spectral_core.watch import Log, Look
 
 from .regularizer import SpectralNormRegularizer
 
@@ -43,9 +42,9 @@ class Watch(sc.Watch):
 
     Notes
     -----
-    λ is the regularizer's own. In distributed training, make a watch on the first rank only: it
-    sends nothing to the others. A step that a CUDA graph replays runs no hook: call
-    ``watch(reg)`` after it.
+    λ, target and power are the regularizer's own. In distributed training, make a watch on the
+    first rank only: it sends nothing to the others. A step that a CUDA graph replays runs no hook:
+    call ``watch(reg)`` after it.
 
     Examples
     --------
@@ -125,11 +124,12 @@ class Watch(sc.Watch):
             self._handle = None
         super().close()
 
-    def _look(self, state: SpectralNormRegularizer) -> tuple[Mapping[str, Tensor], Factor]:
+    def _look(self, state: SpectralNormRegularizer) -> Look:
         # Those in use, to copy all at once: `sigmas` would copy one by one.
         found = state.state_dict()
         names = [key.removesuffix(".sigma") for key in found if key.endswith(".sigma")]
-        return {name: found[f"{name}.sigma"] for name in names}, state.factor
+        sigma = {name: found[f"{name}.sigma"] for name in names}
+        return Look(sigma, state.factor, state.target, state.power)
 
 
 class OnItsWay(NamedTuple):

@@ -108,6 +108,8 @@ SUITES = {
         {
             "vgg": Setting((0.03, 0.03), epochs=60, width=0.25),
             "densenet-22": Setting((0.1, 0.1), epochs=60, width=0.25),
+            "nin": Setting((0.02, 0.05), epochs=200, width=0.25),
+            "densenet-40": Setting((0.1, 0.1), epochs=60, width=0.25),
         },
         batches=(64, 448),
         methods=tuple(STRENGTHS),
@@ -124,10 +126,10 @@ SUITES = {
     "fashion-narrow": Suite(
         "8192 images of Fashion-MNIST, a narrow model",
         "fashion-mnist",
-        {"vgg": Setting((0.03, 0.1), epochs=10, width=0.125)},
+        {"vgg": Setting((0.03, 0.1), epochs=32, width=0.125)},
         batches=(64, 1024),
         subset=8192,
-        hessians=1,
+        hessians=8,
     ),
     "fashion": Suite(
         "Fashion-MNIST",

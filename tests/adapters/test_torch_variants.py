@@ -51,6 +51,11 @@ def norms(model):
     return {name: np.linalg.svd(W, compute_uv=False)[..., 0] for name, W in matrices(model).items()}
 
 
+def exact_term(weight):
+    u, s, vh = np.linalg.svd(weight.detach().numpy())
+    return s[0] * np.outer(u[:, 0], vh[0])
+
+
 def slopes(s, target, power):
     return np.maximum(s - target, 0) if power == 2 else 1.0 * (s > target)
 
@@ -163,6 +168,34 @@ def test_the_iteration_goes_on_as_without_a_target(every_n_steps):
             reg.add_gradients_()
         states.append(reg.state_dict())
     torch.testing.assert_close(*states, rtol=1e-12, atol=1e-12)
+
+
+def test_a_hook_registered_after_clips_with_the_term_and_clipping_before_does_not():
+    """The order that the docstring tells."""
+
+    def lengths(after):
+        model = nn.Linear(4, 3, bias=False).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        SpectralNormRegularizer(model, 100.0).attach(optimizer)
+
+        def clip(*_):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+        if after:
+            optimizer.register_step_pre_hook(clip)
+        model.weight.grad = torch.full_like(model.weight, 5.0)
+        if not after:
+            clip()
+        clipped = model.weight.grad.clone()
+        optimizer.step()
+        return float(model.weight.grad.norm()), model, clipped
+
+    length, *_ = lengths(after=True)
+    assert length == pytest.approx(1.0, rel=1e-5)
+    _, model, clipped = lengths(after=False)
+    term = torch.from_numpy(100.0 * exact_term(model.weight))
+    torch.testing.assert_close(model.weight.grad, clipped + term, rtol=1e-3, atol=1e-3)
+    assert float(clipped.norm()) == pytest.approx(1.0, rel=1e-5)
 
 
 # The bound

@@ -42,6 +42,27 @@ print(sorted(set(sys.modules) & set({FRAMEWORKS})))
     assert found.splitlines() == ["[]", "[]"]
 
 
+# What an adapter works with, but does not need: only its user loads it.
+STACKS = ("accelerate", "equinox", "flax", "haiku", "keras", "lightning", "numba", "skorch")
+STACKS += ("orbax", "tensorboard", "torch", "transformers", "jax", "matplotlib")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "needs"),
+    [("spectral_torch", {"torch", "numba"}), ("spectral_jax", {"jax"})],
+)
+def test_an_adapter_imports_its_own_framework_alone(adapter, needs):
+    pytest.importorskip(adapter.replace("spectral_", ""), reason=f"{adapter} needs its framework")
+    adapters = Path(sc.__file__).parents[1] / "adapters"
+    code = f"""
+import sys
+sys.path.append({str(adapters)!r})
+import {adapter}
+print(*set(sys.modules) & set({STACKS}))
+"""
+    assert set(python(code).split()) <= needs
+
+
 def test_import_is_quick():
     code = "from time import perf_counter as t; a = t(); import spectral_core; print(t() - a)"
     seconds = []

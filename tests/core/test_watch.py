@@ -230,3 +230,18 @@ def test_mistakes_are_named(weights):
         sc.Watch(print, factor={"other": 0.1})(converged(weights))
     with pytest.raises(sc.NamesError, match=r"no entry for \['grouped'\]"):
         sc.Watch(print, factor={"dense": 0.1})(converged(weights))
+
+
+def test_the_penalty_is_the_one_that_is_added(weights):
+    log = Log()
+    targets = {"dense": np.array(3.0), "*": 1.0}
+    with sc.Watch(log, factor=FACTOR, every_n_steps=1, target=targets, power=1) as watch:
+        watch(converged(weights), 0)
+    values = expected(weights)
+    grouped = svd_norm(weights["grouped"].reshape(2, 2, 12))
+    dense = values["spectral/sigma/dense"]
+    assert dense > 3.0
+    values["spectral/penalty"] = 0.5 * (dense - 3.0) + 0.1 * np.maximum(grouped - 1.0, 0).sum()
+    log.assert_is({0: values})
+    with pytest.raises(sc.ArgumentError, match="power must be 1 or 2"):
+        sc.Watch(log, power=3)

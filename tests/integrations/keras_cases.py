@@ -85,7 +85,9 @@ def mse_gradients(weights, x, y):
     return [x.T @ e, e.sum(0), h.T @ d, d.sum(0)]
 
 
-def by_hand(weights, epochs=1, *, factor, lr=0.125, n_iter=1, every=1, clipnorm=None, ema=None):
+def by_hand(
+    weights, epochs=1, *, factor, lr=0.125, n_iter=1, every=1, clipnorm=None, ema=None, **penalty
+):
     """SGD with momentum, in NumPy: the weights, and the σ of the last step."""
     weights = [w.copy() for w in weights]
     names = {"net/hidden/kernel": 0, "net/out/kernel": 2}
@@ -100,6 +102,7 @@ def by_hand(weights, epochs=1, *, factor, lr=0.125, n_iter=1, every=1, clipnorm=
             state,
             factor=factor(step) if callable(factor) else factor,
             n_iter=n_iter,
+            **penalty,
         )
         for name, i in names.items():
             grads[i] = terms[name]
@@ -131,6 +134,8 @@ CASES = {
         {"factor": MAPPING, "n_iter": 2},
     ),
     "a schedule": ({}, {"factor": ramp}, {"factor": lambda step: 0.75 * min(step, 4) / 4}),
+    "a hinge": ({}, {"target": 0.9}, {"factor": 0.3, "target": 0.9}),
+    "a penalty in σ": ({}, {"power": 1}, {"factor": 0.3, "power": 1}),
     "a scaled loss": ({"loss_scale_factor": 8.0}, {}, {"factor": 0.3}),
     "accumulation": ({"gradient_accumulation_steps": 2}, {}, {"factor": 0.3, "every": 2}),
     "clipped": ({"clipnorm": 0.5}, {}, {"factor": 0.3, "clipnorm": 0.5}),

@@ -36,7 +36,7 @@ MESHES = {
     "inputs and outputs": ((2, 2), ("x", "y"), "both"),
     "copies and outputs": ((2, 2), ("x", "y"), "output y"),
 }
-OPTIONS = [{}, {"n_vectors": 2}, {"every_n_steps": 2}, {"mask": "kernels"}]
+OPTIONS = [{}, {"n_vectors": 2}, {"every_n_steps": 2}, {"mask": "kernels"}, {"bound": 0.5}]
 
 
 def params():
@@ -67,6 +67,9 @@ def divided(tree, name):
 
 def optimizer(options):
     options = dict(options)
+    if "bound" in options:
+        cap = spectral_jax.constrain_spectral_norm(layouts=LAYOUTS, **options)
+        return optax.chain(optax.sgd(0.1, 0.9, nesterov=True), cap)
     if options.get("mask"):
         options["mask"] = lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
     return optax.chain(

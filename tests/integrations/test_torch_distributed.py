@@ -41,12 +41,23 @@ def assert_close(found, expected, tolerance=1e-5):
         (torch.float64, {}, 1e-12),
         (torch.float64, {"n_vectors": 2}, 1e-9),
         (torch.float64, {"every_n_steps": 2, "n_iter": 2}, 1e-12),
+        (torch.float64, {"target": 2.0}, 1e-12),
+        (torch.float64, {"target": 1.0, "power": 1}, 1e-12),
         (torch.complex128, {}, 1e-12),
     ],
     ids=str,
 )
 def test_a_divided_weight_is_as_a_whole_one(four, name, dtype, options, tolerance):
     for sharded, expected in four.run(ranks.placed, name, dtype, options):
+        for what, values in expected.items():
+            assert_close(sharded[what], values, tolerance)
+
+
+@pytest.mark.parametrize("name", ranks.PLACEMENTS)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 1e-2)])
+def test_a_divided_weight_is_bounded_as_a_whole_one(four, name, dtype, tolerance, normalize):
+    for sharded, expected in four.run(ranks.bounded, name, dtype, normalize):
         for what, values in expected.items():
             assert_close(sharded[what], values, tolerance)
 
