@@ -1,5 +1,6 @@
 """What each process of the distributed tests does. Apart, for they must import it by its name."""
 
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -58,36 +59,41 @@ def weights(dtype):
     }
 
 
-def placed(name, dtype, options):
-    """Steps on weights that lie as `PLACEMENTS` says, beside the same of whole ones."""
+def twins(name, dtype, make, steps):
+    """Weights that lie as `PLACEMENTS` says, and whole ones, after steps with ``make``'s hook."""
     mesh_shape, placements = PLACEMENTS[name]
     mesh = init_device_mesh("cpu", mesh_shape)
     layouts = {key: layout for key, (_, layout) in WEIGHTS.items()}
-    runs = []
     for sharded in (True, False):
         parameters = {
             key: nn.Parameter(distribute_tensor(w, mesh, placements) if sharded else w.clone())
             for key, w in weights(dtype).items()
         }
-        reg = SpectralNormRegularizer(
-            parameters, factor=0.3, layouts=layouts, kernels=False, **options
-        )
         optimizer = torch.optim.SGD(parameters.values(), lr=0.1, momentum=0.9)
-        reg.attach(optimizer)
+        hook = make(parameters, layouts=layouts, kernels=False).attach(optimizer)
         generator = torch.Generator().manual_seed(4)
-        for _ in range(5):
+        for _ in range(steps):
             for parameter in parameters.values():
                 grad = torch.randn(parameter.shape, generator=generator, dtype=dtype)
                 parameter.grad = distribute_tensor(grad, mesh, placements) if sharded else grad
             optimizer.step()
+        found = {key: whole(p.detach()) for key, p in parameters.items()}
+        yield parameters, hook, {"weight": found, "sigma": hook.sigmas()}
+
+
+def placed(name, dtype, options):
+    """Steps with the regularizer, of divided weights and of whole ones, and its penalty."""
+    runs = []
+    make = partial(SpectralNormRegularizer, factor=0.3, **options)
+    for parameters, reg, found in twins(name, dtype, make, steps=5):
         penalty = reg.penalty(differentiable=True)
-        optimizer.zero_grad()
+        for parameter in parameters.values():
+            parameter.grad = None
         penalty.backward()
         runs.append(
             {
-                "weight": {key: whole(p.detach()) for key, p in parameters.items()},
+                **found,
                 "slope": {key: whole(p.grad) for key, p in parameters.items()},
-                "sigma": reg.sigmas(),
                 "v": first_vectors(reg, several=options.get("n_vectors", 1) > 1),
                 "penalty": {"": penalty.detach()},
             }
@@ -97,32 +103,8 @@ def placed(name, dtype, options):
 
 def bounded(name, dtype, normalize):
     """The same for weights that are held at a bound, a stack's matrices by themselves."""
-    mesh_shape, placements = PLACEMENTS[name]
-    mesh = init_device_mesh("cpu", mesh_shape)
-    layouts = {key: layout for key, (_, layout) in WEIGHTS.items()}
-    runs = []
-    for sharded in (True, False):
-        parameters = {
-            key: nn.Parameter(distribute_tensor(w, mesh, placements) if sharded else w.clone())
-            for key, w in weights(dtype).items()
-        }
-        optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
-        cap = SpectralNormConstraint(
-            parameters, 1.5, normalize=normalize, layouts=layouts, n_iter=3, kernels=False
-        ).attach(optimizer)
-        generator = torch.Generator().manual_seed(4)
-        for _ in range(3):
-            for parameter in parameters.values():
-                grad = torch.randn(parameter.shape, generator=generator, dtype=dtype)
-                parameter.grad = distribute_tensor(grad, mesh, placements) if sharded else grad
-            optimizer.step()
-        runs.append(
-            {
-                "weight": {key: whole(p.detach()) for key, p in parameters.items()},
-                "sigma": cap.sigmas(),
-            }
-        )
-    return runs
+    make = partial(SpectralNormConstraint, bound=1.5, normalize=normalize, n_iter=3)
+    return [found for _, _, found in twins(name, dtype, make, steps=3)]
 
 
 class Sizes:
