@@ -305,7 +305,8 @@ class SpectralNormRegularizer(Estimator):
 
     def _takes_part(self, name: str) -> bool:
         parameter = self._parameters[name]
-        return parameter.requires_grad and parameter.grad is not None
+        # In this order: `torch.compile` guards an optimizer's gradients, not its `requires_grad`.
+        return parameter.grad is not None and parameter.requires_grad
 
     def _add_gradients_(
         self, names: Collection[str], scale: float | Tensor | None, turn: object = None

@@ -183,6 +183,20 @@ def test_a_model_that_was_moved_is_followed():
     assert float(torch.linalg.matrix_norm(model[4].weight.grad)) == pytest.approx(expected)
 
 
+def test_a_weight_that_was_frozen_takes_part_again():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    reg = SpectralNormRegularizer(model, factor=0.3).attach(optimizer)
+    step, weight = torch.compile(optimizer.step, backend="aot_eager"), model[4].weight
+    for frozen in (False, True, False):
+        weight.requires_grad_(not frozen)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        step()
+    expected = 0.3 * float(reg.sigmas()["4.weight"])
+    assert float(torch.linalg.matrix_norm(weight.grad)) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pytorch_finds_the_operation_well_formed(dtype):
     W = torch.randn(4, 3, dtype=dtype)
