@@ -111,17 +111,21 @@ class SpectralNormConstraint(Estimator):
 
     def constrain_(self) -> None:
         """Scale all weights now: before the first step, or where an optimizer takes no hooks."""
-        self._constrain_(list(self._parameters))
+        self._constrain_(None)
 
     def _register(self, optimizer: Optimizer) -> RemovableHandle:
         return optimizer.register_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        self._constrain_(self._held_by(optimizer))
+        self._constrain_(optimizer)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
-    def _constrain_(self, names: list[str]) -> None:
+    def _constrain_(self, optimizer: Optimizer | None) -> None:
+        if torch.compiler.is_compiling():  # between two graphs
+            outside = torch.compiler.disable(self._constrain_)  # type: ignore[no-untyped-call]
+            outside(optimizer)
+            return
+        names = list(self._parameters) if optimizer is None else self._held_by(optimizer)
         if not names:
             return
         self._follow()

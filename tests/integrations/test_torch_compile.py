@@ -1,6 +1,9 @@
 """`torch.compile` of the training step: the same weights, no graph more than without the term."""
 
+import os
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -11,7 +14,11 @@ from torch._dynamo.backends.registry import lookup_backend  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
 
 import spectral_core as sc  # noqa: E402
-from spectral_torch import SpectralNormRegularizer, operation  # noqa: E402
+from spectral_torch import (  # noqa: E402
+    SpectralNormConstraint,
+    SpectralNormRegularizer,
+    operation,
+)
 
 STEPS = 5
 
@@ -167,6 +174,29 @@ def test_a_schedule_in_a_tensor_never_recompiles():
     assert backend.graphs == 1
     sigma = float(reg.sigmas()["4.weight"])
     assert lengths == pytest.approx([0.0, sigma, 2 * sigma], rel=1e-3)
+
+
+def test_the_bound_is_kept_after_a_compiled_step():
+    models = net(), net()
+    for model, compiled in zip(models, (False, True), strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        SpectralNormConstraint(model, 0.5).attach(optimizer)
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        for i in range(STEPS):
+            optimizer.zero_grad()
+            model(batch(i)).square().mean().backward()
+            step()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q)
+    norm = float(torch.linalg.matrix_norm(models[1][4].weight.detach(), 2))
+    assert norm == pytest.approx(0.5, rel=0.05)
+
+
+def test_the_compiler_is_not_imported_before_it_is_used():
+    code = "import sys, spectral_torch; print('torch._dynamo' in sys.modules)"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+    assert found.stdout.strip() == "False"
 
 
 def test_a_model_that_was_moved_is_followed():
