@@ -17,9 +17,14 @@ from torch import Tensor
 
 import spectral_core as sc
 from spectral_core.checks import Checks
+from spectral_core.patterns import matches
 
 from .sharded import is_sharded
 from .steps import Steps
+
+# `torch.compile` cannot trace how fnmatch finds its answer, but it is the same for the same text.
+# This is what `torch.compiler.assume_constant_result` does, after a second of importing.
+matches._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _SETS = 64  # of weights that take part together
 

@@ -144,9 +144,10 @@ def plain_sgd(parameters, reg):
             p -= 0.1 * p.grad
 
 
-def test_the_term_is_within_one_graph():
+@pytest.mark.parametrize("factor", [0.3, {"0.*": 0.2, "4.weight": 0.5, "*": 0.3}], ids=str)
+def test_the_term_is_within_one_graph(factor):
     models = net(), net()
-    regs = [SpectralNormRegularizer(model, factor=0.3) for model in models]
+    regs = [SpectralNormRegularizer(model, factor=factor) for model in models]
     backend = Counted()
     fast = torch.compile(plain_sgd, backend=backend, fullgraph=True)
     for i in range(3):
