@@ -46,8 +46,8 @@ class SpectralNormConstraint(Estimator):
 
     Notes
     -----
-    Nothing changes before the first step, or `constrain_`. Only what an attached optimizer holds is
-    scaled. σ is estimated from below: see `spectral_core.constrain`. Moments that an optimizer
+    Nothing changes before the first step, or `constrain_`. A step scales only what its optimizer
+    holds, and no weight that does not require a gradient. σ is estimated from below: see `spectral_core.constrain`. Moments that an optimizer
     keeps are not scaled.
 
     Examples
@@ -125,7 +125,10 @@ class SpectralNormConstraint(Estimator):
             outside = torch.compiler.disable(self._constrain_)  # type: ignore[no-untyped-call]
             outside(optimizer)
             return
-        names = list(self._parameters) if optimizer is None else self._held_by(optimizer)
+        names = list(self._parameters)
+        if optimizer is not None:
+            held = self._held_by(optimizer)
+            names = [name for name in held if self._parameters[name].requires_grad]
         if not names:
             return
         self._follow()

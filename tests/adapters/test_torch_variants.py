@@ -282,6 +282,17 @@ def test_attach_takes_one_optimizer_for_each_parameter():
     SpectralNormConstraint(model).attach(of_bias, of_weight)
 
 
+def test_a_frozen_weight_stays_as_it_is():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    SpectralNormConstraint(model, 0.1, warmup_iters=300).attach(optimizer)
+    before = model[0].weight.requires_grad_(False).clone()
+    model(torch.ones(1, 5, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(model[0].weight.detach(), before, rtol=0, atol=0)
+    assert torch.linalg.matrix_norm(model[1].weight.detach(), 2) < 0.11
+
+
 def test_a_constrained_run_goes_on_bit_for_bit_and_copies():
     def make():
         model = zoo()
