@@ -88,7 +88,7 @@ class Estimator:
             of the weights.
         """
         for optimizer in optimizers:
-            self._check_hooks(optimizer)
+            check_hooks(optimizer, self._by_hand)
         if not any(map(self._held_by, optimizers)):
             raise sc.ArgumentError(
                 f"{', '.join(type(optimizer).__name__ for optimizer in optimizers)} holds none of "
@@ -181,19 +181,6 @@ class Estimator:
     def _take_over(self, between: Mapping[str, Tensor]) -> None:
         """Take over the rest of what `_between_iterations` gave, or do without it."""
 
-    def _check_hooks(self, optimizer: Optimizer) -> None:
-        kind = type(optimizer)
-        if not getattr(getattr(kind, "step", None), "hooked", False):
-            raise sc.ArgumentError(
-                f"{kind.__name__}.step runs no hooks: attach the optimizer that it wraps, or "
-                f"{self._by_hand}"
-            )
-        if _calls_parents_step(kind):
-            raise sc.ArgumentError(
-                f"{kind.__name__}.step calls the step of a class that it is derived from, and "
-                f"PyTorch may run the hooks in both: {self._by_hand} instead"
-            )
-
     def _register(self, optimizer: Optimizer) -> RemovableHandle:
         raise NotImplementedError
 
@@ -242,6 +229,20 @@ class Estimator:
 
     def _moved(self) -> None:
         """Forget where v, σ and u lay."""
+
+
+def check_hooks(optimizer: Any, by_hand: str) -> None:
+    """Raise `ArgumentError` if a step of ``optimizer`` would run no hooks, or run them twice."""
+    kind = type(optimizer)
+    if not getattr(getattr(kind, "step", None), "hooked", False):
+        raise sc.ArgumentError(
+            f"{kind.__name__}.step runs no hooks: attach the optimizer that it wraps, or {by_hand}"
+        )
+    if _calls_parents_step(kind):
+        raise sc.ArgumentError(
+            f"{kind.__name__}.step calls the step of a class that it is derived from, and "
+            f"PyTorch may run the hooks in both: {by_hand} instead"
+        )
 
 
 @cache

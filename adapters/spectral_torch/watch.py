@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 import spectral_core as sc
 from spectral_core.watch import Log, Look
 
+from .estimator import check_hooks
 from .regularizer import SpectralNormRegularizer
 
 
@@ -83,13 +84,10 @@ class Watch(sc.Watch):
         Raises
         ------
         spectral_core.ArgumentError
-            If ``optimizer`` has no step hooks, or the watch is attached already.
+            If a step of ``optimizer`` would run no hooks, or run them twice, or the watch is
+            attached already.
         """
-        if not hasattr(optimizer, "register_step_post_hook"):
-            raise sc.ArgumentError(
-                f"{type(optimizer).__name__} has no register_step_post_hook: attach the optimizer "
-                "that it wraps, or call watch(reg) after its step"
-            )
+        check_hooks(optimizer, "call watch(reg) after its step")
         if self._handle is not None:
             raise sc.ArgumentError(
                 "this watch is attached already, to the optimizer whose steps it counts: close() "

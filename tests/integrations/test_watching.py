@@ -206,14 +206,21 @@ def test_a_compiled_step_is_watched(torch):
 def test_a_watch_counts_the_steps_of_one_optimizer(torch):
     import spectral_torch
 
-    _, optimizer, reg = regularized(torch, spectral_torch)
+    model, optimizer, reg = regularized(torch, spectral_torch)
     watch = spectral_torch.Watch(print).attach(reg, optimizer)
     with pytest.raises(sc.ArgumentError, match="attached already"):
         watch.attach(reg, optimizer)
     watch.close()
     watch.attach(reg, optimizer)
-    with pytest.raises(sc.ArgumentError, match=r"has no register_step_post_hook.*watch\(reg\)"):
-        spectral_torch.Watch(print).attach(reg, object())
+
+    class Twice(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    twice = Twice(model.parameters())
+    for other, match in ((object(), r"runs no hooks.*watch\(reg\)"), (twice, "hooks in both")):
+        with pytest.raises(sc.ArgumentError, match=match):
+            spectral_torch.Watch(print).attach(reg, other)
 
 
 @pytest.mark.parametrize("how", ["logger.log_metrics", "self.log_dict"])
