@@ -1,6 +1,10 @@
 """Keras 3, on PyTorch or JAX: the regularizer is an optimizer around yours. Run
-`KERAS_BACKEND=torch python examples/with_keras.py`, or `KERAS_BACKEND=jax`.
+`python examples/with_keras.py`, or `KERAS_BACKEND=jax python examples/with_keras.py`.
 """
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "torch")  # before keras is imported
 
 import keras
 from keras import layers
