@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ._arrays import Array, array_namespace, constant
 from .checks import Checks
@@ -306,6 +307,31 @@ def choose_layouts(ndims: Mapping[str, int], layouts: Layouts | None) -> dict[st
         name: as_layout(given[name]) if name in given else default_layout(ndim)
         for name, ndim in ndims.items()
     }
+
+
+def part_of(state: SpectralState, names: Collection[str]) -> SpectralState:
+    """The state of these weights alone."""
+
+    def part(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: values[name] for name in names if name in values}
+
+    return replace(
+        state,
+        v=part(state.v),
+        sigma=part(state.sigma),
+        u=part(state.u),
+        layouts=part(state.layouts),
+    )
+
+
+def with_part(state: SpectralState, part: SpectralState) -> SpectralState:
+    """``state``, where ``part`` is newer."""
+    return replace(
+        state,
+        v={**state.v, **part.v},
+        sigma={**state.sigma, **part.sigma},
+        u={**state.u, **part.u},
+    )
 
 
 def _with_penalty(step: Step, target: Factor, power: int, state: SpectralState) -> Step:

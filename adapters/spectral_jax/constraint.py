@@ -10,6 +10,8 @@ import optax
 
 import spectral_core as sc
 from spectral_core.errors import checked_int
+from spectral_core.penalty import factors_of
+from spectral_core.regularizer import part_of, with_part
 
 from .products import refresh
 from .selection import choose, named_leaves
@@ -62,6 +64,9 @@ def constrain_spectral_norm(
     Nothing changes before the first step. σ is estimated from below: see `spectral_core.constrain`.
     A float16 or bfloat16 weight misses the bound by its rounding.
 
+    `optax.inject_hyperparams` makes arrays of numbers: give it
+    ``static_args=("n_iter", "normalize", "n_vectors", "seed", "mask")``.
+
     Examples
     --------
     >>> import jax.numpy as jnp, optax, spectral_jax
@@ -73,6 +78,11 @@ def constrain_spectral_norm(
     1.0
     """
     everything = mask is not None
+    if isinstance(n_iter, jax.core.Tracer) or isinstance(normalize, jax.core.Tracer):
+        raise sc.ArgumentError(
+            "n_iter and normalize must not be traced: give optax.inject_hyperparams "
+            'static_args=("n_iter", "normalize", "n_vectors", "seed", "mask")'
+        )
     checked_int(n_iter, "n_iter")
 
     def init(params: Any) -> SpectralNormState:
@@ -88,12 +98,16 @@ def constrain_spectral_norm(
             return updates, state._replace(count=count)
         before, chosen = choose(params, layouts, everything)
         leaves, structure = named_leaves(updates)
-        moved, _ = choose(optax.apply_updates(params, updates), layouts, everything)
+        # What has no update stays as it is.
+        moved = {name: before[name] + leaf for name, _, leaf in leaves if name in before}
+        moved = {name: weight.astype(before[name].dtype) for name, weight in moved.items()}
+        whole = of_core(state, chosen)
+        bounds = factors_of(at_step(bound, state.count), before, "bound")
         with jax.default_matmul_precision("highest"):
             weights, after = sc.constrain(
                 moved,
-                of_core(state, chosen),
-                bound=at_step(bound, state.count),
+                part_of(whole, moved),
+                bound={name: bounds[name] for name in moved},
                 normalize=normalize,
                 n_iter=n_iter,
                 step=refresh,
@@ -101,7 +115,7 @@ def constrain_spectral_norm(
         new = [
             weights[name] - before[name] if name in weights else leaf for name, _, leaf in leaves
         ]
-        return jax.tree.unflatten(structure, new), of_optax(count, after)
+        return jax.tree.unflatten(structure, new), of_optax(count, with_part(whole, after))
 
     transformation = optax.GradientTransformation(init, update)
     return optax.masked(transformation, mask) if everything else transformation

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import spectral_core as sc
 from spectral_core.constraint import scale_
 from spectral_core.layout import Plan
 from spectral_core.penalty import Factor, factors_of
+from spectral_core.regularizer import part_of
 
 from . import sharded
 from .estimator import Estimator
@@ -47,8 +47,8 @@ class SpectralNormConstraint(Estimator):
     Notes
     -----
     Nothing changes before the first step, or `constrain_`. A step scales only what its optimizer
-    holds, and no weight that does not require a gradient. σ is estimated from below: see `spectral_core.constrain`. Moments that an optimizer
-    keeps are not scaled.
+    holds, and no weight that does not require a gradient. σ is estimated from below: see
+    `spectral_core.constrain`. Moments that an optimizer keeps are not scaled.
 
     Examples
     --------
@@ -137,7 +137,7 @@ class SpectralNormConstraint(Estimator):
         with self._full_precision():
             found = sc.constrain_(
                 {name: self._parameters[name] for name in names},
-                _part_of(state, names),
+                part_of(state, names),
                 bound={name: bounds[name] for name in names},
                 normalize=self.normalize,
                 n_iter=self.n_iter,
@@ -146,19 +146,6 @@ class SpectralNormConstraint(Estimator):
             )
         # v and u are written already, where they lie.
         torch._foreach_copy_([state.sigma[n] for n in names], [found.sigma[n] for n in names])
-
-
-def _part_of(state: sc.SpectralState, names: list[str]) -> sc.SpectralState:
-    def part(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: values[name] for name in names}
-
-    return replace(
-        state,
-        v=part(state.v),
-        sigma=part(state.sigma),
-        u=part(state.u),
-        layouts=part(state.layouts),
-    )
 
 
 def _scale_(weight: Tensor, scale: Tensor, plan: Plan, xp: Any) -> Tensor:

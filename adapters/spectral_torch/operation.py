@@ -1,16 +1,18 @@
 """The step as one operation of PyTorch, which `torch.compile` puts into its graph as it is.
 
 The kernels are compiled already: there is nothing in them for it to trace. All that an operation
-may be given is tensors, numbers and text, and so the names and layouts of the weights are text.
+may be given is tensors, numbers and text: so the names and layouts of the weights are text, and the
+`Steps` to make is found by a number.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import count
 from math import isnan, nan
-from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -29,6 +31,17 @@ matches._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _SETS = 64  # of weights that take part together
 
 Value = float | Tensor
+
+# Kept alive by the regularizers that they belong to, with the memory that captured graphs read.
+_steps: WeakValueDictionary[int, Steps] = WeakValueDictionary()
+_numbers = count()
+
+
+def number_of(step: Steps) -> int:
+    """A number by which `run` finds ``step``."""
+    number = next(_numbers)
+    _steps[number] = step
+    return number
 
 
 def described(name: str, layout: sc.Layout) -> str:
@@ -53,7 +66,7 @@ def run(
     *,
     power: int,
     n_iter: int,
-    kernels: bool,
+    step: int,
 ) -> None:
     """`spectral_core.add_gradient_` of these weights: v, σ and u are written into, too."""
     numbers, tensors = _divided(factors)
@@ -62,23 +75,14 @@ def run(
         *(list(weights), list(grads)),
         *([t.v for t in vectors], [t.sigma for t in vectors], [t.u for t in vectors]),
         *(numbers, tensors, target_numbers, target_tensors),
-        *("\n".join(lines), power, n_iter, kernels),
+        *("\n".join(lines), power, n_iter, step),
     )
 
 
-class _Set(NamedTuple):
-    """What is kept from call to call of a set of weights."""
-
-    layouts: Mapping[str, sc.Layout]
-    checks: Checks
-    step: Steps
-
-
 @lru_cache(_SETS)
-def _set_of(text: str, kernels: bool) -> _Set:
+def _read(text: str) -> tuple[dict[str, sc.Layout], Checks]:
     rows = map(json.loads, text.splitlines())
-    layouts = {name: sc.Layout(axes, groups) for name, axes, groups in rows}
-    return _Set(layouts, Checks(), Steps(kernels))
+    return {name: sc.Layout(axes, groups) for name, axes, groups in rows}, Checks()
 
 
 @torch.library.custom_op(
@@ -86,7 +90,7 @@ def _set_of(text: str, kernels: bool) -> _Set:
     mutates_args=("grads", "v", "sigma", "u"),
     schema="(Tensor[] weights, Tensor(a!)[] grads, Tensor(b!)[] v, Tensor(c!)[] sigma, "
     "Tensor(d!)[] u, float[] factors, Tensor[] factor_tensors, float[] targets, "
-    "Tensor[] target_tensors, str text, int power, int n_iter, bool kernels) -> ()",
+    "Tensor[] target_tensors, str text, int power, int n_iter, int step) -> ()",
 )
 def _step_(
     weights: list[Tensor],
@@ -101,9 +105,9 @@ def _step_(
     text: str,
     power: int,
     n_iter: int,
-    kernels: bool,
+    step: int,
 ) -> None:
-    layouts, checks, step = _set_of(text, kernels)
+    layouts, checks = _read(text)
 
     def named(values: Sequence[Value]) -> dict[str, Value]:
         return dict(zip(layouts, values, strict=True))
@@ -115,7 +119,7 @@ def _step_(
         target=named(_joined(targets, target_tensors)),
         power=power,
         n_iter=n_iter,
-        step=step,
+        step=_steps[step],
     )
 
 

@@ -38,7 +38,8 @@ class SpectralNormRegularizer(Estimator):
         recurrent and attention layers, not embeddings, norms and biases; of a parametrized
         layer, the original. Of names and parameters, all with two axes or more.
     factor : float, tensor of shape (), or mapping of name or pattern to either
-        λ. May be set anew at any time, as a schedule does: ``reg.factor = 0.02``.
+        λ. May be set anew at any time, as a schedule does: ``reg.factor = 0.02``; a tensor may be
+        written into, and that compiles no step anew.
     n_iter : int
         Power iterations a step.
     n_vectors : int
@@ -81,7 +82,9 @@ class SpectralNormRegularizer(Estimator):
 
     Notes
     -----
-    A weight whose gradient is None, or that does not require one, is left out of a step. A tied
+    A weight whose gradient is None, or that does not require one, is left out of a step. (Within
+    `torch.compile`, set the gradient of a weight that you freeze to None: a compiled step does not
+    see that it requires none.) A tied
     weight counts once. A grouped convolution is a stack of matrices, each with its own σ. A weight
     that is divided among processes (DTensor) stays so, and these must step together. Nothing
     in a step waits for the device. v and σ are written in place, as a captured CUDA graph needs.
@@ -145,6 +148,7 @@ class SpectralNormRegularizer(Estimator):
         self.power = check_power(power)
         self.every_n_steps = checked_int(every_n_steps, "every_n_steps")
         self._steps_taken = dict.fromkeys(self._parameters, 0)
+        self._number = operation.number_of(self._step)
         self._lines = {
             name: operation.described(name, layout) for name, layout in self._state.layouts.items()
         }
@@ -154,6 +158,7 @@ class SpectralNormRegularizer(Estimator):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_last": WeakKeyDictionary()})
+        self._number = operation.number_of(self._step)
 
     def __repr__(self) -> str:
         return (
@@ -293,15 +298,15 @@ class SpectralNormRegularizer(Estimator):
         # Set by GradScaler on optimizers that unscale within their step: the gradients are
         # still scaled, and where one of them is not finite, the step will change no weight.
         scale, found_inf = (getattr(optimizer, key, None) for key in ("grad_scale", "found_inf"))
-        before = None if found_inf is None else [tensor.clone() for tensor in self._buffers()]
+        before = None if found_inf is None else [x.clone() for x in self._buffers(held)]
         self._add_gradients_(held, scale, turn=optimizer)
         if found_inf is not None and before is not None:
-            _take_back(self._buffers(), before, found_inf)
+            _take_back(self._buffers(held), before, found_inf)
         return [name for name in held if self._takes_part(name)]
 
-    def _buffers(self) -> list[Tensor]:
+    def _buffers(self, names: list[str]) -> list[Tensor]:
         state = self._state
-        return [*state.v.values(), *state.sigma.values(), *state.u.values()]
+        return [field[name] for field in (state.v, state.sigma, state.u) for name in names]
 
     def _takes_part(self, name: str) -> bool:
         parameter = self._parameters[name]
@@ -350,7 +355,7 @@ class SpectralNormRegularizer(Estimator):
                 [prices[n]["target"] for n in taken],
                 power=self.power,
                 n_iter=self.n_iter,
-                kernels=self._step.kernels,
+                step=self._number,
             )
 
     @torch.no_grad()

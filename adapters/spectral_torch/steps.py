@@ -50,7 +50,7 @@ class Steps:
     in_place = True
 
     def __init__(self, kernels: bool) -> None:
-        self.kernels = kernels
+        self._kernels = kernels
         self._plain = MultiTensorStep()
         self._cpu = _numba_step(self._plain) if kernels else self._plain
         self._gpu: TritonStep | None = TritonStep() if kernels else None
@@ -59,7 +59,7 @@ class Steps:
 
     def __reduce__(self) -> tuple[type[Steps], tuple[bool]]:
         # What it has compiled and measured is not copied, but found anew.
-        return Steps, (self.kernels,)
+        return Steps, (self._kernels,)
 
     def __call__(self, tasks: Sequence[Task], n_iter: int) -> Advance:
         """Advance all tasks, in place."""

@@ -121,6 +121,13 @@ SUITES = {
         batches=(64, 448),
         hessians=2,
     ),
+    "digits-densenet-40": Suite(
+        "scikit-learn's digits, a narrow DenseNet-40",
+        "digits",
+        {"densenet-40": Setting((0.1, 0.1), epochs=60, width=0.25)},
+        batches=(64, 448),
+        hessians=2,
+    ),
     "two-frameworks": Suite(
         "scikit-learn's digits, a narrow NIN in PyTorch and in JAX",
         "digits",

@@ -717,3 +717,26 @@ def test_normalized_weights_are_those_of_flaxs_spectral_norm():
         layer.kernel[...] = layer.kernel[...] + grad["kernel"]
         norm(jnp.ones((1, 4, 4, 3)), update_stats=True)
         np.testing.assert_allclose(params["kernel"], layer.kernel[...], rtol=1e-9)  # its epsilon
+
+
+def test_the_bound_leaves_what_has_no_update_and_refuses_traced_numbers():
+    params = {"a": jnp.diag(jnp.array([3.0, 1.0])), "c": jnp.diag(jnp.array([3.0, 1.0]))}
+    tx = spectral_jax.constrain_spectral_norm(1.0, n_iter=50)
+    state = tx.init(params)
+    updates, after = tx.update({"a": jnp.zeros((2, 2)), "c": None}, state, params)
+    assert updates["c"] is None
+    assert float(jnp.linalg.norm((params["a"] + updates["a"]), 2)) == pytest.approx(1.0)
+    np.testing.assert_array_equal(after.v["c"], state.v["c"])
+    assert set(after.v) == set(state.v)
+    make = optax.inject_hyperparams(spectral_jax.constrain_spectral_norm)
+    tx = make(1.0)
+    state = tx.init(params)
+    with pytest.raises(sc.ArgumentError, match="static_args"):
+        jax.jit(tx.update)(params, state, params)
+    static = ("n_iter", "normalize", "n_vectors", "seed", "mask")
+    make = optax.inject_hyperparams(spectral_jax.constrain_spectral_norm, static_args=static)
+    tx = make(lambda count: 2.0 - count, n_iter=50)
+    state = tx.init(params)
+    for bound in (2.0, 1.0):
+        updates, state = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), state, params)
+        assert float(jnp.linalg.norm(params["a"] + updates["a"], 2)) == pytest.approx(bound)

@@ -19,6 +19,7 @@ from spectral_torch import (  # noqa: E402
     SpectralNormRegularizer,
     operation,
 )
+from spectral_torch.steps import Steps  # noqa: E402
 
 STEPS = 5
 
@@ -231,14 +232,14 @@ def test_a_weight_that_was_frozen_takes_part_again():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pytorch_finds_the_operation_well_formed(dtype):
     W = torch.randn(4, 3, dtype=dtype)
-    layout = sc.Layout("oi")
+    layout, step = sc.Layout("oi"), Steps(kernels=False)
     state = sc.init({"w": W})
     empty = [[], [0.0], []]
     torch.library.opcheck(
         operation._step_,
         (
             *([W], [torch.zeros_like(W)], [state.v["w"]], [state.sigma["w"]], [state.u["w"]]),
-            *([0.3], *empty, operation.described("w", layout), 2, 1, False),
+            *([0.3], *empty, operation.described("w", layout), 2, 1, operation.number_of(step)),
         ),
         test_utils=("test_schema", "test_faketensor"),
     )
