@@ -22,6 +22,7 @@ from spectral_torch import (  # noqa: E402
 from spectral_torch.steps import Steps  # noqa: E402
 
 STEPS = 5
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Counted:
@@ -58,16 +59,16 @@ def net():
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv1d(2, 4, 3, groups=2), nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)
-    )
+    ).to(DEVICE)
 
 
 def batch(step):
-    return torch.randn(4, 2, 6, generator=torch.Generator().manual_seed(step))
+    return torch.randn(4, 2, 6, generator=torch.Generator().manual_seed(step)).to(DEVICE)
 
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
-    "AdamW": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01), capturable=False),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
     "SGD foreach": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=True),
 }
 
@@ -124,7 +125,10 @@ def test_the_whole_step_has_no_break_and_no_recompilation_more(make):
         {"kernels": False},
         {"n_vectors": 2, "n_iter": 2},
         {"target": 0.5, "power": 1},
-        {"factor": {"0.*": torch.tensor(0.2), "*": 0.3}, "target": {"2.*": 0.7, "*": 0.0}},
+        {
+            "factor": {"0.*": torch.tensor(0.2, device=DEVICE), "*": 0.3},
+            "target": {"2.*": 0.7, "*": 0.0},
+        },
         {"every_n_steps": 2},
     ],
     ids=str,
@@ -163,7 +167,7 @@ def test_the_term_is_within_one_graph(factor):
 
 def test_a_schedule_in_a_tensor_never_recompiles():
     model, backend = net(), Counted()
-    factor = torch.tensor(0.0)
+    factor = torch.tensor(0.0, device=DEVICE)
     reg = SpectralNormRegularizer(model, factor=factor)
     fast = torch.compile(lambda: reg.add_gradients_(), backend=backend, fullgraph=True)
     lengths = []
