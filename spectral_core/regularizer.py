@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -121,7 +121,7 @@ def init(
         shape = plan.right if n_vectors == 1 else (*plan.right[:-1], n_vectors, plan.right[-1])
         v[name] = start_vector(shape, weights[name], seed=seed, name=name)
     state = SpectralState(v=v, sigma={}, layouts=chosen)
-    found = step([_task(name, weights[name], state) for name in v], 1).triples
+    found = step(_tasks(weights, state, v), 1).triples
     triples = dict(zip(v, found, strict=True))
     sigma = {name: triple.sigma for name, triple in triples.items()}
     return replace(state, sigma=sigma, u={name: triple.u for name, triple in triples.items()})
@@ -161,7 +161,7 @@ def iterate(
     4.8541
     """
     _check_names(weights, state)
-    tasks = [_task(name, weight, state) for name, weight in weights.items()]
+    tasks = _tasks(weights, state, weights)
     return _advanced(state, tasks, step(tasks, checked_int(n_iter, "n_iter")).triples)
 
 
@@ -352,11 +352,8 @@ def _step(
     _check_names(weights, state)
     _check_grads(grads, state)
     factors = factors_of(factor, state.v)
-    tasks = [
-        _task(name, weights[name], state, grads[name], factors[name])
-        for name in state.v
-        if grads[name] is not None
-    ]
+    taken = [name for name in state.v if grads[name] is not None]
+    tasks = _tasks(weights, state, taken, grads, factors)
     new_grads, triples = step(tasks, checked_int(n_iter, "n_iter", least=0))
     added = zip(tasks, new_grads, strict=True)
     return {**grads, **{task.name: grad for task, grad in added}}, _advanced(state, tasks, triples)
@@ -394,12 +391,33 @@ def _check_grads(grads: Mapping[str, Array | None], state: SpectralState) -> Non
         raise NamesError(f"grads has no entry for {missing}: give None to leave a weight out")
 
 
+def _tasks(
+    weights: Arrays,
+    state: SpectralState,
+    names: Iterable[str],
+    grads: Mapping[str, Array | None] | None = None,
+    factors: Mapping[str, float | Array] | None = None,
+) -> list[Task]:
+    """The tasks of these weights; an error tells of all whose shape does not fit."""
+    tasks, misfits = [], []
+    for name in names:
+        grad = None if grads is None else grads[name]
+        factor = 0.0 if factors is None else factors[name]
+        try:
+            tasks.append(_task(name, weights[name], state, grad, factor))
+        except ShapeError as error:
+            misfits.append(str(error))
+    if misfits:
+        raise ShapeError("\n".join(misfits))
+    return tasks
+
+
 def _task(
     name: str,
     weight: Array,
     state: SpectralState,
-    grad: Array | None = None,
-    factor: float | Array = 0.0,
+    grad: Array | None,
+    factor: float | Array,
 ) -> Task:
     v = state.v[name]
     u = state.u.get(name)

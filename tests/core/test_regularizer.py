@@ -960,3 +960,17 @@ def test_a_target_of_each_name():
         add_gradient(weights, grads, init(weights), target={"a": 1.0})
     with pytest.raises(sc.ArgumentError, match="power must be 1 or 2"):
         add_gradient(weights, grads, init(weights), power=3)
+
+
+def test_an_error_tells_of_all_weights_whose_shape_does_not_fit(backend):
+    weights = backend.tree(dict.fromkeys("abc", np.ones((4, 3))))
+    state = init(weights)
+    others = {**weights, **backend.tree({"a": np.ones((4, 5)), "c": np.ones((3, 3, 1))})}
+    grads = dict.fromkeys("abc")
+    grads.update({"a": others["a"], "c": weights["c"]})
+    message = r"'a' of shape \(4, 5\) needs a v of shape \(5,\)(.|\n)*'c'"
+    with pytest.raises(sc.ShapeError, match=message) as error:
+        add_gradient(others, grads, state)
+    assert "'b'" not in str(error.value)
+    with pytest.raises(sc.ShapeError, match=message):
+        iterate(others, state)
