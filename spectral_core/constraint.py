@@ -14,7 +14,7 @@ from math import inf
 
 from ._arrays import Array, Namespace, array_namespace, cast, constant, traits
 from .layout import Plan, plan_of, reshaped, spread_stack
-from .penalty import Factor, check_factor, check_writeable, factors_of
+from .penalty import Factor, check_writeable, factors_of, limit_of
 from .regularizer import Arrays, SpectralState, iterate
 from .step import Step, plain_step
 
@@ -51,9 +51,7 @@ def scale_to(sigma: Array, bound: float | Array, *, normalize: bool = False) -> 
     array([1.  , 2.  , 0.25])
     """
     xp = array_namespace(sigma)
-    limit = check_factor(bound, "bound")
-    if not isinstance(limit, float):
-        limit = cast(limit, sigma.dtype, xp)
+    limit = limit_of(bound, "bound", sigma.dtype, xp)
     one = xp.ones_like(sigma)
     acts = (sigma > (0.0 if normalize else limit)) & (sigma < inf)
     return xp.where(acts, limit / xp.where(acts, sigma, one), one)

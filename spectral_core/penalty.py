@@ -69,7 +69,7 @@ def penalty(
     """
     if not isinstance(sigma, Mapping):
         xp = array_namespace(sigma)
-        factor, limit = check_factor(factor), _limit(target, sigma.dtype, xp)
+        factor, limit = check_factor(factor), limit_of(target, "target", sigma.dtype, xp)
         below, power = sigma <= limit, check_power(power)
         return factor * xp.sum(_raised(sigma, limit, power, below, xp))
     if not sigma:
@@ -129,7 +129,7 @@ def penalty_at(
     square, factor = xp.sum(squared(WHu, xp), axis=-1), check_factor(factor)
     if is_plain(target, check_power(power)):
         return factor * xp.sum(square) / 2
-    limit = _limit(target, square.dtype, xp)
+    limit = limit_of(target, "target", square.dtype, xp)
     below = square <= limit * limit
     # The root's gradient is infinite at zero, and nothing times infinity is NaN.
     sigma = xp.sqrt(xp.where(below, xp.ones_like(square), square))
@@ -164,7 +164,7 @@ def slope(sigma: Array, *, target: float | Array = 0.0, power: int = 2) -> Array
     array([0., 1.])
     """
     xp = array_namespace(sigma)
-    limit = _limit(target, sigma.dtype, xp)
+    limit = limit_of(target, "target", sigma.dtype, xp)
     over = sigma - limit if check_power(power) == 2 else xp.ones_like(sigma)
     return xp.where(sigma <= limit, xp.zeros_like(sigma), over)  # a σ that is NaN stays NaN
 
@@ -284,6 +284,12 @@ def factors_of(
     return {name: check_factor(value, f"{what}[{name!r}]") for name, value in found.items()}
 
 
+def limit_of(value: Factor, what: str, dtype: Any, xp: Namespace) -> float | Array:
+    """A number to compare σ with, checked; if it is an array, in the dtype of σ."""
+    limit = check_factor(value, what)
+    return limit if isinstance(limit, float) else cast(limit, dtype, xp)
+
+
 def check_power(power: int) -> int:
     """``power`` if it is 1 or 2, or `ArgumentError`."""
     if isinstance(power, bool) or power not in (1, 2):
@@ -303,11 +309,6 @@ def check_writeable(x: Array, what: str, instead: str) -> None:
             f"{what} cannot be written in place ({type(x).__name__}): use {instead}, which returns "
             "new arrays"
         )
-
-
-def _limit(target: Factor, dtype: Any, xp: Namespace) -> float | Array:
-    target = check_factor(target, "target")
-    return target if isinstance(target, float) else cast(target, dtype, xp)
 
 
 def _raised(sigma: Array, limit: float | Array, power: int, below: Array, xp: Namespace) -> Array:

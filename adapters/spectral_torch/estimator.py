@@ -125,7 +125,8 @@ class Estimator:
         Returns
         -------
         dict of name to tensor, shape (*stack,)
-            As of the last step, before the optimizer moved the weights.
+            As of the last step: before the optimizer moved the weights, or after they were scaled
+            to a bound.
         """
         return {name: sigma.clone() for name, sigma in self._state.sigma.items()}
 
@@ -168,11 +169,7 @@ class Estimator:
         self._take_over(between if whole else {})
 
     def _required(self) -> dict[str, Tensor]:
-        return {
-            f"{name}.{field}": values[name]
-            for name in self._parameters
-            for field, values in (("v", self._state.v), ("sigma", self._state.sigma))
-        }
+        return sc.state_dict(replace(self._state, u={}))
 
     def _between_iterations(self) -> dict[str, Tensor]:
         """What the state holds in addition, where not every step iterates."""

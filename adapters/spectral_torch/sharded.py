@@ -19,14 +19,7 @@ from torch import Tensor
 from spectral_core import ArgumentError, Layout, PowerIteration, constraint, penalty, slope
 from spectral_core._arrays import Traits, cast, conj, traits
 from spectral_core.block import left_rows, right_rows
-from spectral_core.layout import (
-    Plan,
-    first_of,
-    lay,
-    lying_matrix,
-    reshaped,
-    unlay,
-)
+from spectral_core.layout import Plan, first_of, lay, lying_matrix, reshaped, unlay
 from spectral_core.parts import Part, clipped, ordered, parts_of
 from spectral_core.penalty import add_outer_, outer_factors
 from spectral_core.power import left_of, right_of

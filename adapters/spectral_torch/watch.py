@@ -124,10 +124,7 @@ class Watch(sc.Watch):
 
     def _look(self, state: SpectralNormRegularizer) -> Look:
         # Those in use, to copy all at once: `sigmas` would copy one by one.
-        found = state.state_dict()
-        names = [key.removesuffix(".sigma") for key in found if key.endswith(".sigma")]
-        sigma = {name: found[f"{name}.sigma"] for name in names}
-        return Look(sigma, state.factor, state.target, state.power)
+        return Look(state._state.sigma, state.factor, state.target, state.power)
 
 
 class OnItsWay(NamedTuple):
