@@ -256,6 +256,41 @@ def spectra_sentence(found: Sequence[Pair]) -> str:
     return f"{text} Not so: {'; '.join(missed)}." if missed else text
 
 
+def seeds_sentence(found: Iterable[Group]) -> str:
+    """In how many rows spectral does better than vanilla from every seed, and in how many worse."""
+    rows = {group.title: _beside_vanilla(group) for group in found}
+    compared = {title: signs for title, signs in rows.items() if signs}
+    if not compared:
+        return ""
+    better = [title for title, signs in compared.items() if signs == {1}]
+    worse = [title for title, signs in compared.items() if signs == {-1}]
+    names = f" ({'; '.join(better)})" if better else ""
+    return (
+        "From every seed spectral tests better than vanilla, with a smaller gap after the last "
+        f"epoch, in {len(better)} of {len(compared)} rows{names}; worse, with a larger one, in "
+        f"{len(worse)}."
+    )
+
+
+def _beside_vanilla(group: Group) -> set[int]:
+    """Of the seeds: 1 for better in accuracy and gap, -1 for worse in both, 0 for neither."""
+    if not {"spectral", "vanilla"} <= group.runs.keys():
+        return set()
+    ours, theirs = (
+        {result.run.seed: result.epochs[-1] for result in group.kept(method)}
+        for method in ("spectral", "vanilla")
+    )
+    signs = set()
+    for seed in {result.run.seed for result in group.runs["spectral"]}:
+        if seed not in ours or seed not in theirs:  # one of them diverged, or has not been run
+            signs.add(0)
+            continue
+        test = ours[seed]["test"] - theirs[seed]["test"]
+        gap = ours[seed]["train"] - theirs[seed]["train"] - test
+        signs.add(1 if test > 0 > gap else -1 if test < 0 < gap else 0)
+    return signs
+
+
 def agreements(found: Iterable[Group]) -> list[str]:
     """Of groups that differ in their framework alone: a sentence for each method and measure."""
     by_network: dict[tuple[Network, int], list[Group]] = defaultdict(list)

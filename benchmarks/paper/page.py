@@ -17,6 +17,7 @@ from .comparison import (
     pairs,
     place,
     points,
+    seeds_sentence,
     spectra_sentence,
     verdict,
 )
@@ -85,6 +86,7 @@ def findings(found: Sequence[Group]) -> list[str]:
     return [
         verdicts(found),
         spectra_sentence(pairs(found)),
+        seeds_sentence(found),
         "\n".join(f"- {sentence}" for sentence in agreements(found)),
     ]
 

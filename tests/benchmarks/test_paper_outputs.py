@@ -243,6 +243,28 @@ def test_spectra_of_a_run_that_diverged_are_left_out():
     assert len(pairs(groups([*runs, made("spectral", 1)]))) == 1
 
 
+def test_rows_are_counted_where_all_seeds_agree():
+    def row(model, ours, **run):
+        for seed, (test, gap) in enumerate(ours):
+            yield made("vanilla", seed, (0.5, 0.8), 0.1, model=model)
+            yield made("spectral", seed, (0.5, test), gap, model=model, **run)
+
+    better, worse = [(0.9, 0.05), (0.85, 0.09)], [(0.7, 0.2), (0.75, 0.15)]
+    rows = {
+        "vgg": row("vgg", better),
+        "nin": row("nin", worse),
+        "densenet-22": row("densenet-22", [better[0], worse[0]]),
+        "densenet-40": row("densenet-40", [better[0], (0.9, 0.15)]),
+    }
+    text = comparison.seeds_sentence(groups([run for runs in rows.values() for run in runs]))
+    assert "in 1 of 4 rows (VGGNet CIFAR-10, B = 4096); worse, with a larger one, in 1." in text
+    lost = [*row("vgg", better), made("spectral", 2, diverged=True), made("vanilla", 2)]
+    assert "in 0 of 1 rows; worse, with a larger one, in 0." in comparison.seeds_sentence(
+        groups(lost)
+    )
+    assert comparison.seeds_sentence(groups([made("vanilla")])) == ""
+
+
 def test_half_a_line_at_the_end_is_a_run_that_is_not_done(tmp_path):
     result = made()
     result.done = False
