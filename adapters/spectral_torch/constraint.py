@@ -55,7 +55,7 @@ class SpectralNormConstraint(Estimator):
     >>> import torch, spectral_torch
     >>> model = torch.nn.Linear(4, 8)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
-    >>> cap = spectral_torch.SpectralNormConstraint(model, bound=1.0).attach(optimizer)
+    >>> cap = spectral_torch.SpectralNormConstraint(model, bound=1.0, n_iter=20).attach(optimizer)
     >>> model(torch.ones(1, 4)).sum().backward()
     >>> optimizer.step()
     >>> bool(torch.linalg.matrix_norm(model.weight, 2) < 1.01)

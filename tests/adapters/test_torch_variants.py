@@ -18,6 +18,11 @@ DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 FAMILY = pytest.mark.parametrize(("target", "power"), [(0.0, 1), (0.7, 1), (0.7, 2)])
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def zoo(dtype=torch.float64, device="cpu"):
     torch.manual_seed(0)
     return nn.ModuleDict(
