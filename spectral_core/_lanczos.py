@@ -1,9 +1,9 @@
-"""The converged spectral norm, with a bound of its error: to check and to report with.
+"""Compute the converged spectral norm with an error bound, to check and to report with.
 
-One vector of power iteration is slow where σ₂ ≈ σ₁, which is where the regularizer drives a
-spectrum. Here the iterates of WᴴW are kept and the best vector of their span is taken: the Lanczos
-method, restarted with several of its best vectors when the basis is full (thick restart; Wu and
-Simon, 2000). The square is harmless for the *largest* value: an error of ε in σ² is ε/2 in σ.
+Power iteration is slow where σ₂ ≈ σ₁, and the regularizer drives a spectrum there. The Lanczos
+method keeps the iterates of WᴴW and returns the best vector of their span. When the basis is full,
+it restarts with its best vectors (thick restart; Wu and Simon, 2000). Squaring is harmless for the
+*largest* value: a relative error of ε in σ² is ε/2 in σ.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from ._arrays import (
     to_host,
     traits,
 )
-from .errors import ArgumentError, ShapeError, checked_int
-from .power import matvec, rmatvec, start_vector
+from ._power import matvec, rmatvec, start_vector
+from .errors import ArgumentError, ShapeError, check_int
 
 _BASIS = 32  # vectors kept at most; half of them survive a restart
 
 
 class SpectralNorm(NamedTuple):
-    """What `spectral_norm` returns."""
+    """Result of `spectral_norm`."""
 
     sigma: Array
     u: Array
@@ -47,19 +47,19 @@ class SpectralNorm(NamedTuple):
 def spectral_norm(
     W: Array, *, tol: float | None = None, max_iter: int = 1000, seed: int = 0
 ) -> SpectralNorm:
-    """Compute the largest singular value to a tolerance, and say how far off it can be.
+    """Compute the largest singular value to a tolerance, with an error bound.
 
     Parameters
     ----------
     W : array, shape (..., m, n)
         A matrix or a stack of them. float16 and bfloat16 are computed in float32.
     tol : float, optional
-        Stop when the residual bounds the relative error of sigma by this. By default ε^(2/3):
-        4e-11 in float64, 2e-5 in float32.
+        Stop when the residual bounds the relative error of sigma by this. The default is
+        ε^(2/3): 4e-11 in float64, 2e-5 in float32.
     max_iter : int
-        Products with W and Wᴴ at most.
+        Largest number of products with W and Wᴴ.
     seed : int
-        Of the start vector.
+        Seed of the start vector.
 
     Returns
     -------
@@ -69,13 +69,13 @@ def spectral_norm(
     v : array, shape (..., n)
         Unit vectors with Wᴴu = σv.
     error_bound : array, shape (...)
-        ‖Wv − σu‖/√2 and an allowance for rounding: some singular value of W lies within this of
-        sigma. That it is the largest is sure but for a start vector without a part along v₁,
-        which no residual can exclude and a Gaussian makes improbable.
+        ‖Wv − σu‖/√2 and an allowance for rounding. It proves that some singular value of W is this
+        close to ``sigma``. It is the largest one unless the random start vector is orthogonal to
+        v₁, which has probability zero.
     converged : bool
-        Whether the residual met ``tol``; of a stack, that of every matrix.
+        True if the residual met ``tol``; for a stack, in every matrix.
     n_iter : int
-        The iterations taken, the most of a stack's.
+        Number of iterations; for a stack, the largest.
 
     Raises
     ------
@@ -88,9 +88,10 @@ def spectral_norm(
 
     Notes
     -----
-    Waits for the device at every iteration, and so does not run inside ``jax.jit``; no gradient
-    flows through it. During training, use `power_iteration`. W is scaled by a power of two first:
-    no overflow, and no underflow but where the backend flushes subnormal numbers (JAX).
+    The function waits for the device at every iteration, so it does not run inside ``jax.jit``. No
+    gradient passes through it. During training, use `power_iteration`. W is first scaled by a power
+    of two. Nothing overflows then, and nothing underflows unless the backend flushes subnormal
+    numbers (JAX).
 
     Examples
     --------
@@ -110,7 +111,7 @@ def spectral_norm(
     wanted = kind.eps ** (2 / 3) if tol is None else tol
     if not isinstance(wanted, Real) or not 0 <= (bound := float(wanted)) < inf:
         raise ArgumentError(f"tol must be a finite number ≥ 0, not {tol!r}")
-    max_iter = checked_int(max_iter, "max_iter")
+    max_iter = check_int(max_iter, "max_iter")
     stack = tuple(W.shape[:-2])
     if not stack:
         return _spectral_norm(W, bound, max_iter, seed, xp)
@@ -136,11 +137,13 @@ def _spectral_norm(W: Array, tol: float, max_iter: int, seed: int, xp: Namespace
     largest = float(xp.max(xp.abs(W)))
     if not isfinite(largest) or largest == 0:
         return _trivial(W, largest, xp)
-    # A power of two that is normal and whose inverse is: then to scale is exact.
+    # Why W is scaled by a power of two: σ² would overflow or underflow for entries that σ survives.
+    # A power of two changes the exponent only, so the scaling is exact. The power and its inverse
+    # must both be normal numbers, or scaling back would round.
     limit = frexp(float(xp.finfo(W.dtype).max))[1] - 4
     scale = 2.0 ** max(-limit, min(limit, frexp(largest)[1] - 1))
     W = W / scale
-    # Iterate on the shorter side: a 1×n matrix then takes one step, an m×n one at most m.
+    # Iterate on the shorter side: a 1×n matrix then needs one step, an m×n matrix at most m.
     if n <= m:
         v, steps = _top_ritz(
             lambda x: rmatvec(W, matvec(W, x), xp),
@@ -175,7 +178,7 @@ def _spectral_norm(W: Array, tol: float, max_iter: int, seed: int, xp: Namespace
 
 
 def _trivial(W: Array, value: float, xp: Namespace) -> SpectralNorm:
-    """Of a zero matrix, whose σ is known, or of one that is not finite, which has none."""
+    """Return the result for a zero matrix, or NaN for a matrix that is not finite."""
     value = 0.0 if value == 0 else float("nan")
     u, v = W[:, 0] * value, W[0, :] * value
     sigma = norm(v, xp)
@@ -185,11 +188,10 @@ def _trivial(W: Array, value: float, xp: Namespace) -> SpectralNorm:
 def _top_ritz(
     gram: Callable[[Array], Array], x: Array, tol: float, max_iter: int, xp: Namespace
 ) -> tuple[Array, int]:
-    """The first eigenvector of a positive semidefinite operator, and the steps it took.
+    """Return the first eigenvector of a positive semidefinite operator, and the number of steps.
 
-    Rows of ``basis`` are orthonormal, ``image`` is what the operator makes of them, and ``T`` is
-    the operator seen in the basis. Rows not in use are zero, so that shapes stay the same, which
-    spares JAX a compilation each step.
+    The rows of ``basis`` are orthonormal, ``image`` is the operator applied to them, and ``T`` is
+    the operator in that basis. Unused rows are zero: shapes stay the same, and JAX compiles once.
     """
     size = min(x.shape[0], _BASIS)
     rows = xp.arange(size)
@@ -225,7 +227,7 @@ def _top_ritz(
 
 
 def _coefficients(vectors: np.ndarray[Any, Any], size: int, like: Array, xp: Namespace) -> Array:
-    """Columns of ``vectors`` as rows of an array of ``size`` columns, zero elsewhere."""
+    """Return columns of ``vectors`` as rows of an array of ``size`` columns, zero elsewhere."""
     padded = np.zeros((1 if vectors.shape[1] == 1 else size, size), dtype=complex)
     padded[: vectors.shape[1], : vectors.shape[0]] = vectors.T
     host = padded if is_complex(like, xp) else padded.real
@@ -233,7 +235,10 @@ def _coefficients(vectors: np.ndarray[Any, Any], size: int, like: Array, xp: Nam
 
 
 def _orthonormal(x: Array, basis: Array, xp: Namespace) -> tuple[Array, float]:
-    """``x`` made orthogonal to the rows, twice as rounding asks for, and what was left of it."""
+    """Return ``x`` made orthogonal to the rows, and its remaining length.
+
+    Twice is enough: rounding leaves a component along the rows after the first time.
+    """
     for _ in range(2):
         x = x - xp.matmul(xp.matmul(conj(basis, xp), x), basis)
     length = norm(x, xp)

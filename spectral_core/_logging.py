@@ -1,4 +1,4 @@
-"""σ of each weight, their product and the penalty, logged as training goes, without a wait."""
+"""Log σ of each weight, their product and the penalty during training, without waiting."""
 
 from __future__ import annotations
 
@@ -10,50 +10,51 @@ from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 import numpy as np
 
 from ._arrays import Array, array_namespace, to_host
-from .errors import ArgumentError, checked_int
-from .penalty import Factor, check_power, factors_of, penalty
-from .regularizer import SpectralState
+from ._penalty import penalty
+from ._state_dict import SpectralState
+from ._validate import Factor, check_factors, check_power
+from .errors import ArgumentError, check_int
 
 Log: TypeAlias = Callable[[dict[str, float], int], object]
-"""Takes numbers by name, and the step they belong to."""
+"""``log(values, step)`` receives numbers by name, and the step they belong to."""
 
 
-class Reading(Protocol):
-    """Numbers on their way from the device to the host."""
+class AsyncCopy(Protocol):
+    """A copy of arrays from the device to the host, in progress."""
 
     def ready(self) -> bool:
-        """Whether they have arrived; does not wait."""
+        """Return True if the copy is complete; does not wait."""
 
     def values(self) -> np.ndarray[Any, Any]:
-        """The elements of all arrays, one after the other; waits for them where it must."""
+        """Return the elements of all arrays, one after the other; waits until they are there."""
 
 
-Read: TypeAlias = Callable[[Sequence[Array]], Reading]
-"""Sends arrays to the host as they are now, whatever is written into them later."""
+Copy: TypeAlias = Callable[[Sequence[Array]], AsyncCopy]
+"""Starts to copy arrays to the host as they are now, whatever is written into them later."""
 
 
-class Arrived(NamedTuple):
-    """A `Reading` that is on the host already."""
+class HostCopy(NamedTuple):
+    """An `AsyncCopy` that is complete from the start."""
 
     elements: np.ndarray[Any, Any]
 
     def ready(self) -> bool:
-        """True."""
+        """Return True."""
         return True
 
     def values(self) -> np.ndarray[Any, Any]:
-        """The elements."""
+        """Return the elements."""
         return self.elements
 
 
-def read(arrays: Sequence[Array]) -> Reading:
-    """The `Read` of NumPy, and of any array library: waits for the device, if there is one."""
+def copy_to_host(arrays: Sequence[Array]) -> AsyncCopy:
+    """Copy arrays of any library to the host; waits for the device, if there is one."""
     xp = array_namespace(*arrays)
-    return Arrived(to_host(xp.concat([xp.reshape(x, (-1,)) for x in arrays])).real)
+    return HostCopy(to_host(xp.concat([xp.reshape(x, (-1,)) for x in arrays])).real)
 
 
-class Look(NamedTuple):
-    """What there is to log of a state, where it lies."""
+class Snapshot(NamedTuple):
+    """The part of a state that is logged, on its device."""
 
     sigma: Mapping[str, Array]
     factor: Factor
@@ -61,62 +62,62 @@ class Look(NamedTuple):
     power: int = 2
 
 
-class _Taken(NamedTuple):
+class _Pending(NamedTuple):
     step: int
     names: tuple[str, ...]
-    factors: tuple[float | int, ...]  # an int is a place among the arrays that are read
+    factors: tuple[float | int, ...]  # an int is a place among the copied arrays
     targets: tuple[float | int, ...]
     power: int
-    sizes: tuple[int, ...]  # of the arrays: σ of each weight, more than one in a stack; λ; targets
-    reading: Reading
+    sizes: tuple[int, ...]  # of each array: σ of each weight (several in a stack), λ, targets
+    copy: AsyncCopy
 
 
 class Watch:
-    """Log σ of each weight, log₁₀ Πσ and the penalty every n-th step, without a wait.
+    """Log σ of each weight, log₁₀ Πσ and the penalty every n-th step, without waiting.
 
-    ``watch(state, step)`` after each step copies the newest σ, where the step is due, and logs
-    what was copied in earlier steps and has arrived: late, and with the step it belongs to. That
-    is
+    Call ``watch(state, step)`` after each step. If the step is due, it starts to copy the newest σ
+    to the host. It then logs every earlier copy that is complete, with the step it belongs to.
+    The numbers are:
 
-    - ``spectral/sigma/<name>``, of a stack of matrices (a grouped convolution) the largest;
-    - ``spectral/log10_sigma_product``, over all matrices: the product itself leaves the range of
-      a float in a deep network;
-    - ``spectral/penalty``, (λ/2)·Σσ² over all matrices (see `penalty`).
+    - ``spectral/sigma/<name>``: σ of the weight. For a stack of matrices, such as a grouped
+      convolution, the largest one.
+    - ``spectral/log10_sigma_product``: over all matrices. The product itself leaves the range of
+      a float in a deep network.
+    - ``spectral/penalty``: (λ/2)·Σσ² over all matrices (see `penalty`).
 
     Parameters
     ----------
     log : callable or writer
-        ``log(values, step)``, with a dict of name to float; or what has
+        ``log(values, step)`` with a dict of name to float, or an object with a method
         ``add_scalar(name, value, step)``, such as TensorBoard's ``SummaryWriter``.
     factor : float, array of shape (), or mapping of name or pattern to either
-        λ, for the penalty. May be set anew at any time: ``watch.factor = 0.02``.
+        λ, for the penalty. It can be changed at any time: ``watch.factor = 0.02``.
     every_n_steps : int
-        Steps that it divides are logged, from 0 on.
+        Steps that are multiples of this number are logged, from 0 on.
     prefix : str
-        What the names begin with.
+        Prefix of the names.
     target, power
         As for `add_gradient`, for the penalty.
-    read : callable
-        How arrays get to the host: a framework's way that does not wait goes here (`Read`). The
-        adapters ``spectral_torch``, ``spectral_jax`` and ``spectral_cupy`` have a `Watch` with
-        theirs.
+    copy : callable
+        Starts to copy arrays to the host: a framework's own way, without waiting. The adapters
+        ``spectral_torch``, ``spectral_jax`` and ``spectral_cupy`` have a `Watch` with theirs.
 
     Attributes
     ----------
     step : int
-        The number of the next step, where none is given. Set it if a run is resumed.
+        Number of the next step, where none is passed. Set it when a run is resumed.
 
     Raises
     ------
     ArgumentError
-        If ``log`` is neither, or a number is out of its range.
+        If ``log`` is neither of the two, or a number is out of its range.
 
     Notes
     -----
-    Lightning's ``logger.log_metrics`` and ``mlflow.log_metrics`` are such a ``log`` as they are.
-    ``lambda values, step: self.log_dict(values)`` is one too, but Lightning files the numbers under
-    the step of the moment, and again under each until there are new ones. Weights & Biases drops
-    what belongs to a step before its newest: give it the step as a number of its own::
+    Lightning's ``logger.log_metrics`` and ``mlflow.log_metrics`` can be passed as ``log``. So can
+    ``lambda values, step: self.log_dict(values)``, but Lightning records the numbers under its
+    current step, and repeats them until there are new ones. Weights & Biases drops values of a step
+    before its newest one: pass the step as a value of its own::
 
         wandb.define_metric("spectral/*", step_metric="spectral/step")
         log = lambda values, step: wandb.log({**values, "spectral/step": step})
@@ -143,42 +144,42 @@ class Watch:
         prefix: str = "spectral/",
         target: Factor = 0.0,
         power: int = 2,
-        read: Read = read,
+        copy: Copy = copy_to_host,
     ) -> None:
         self._log = _as_log(log)
         self.factor = factor
         self.target = target
         self.power = check_power(power)
-        self.every_n_steps = checked_int(every_n_steps, "every_n_steps")
+        self.every_n_steps = check_int(every_n_steps, "every_n_steps")
         self.prefix = prefix
         self.step = 0
-        self._read = read
-        self._pending: deque[_Taken] = deque()
+        self._copy = copy
+        self._pending: deque[_Pending] = deque()
 
     def __call__(self, state: Any, step: int | None = None) -> None:
-        """Copy σ, if the step is due, and log what has arrived.
+        """Start to copy σ if the step is due, and log every complete copy.
 
         Parameters
         ----------
         state : SpectralState
-            As the step left it.
+            The state after the step.
         step : int, optional
-            By default one more than in the call before.
+            The default is one more than in the call before.
         """
         step = self.step if step is None else step
         self.step = step + 1
         if step % self.every_n_steps == 0:
-            self._pending.append(self._taken(step, self._look(state)))
-        while self._pending and self._pending[0].reading.ready():
+            self._pending.append(self._start(step, self._snapshot(state)))
+        while self._pending and self._pending[0].copy.ready():
             self._log_next()
 
     def flush(self) -> None:
-        """Log what is still on its way: waits for it."""
+        """Wait for every pending copy, and log it."""
         while self._pending:
             self._log_next()
 
     def close(self) -> None:
-        """`flush`, at the end of training. ``with`` does so too."""
+        """Log what is pending, at the end of training. A ``with`` block does so too."""
         self.flush()
 
     def __enter__(self) -> Self:
@@ -187,17 +188,17 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _look(self, state: Any) -> Look:
-        """What an adapter says of its own state."""
+    def _snapshot(self, state: Any) -> Snapshot:
+        """Return the part of the state that is logged. An adapter overrides this."""
         if not isinstance(state, SpectralState):
             raise ArgumentError(
                 f"state must be a SpectralState, not {type(state)}: for that of a framework's "
                 "optimizer or regularizer there is the Watch of its adapter"
             )
-        return Look(state.sigma, self.factor, self.target, self.power)
+        return Snapshot(state.sigma, self.factor, self.target, self.power)
 
-    def _taken(self, step: int, look: Look) -> _Taken:
-        sigma, arrays = look.sigma, list(look.sigma.values())
+    def _start(self, step: int, snapshot: Snapshot) -> _Pending:
+        sigma, arrays = snapshot.sigma, list(snapshot.sigma.values())
         places: dict[int, int] = {}
 
         def placed(values: Iterable[float | Array]) -> Iterator[float | int]:
@@ -209,15 +210,15 @@ class Watch:
                     value = places[id(value)]
                 yield value
 
-        factors = tuple(placed(factors_of(look.factor, sigma).values()))
-        targets = tuple(placed(factors_of(look.target, sigma, "target").values()))
+        factors = tuple(placed(check_factors(snapshot.factor, sigma).values()))
+        targets = tuple(placed(check_factors(snapshot.target, sigma, "target").values()))
         sizes = tuple(prod(array.shape) for array in arrays)
-        reading = self._read(arrays)
-        return _Taken(step, tuple(sigma), factors, targets, look.power, sizes, reading)
+        copy = self._copy(arrays)
+        return _Pending(step, tuple(sigma), factors, targets, snapshot.power, sizes, copy)
 
     def _log_next(self) -> None:
-        step, names, factors, targets, power, sizes, reading = self._pending.popleft()
-        parts = np.split(reading.values().astype(np.float64), np.cumsum(sizes)[:-1])
+        step, names, factors, targets, power, sizes, copy = self._pending.popleft()
+        parts = np.split(copy.values().astype(np.float64), np.cumsum(sizes)[:-1])
         sigma = parts[: len(names)]
         found = {f"sigma/{name}": value.max() for name, value in zip(names, sigma, strict=True)}
         with np.errstate(divide="ignore"):  # -inf where a σ is 0

@@ -1,40 +1,43 @@
-"""Weights held at or below a spectral norm: a hard bound in place of a penalty.
+"""A hard bound on spectral norms, in place of a penalty.
 
-After a step of the optimizer a weight is scaled to σ ≤ bound, the projection of Gouk et al.,
-*Regularisation of Neural Networks by Enforcing Lipschitz Continuity* (2021), or to σ = bound, which
-is the spectral normalization of Miyato et al. (2018), but of the weights themselves: no layer is
-wrapped, and no gradient goes through the division.
+After a step of the optimizer a weight is scaled to σ ≤ bound. That is the projection of Gouk et
+al., *Regularisation of Neural Networks by Enforcing Lipschitz Continuity* (2021), applied to the
+weight's matrix. Scaling to σ = bound is the spectral normalization of Miyato et al. (2018), but of
+the weights themselves: no layer is wrapped, and no gradient passes through the division.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf
+from typing import TypeAlias
 
-from ._arrays import Array, Namespace, array_namespace, cast, constant, traits
-from .layout import Plan, plan_of, reshaped, spread_stack
-from .penalty import Factor, check_writeable, factors_of, limit_of
-from .regularizer import Arrays, SpectralState, iterate
-from .step import Step, plain_step
+from ._algorithm import iterate
+from ._arrays import Array, Namespace, array_namespace, constant
+from ._layout import plan_of
+from ._plan import Plan, broadcast_stack, scale_, scaled
+from ._state_dict import Arrays, SpectralState
+from ._validate import Factor, Number, check_factors, check_limit, check_writeable
+from .engine import Engine
 
-Scale = Callable[[Array, Array, Plan, Namespace], Array]
+Scale: TypeAlias = Callable[[Array, Array, Plan, Namespace], Array]
 
 
-def scale_to(sigma: Array, bound: float | Array, *, normalize: bool = False) -> Array:
-    """What a matrix is multiplied by so that its spectral norm is the bound, or at most that.
+def scale_to(sigma: Array, bound: Number, *, normalize: bool = False) -> Array:
+    """Return the number that scales a matrix to a spectral norm of at most the bound.
 
     Parameters
     ----------
     sigma : array, shape (...)
     bound : float or array of shape ()
     normalize : bool
-        Whether smaller matrices grow to the bound too.
+        Whether to scale smaller matrices up to the bound too.
 
     Returns
     -------
     array, shape (...)
-        bound/σ; one where σ is small enough, zero or not finite.
+        bound/σ. It is one where σ is small enough, zero or not finite.
 
     Raises
     ------
@@ -44,34 +47,17 @@ def scale_to(sigma: Array, bound: float | Array, *, normalize: bool = False) -> 
     Examples
     --------
     >>> import numpy as np
-    >>> from spectral_core.constraint import scale_to
+    >>> from spectral_core._constraint import scale_to
     >>> scale_to(np.array([0.0, 0.5, 4.0]), 1.0)
     array([1.  , 1.  , 0.25])
     >>> scale_to(np.array([0.0, 0.5, 4.0]), 1.0, normalize=True)
     array([1.  , 2.  , 0.25])
     """
     xp = array_namespace(sigma)
-    limit = limit_of(bound, "bound", sigma.dtype, xp)
+    limit = check_limit(bound, "bound", sigma.dtype, xp)
     one = xp.ones_like(sigma)
     acts = (sigma > (0.0 if normalize else limit)) & (sigma < inf)
     return xp.where(acts, limit / xp.where(acts, sigma, one), one)
-
-
-def scaled(weight: Array, scale: Array, plan: Plan, xp: Namespace) -> Array:
-    """``weight`` times ``scale`` (it broadcasts to ``plan.split``), in its dtype, rounded once."""
-    wide = traits(weight, xp, "weight").iteration_dtype
-    product = cast(reshaped(weight, plan.split, xp), wide, xp) * scale
-    return reshaped(cast(product, weight.dtype, xp), weight.shape, xp)
-
-
-def scale_(weight: Array, scale: Array, plan: Plan, xp: Namespace) -> Array:
-    """`scaled`, written where ``weight`` lies."""
-    if traits(weight, xp, "weight").iteration_dtype != weight.dtype:
-        weight[...] = scaled(weight, scale, plan, xp)
-        return weight
-    here = reshaped(weight, plan.split, xp)  # to split an axis in two never takes a copy
-    here *= scale
-    return weight
 
 
 def constrain(
@@ -81,33 +67,33 @@ def constrain(
     bound: Factor = 1.0,
     normalize: bool = False,
     n_iter: int = 1,
-    step: Step = plain_step,
+    engines: Sequence[Engine] = (),
     scale: Scale = scaled,
 ) -> tuple[dict[str, Array], SpectralState]:
-    r"""Scale each weight to a spectral norm of at most ``bound``: to be called after a step.
+    r"""Scale each weight to a spectral norm of at most ``bound``, after a step.
 
     .. math:: W ← W · \min(1, \text{bound}/σ)
 
     Parameters
     ----------
     weights : mapping of name to array
-        The weights that `init` saw, as the optimizer has left them.
+        The weights passed to `init`, after the optimizer has changed them.
     state : SpectralState
     bound : float, array of shape (), or mapping of name or pattern to either
     normalize : bool
         Whether smaller matrices grow to the bound too: W ← W · bound/σ.
     n_iter : int
         Power iterations.
-    step : callable
+    engines : sequence of Engine
         As for `iterate`.
     scale : callable
-        ``scale(weight, scale, plan, xp)``, as `scaled`: a framework's own way.
+        ``scale(weight, scale, plan, xp)`` returns the scaled weight: a framework's own way.
 
     Returns
     -------
     weights : dict of name to array
     state : SpectralState
-        Its sigma is that of the weights returned.
+        Its sigma belongs to the returned weights.
 
     Raises
     ------
@@ -118,9 +104,10 @@ def constrain(
 
     Notes
     -----
-    σ is estimated from below, and so the norm may exceed the bound by what the estimate lacks: a
-    few steps after the start, or where singular values cross, by some per cent. A weight that is
-    zero or not finite is left as it is.
+    Power iteration underestimates σ, so the true norm can exceed the bound slightly: by a few per
+    cent in the first steps, and where singular values cross. A weight that is zero or not finite
+    stays as it is. The bound is on the weight's matrix; a convolution as an operator can have a
+    larger norm.
 
     Examples
     --------
@@ -132,15 +119,15 @@ def constrain(
     >>> np.round(np.linalg.norm(weights["w"], 2), 6), np.round(state.sigma["w"], 6)
     (np.float64(2.0), np.float64(2.0))
     """
-    bounds = factors_of(bound, state.v, "bound")
-    state = iterate(weights, state, n_iter=n_iter, step=step)
+    bounds = check_factors(bound, state.v, "bound")
+    state = iterate(weights, state, n_iter=n_iter, engines=engines)
     new, sigma = {}, {}
     for name, weight in weights.items():
         s = scale_to(state.sigma[name], bounds[name], normalize=normalize)
         plan = plan_of(state.layouts[name], weight.shape, f"weight {name!r}")
         xp = array_namespace(weight)
-        new[name] = scale(constant(weight), spread_stack(s, plan, xp), plan, xp)
-        sigma[name] = s * state.sigma[name]
+        new[name] = scale(constant(weight), broadcast_stack(s, plan, xp), plan, xp)
+        sigma[name] = xp.asarray(s * state.sigma[name])  # NumPy makes a scalar of the product
     return new, replace(state, sigma=sigma)
 
 
@@ -151,22 +138,22 @@ def constrain_(
     bound: Factor = 1.0,
     normalize: bool = False,
     n_iter: int = 1,
-    step: Step = plain_step,
+    engines: Sequence[Engine] = (),
     scale: Scale = scale_,
 ) -> SpectralState:
-    """`constrain` in place: the weights are changed where they lie.
+    """Scale each weight in place, as `constrain` does.
 
     Parameters
     ----------
-    weights, state, bound, normalize, n_iter, step
-        As for `constrain`; weights must be writeable.
+    weights, state, bound, normalize, n_iter, engines
+        As for `constrain`. The weights must be writeable.
     scale : callable
-        As `scale_`.
+        As for `constrain`, but it writes into the weight.
 
     Returns
     -------
     SpectralState
-        For the next step. It is a new one.
+        For the next step. The state that was passed in stays as it is.
 
     Raises
     ------
@@ -187,5 +174,5 @@ def constrain_(
     for name, weight in weights.items():
         check_writeable(weight, f"weight {name!r}", "constrain")
     return constrain(
-        weights, state, bound=bound, normalize=normalize, n_iter=n_iter, step=step, scale=scale
+        weights, state, bound=bound, normalize=normalize, n_iter=n_iter, engines=engines, scale=scale
     )[1]

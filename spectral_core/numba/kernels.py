@@ -1,4 +1,4 @@
-"""The loops of `numba_step`, compiled at first use and kept on disk."""
+"""The loops of `NumbaEngine`, compiled at first use and kept on disk."""
 
 from functools import partial
 from threading import Lock
@@ -8,14 +8,14 @@ import numpy as np
 from numba import carray, njit, prange, types
 from numba.extending import intrinsic, overload
 
-# Sums may be reordered and products contracted; NaN and Inf keep their meaning.
+# Sums may be reordered and products contracted. NaN and Inf keep their meaning.
 _FAST = {"reassoc", "contract", "nsz"}
-# Normalizing fewer elements than this takes no longer than to wake the threads for it.
+# Normalizing fewer elements than this is faster than waking the threads for it.
 _WORTH_THREADS = 65536
 
 
 def _compiled(function=None, **options):
-    """``njit``, kept on disk where there is a folder that can be written to."""
+    """Compile with ``njit``, and keep the result on disk where a folder is writeable."""
     if function is None:
         return partial(_compiled, **options)
     options = {"fastmath": _FAST, "nogil": True, **options}
@@ -36,7 +36,7 @@ def _pointer(_, address):
 
 
 def _wide(x):
-    """An element as a number to calculate with."""
+    """Return an element as a number to calculate with."""
 
 
 @overload(_wide, inline="always")
@@ -47,7 +47,7 @@ def _wide_of(x):
 
 
 def _store(x, i, value):
-    """``x[i] = value``, rounded to the nearest."""
+    """Assign ``x[i] = value``, rounded to the nearest."""
 
 
 @overload(_store, inline="always")
@@ -71,10 +71,10 @@ def _store_in(x, i, value):  # noqa: ARG001
 
 @_compiled
 def _read(W, v, u, w, lo, hi):
-    """``u[lo:hi] = W v`` and ``w = Wᵀu`` of these rows, which come from memory once.
+    """Compute ``u[lo:hi] = W v`` and ``w = Wᵀu`` of these rows, reading them once.
 
-    Four rows at a time, and in one loop the first product of these four and the second of the four
-    before, which are in the cache: so memory is never idle.
+    Why four rows at a time: one loop computes the first product of four rows and the second product
+    of the four rows before, which are still in the cache. Memory is never idle.
     """
     zero = v.dtype.type(0)
     for j in range(v.size):
@@ -119,7 +119,7 @@ def _read(W, v, u, w, lo, hi):
 
 @_compiled
 def _length(x):
-    """‖x‖, whose square overflows in float32 before x does."""
+    """Return ‖x‖, summed in float64: in float32 the square overflows before x does."""
     square = 0.0
     for j in range(x.size):
         square += np.float64(x[j]) * np.float64(x[j])
@@ -128,7 +128,7 @@ def _length(x):
 
 @_compiled
 def _inverse(length):
-    """Zero for zero, NaN for what is not finite."""
+    """Return 1/length: zero for zero, NaN where the length is not finite."""
     if length == 0.0:
         return 0.0
     return 1.0 / length if length < np.inf else np.nan
@@ -136,9 +136,9 @@ def _inverse(length):
 
 @_compiled
 def _normalize(parts, n, v, u):
-    """Make unit vectors of u = Wv and of ``parts`` of Wᵀu, and return σ.
+    """Normalize u = Wv and the sum of the ``parts`` of Wᵀu, and return σ.
 
-    v stays what it was where σ is zero or not finite.
+    v stays as it was where σ is zero or not finite.
     """
     w = parts[:n]
     for start in range(n, parts.size, n):
@@ -159,7 +159,7 @@ def _normalize(parts, n, v, u):
 
 @_compiled
 def _add(G, u, v, weight, lo, hi):
-    """``G += weight * u vᵀ`` in these rows."""
+    """Add ``weight * u vᵀ`` to these rows of G."""
     for i in range(lo, hi):
         row, scaled = G[i], v.dtype.type(weight * u[i])
         if scaled == 0:
@@ -169,10 +169,10 @@ def _add(G, u, v, weight, lo, hi):
 
 
 @_compiled
-def _read_chunk(t, chunks, pieces, matrices, like, scratch):
-    """Both products of what thread t takes."""
-    for p in range(chunks[t], chunks[t + 1]):
-        k, lo, hi, place = pieces[p, 0], pieces[p, 1], pieces[p, 2], pieces[p, 3]
+def _read_part(t, parts, chunks, matrices, like, scratch):
+    """Compute both products of the chunks of thread t."""
+    for p in range(parts[t], parts[t + 1]):
+        k, lo, hi, place = chunks[p, 0], chunks[p, 1], chunks[p, 2], chunks[p, 3]
         m, n = matrices[k, 0], matrices[k, 1]
         _read(
             carray(_pointer(matrices[k, 2]), (m, n), like.dtype),
@@ -185,10 +185,22 @@ def _read_chunk(t, chunks, pieces, matrices, like, scratch):
 
 
 @_compiled
-def _add_chunk(t, chunks, pieces, matrices, factors, like, scratch):
-    """The update of what thread t takes."""
-    for p in range(chunks[t], chunks[t + 1]):
-        k, lo, hi = pieces[p, 0], pieces[p, 1], pieces[p, 2]
+def _force(sigma, target, power):
+    """Return the slope of the penalty at sigma; power 0 stands for the paper's, sigma itself."""
+    if power == 0.0:
+        return sigma
+    if sigma <= target:
+        return sigma * 0  # not 0.0: the result keeps its type
+    if power == 1.0:
+        return sigma * 0 + 1
+    return sigma - target
+
+
+@_compiled
+def _add_part(t, parts, chunks, matrices, factors, slopes, like, scratch):
+    """Add the terms to the gradients in the chunks of thread t."""
+    for p in range(parts[t], parts[t + 1]):
+        k, lo, hi = chunks[p, 0], chunks[p, 1], chunks[p, 2]
         if matrices[k, 3] != 0:
             m, n = matrices[k, 0], matrices[k, 1]
             sigma = carray(_pointer(matrices[k, 6]), (1,), scratch.dtype)[0]
@@ -196,17 +208,17 @@ def _add_chunk(t, chunks, pieces, matrices, factors, like, scratch):
                 carray(_pointer(matrices[k, 3]), (m, n), like.dtype),
                 carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
                 carray(_pointer(matrices[k, 4]), (n,), scratch.dtype),
-                factors[k] * sigma,
+                factors[k] * _force(sigma, scratch.dtype.type(slopes[k, 0]), slopes[k, 1]),
                 lo,
                 hi,
             )
 
 
 @_compiled
-def _finish(k, matrices, pieces, scratch):
-    """Normalize the vectors of one matrix, all of whose pieces are read."""
+def _finish(k, matrices, chunks, scratch):
+    """Normalize the vectors of one matrix, all of whose chunks are read."""
     m, n, first, end = matrices[k, 0], matrices[k, 1], matrices[k, 7], matrices[k + 1, 7]
-    place = pieces[first, 3]
+    place = chunks[first, 3]
     sigma = carray(_pointer(matrices[k, 6]), (1,), scratch.dtype)
     sigma[0] = _normalize(
         scratch[place : place + (end - first) * n],
@@ -217,64 +229,66 @@ def _finish(k, matrices, pieces, scratch):
 
 
 @_compiled
-def _alone(matrices, pieces, chunks, factors, like, scratch, n_iter):
-    """`_together` by one thread, which starts no others."""
+def _alone(matrices, chunks, parts, factors, slopes, like, scratch, n_iter):
+    """Run `_together` in this thread alone, without starting others."""
     for _ in range(n_iter):
-        _read_chunk(0, chunks, pieces, matrices, like, scratch)
+        _read_part(0, parts, chunks, matrices, like, scratch)
         for k in range(factors.size):
-            _finish(k, matrices, pieces, scratch)
-    _add_chunk(0, chunks, pieces, matrices, factors, like, scratch)
+            _finish(k, matrices, chunks, scratch)
+    _add_part(0, parts, chunks, matrices, factors, slopes, like, scratch)
 
 
 @_compiled(parallel=True)
-def _together(matrices, pieces, chunks, factors, like, scratch, n_iter):
-    """Algorithm 1, lines 5–9, of many matrices.
+def _together(matrices, chunks, parts, factors, slopes, like, scratch, n_iter):
+    """Run lines 5–9 of Algorithm 1 for many matrices.
 
     Parameters
     ----------
     matrices : int64, (K + 1, 8)
-        m, n; addresses of W, G, v, u, σ; the first of the matrix's pieces. The last row closes the
-        one before.
-    pieces : int64, (P, 4)
-        The rows of one matrix that one thread takes: matrix, first row, last row, place in scratch.
-    chunks : int64, (T + 1,)
-        The first piece of each thread.
+        m, n; addresses of W, G, v, u, σ; the first of the matrix's chunks. The last row ends the
+        chunks of the row before.
+    chunks : int64, (P, 4)
+        Rows of one matrix for one thread: matrix, first row, end, place in scratch.
+    parts : int64, (T + 1,)
+        The first chunk of each thread.
     factors : float64, (K,)
         λ of each matrix.
+    slopes : float64, (K, 2)
+        Target and power of each matrix; power 0 is the paper's penalty.
     like : array
-        Of the dtype of W and G.
+        An array with the dtype of W and G.
     scratch : array
-        Room for Wᵀu of each piece, in the dtype of the vectors.
+        Room for Wᵀu of each chunk, in the dtype of the vectors.
     n_iter : int
         Power iterations. The update follows them, where G has an address.
     """
-    count, threads = factors.size, chunks.size - 1
+    count, threads = factors.size, parts.size - 1
     for _ in range(n_iter):
         for t in prange(threads):
-            _read_chunk(t, chunks, pieces, matrices, like, scratch)
+            _read_part(t, parts, chunks, matrices, like, scratch)
         if scratch.size < _WORTH_THREADS:
             for k in range(count):
-                _finish(k, matrices, pieces, scratch)
+                _finish(k, matrices, chunks, scratch)
         else:
             for k in prange(count):
-                _finish(k, matrices, pieces, scratch)
+                _finish(k, matrices, chunks, scratch)
     for t in prange(threads):
-        _add_chunk(t, chunks, pieces, matrices, factors, like, scratch)
+        _add_part(t, parts, chunks, matrices, factors, slopes, like, scratch)
 
 
-# Numba's simplest threading layer ends the process if two threads enter it at once.
+# Numba's simplest threading layer ends the process when two threads enter it at once.
 _POOL = Lock()
 
 
 def threads(most: int | None) -> int:
-    """The number of threads to use: at most so many, if it is given."""
+    """Return the number of threads to use, at most ``most`` if it is not None."""
     if most is None:
         return numba.get_num_threads()
     return max(1, min(most, numba.config.NUMBA_NUM_THREADS))
 
 
 def run(count: int, *arguments: object) -> None:
-    """Make the step in so many threads."""
+    """Run the step in ``count`` threads."""
     if count == 1:
         _alone(*arguments)
         return
