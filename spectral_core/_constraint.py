@@ -174,5 +174,11 @@ def constrain_(
     for name, weight in weights.items():
         check_writeable(weight, f"weight {name!r}", "constrain")
     return constrain(
-        weights, state, bound=bound, normalize=normalize, n_iter=n_iter, engines=engines, scale=scale
+        weights,
+        state,
+        bound=bound,
+        normalize=normalize,
+        n_iter=n_iter,
+        engines=engines,
+        scale=scale,
     )[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from math import inf
 from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
@@ -143,7 +143,11 @@ def check_matrix(W: Array, V: Array, xp: Namespace, *, rows: bool) -> Traits:
         expected = ", ".join(map(str, (*shape[:-2], *(["k"] if rows else []), shape[-1])))
         raise ShapeError(
             f"{what} has shape {given}, but W of shape {shape} needs "
-            + (f"({expected}) with k ≥ 1: one vector a row" if rows else f"{shape[:-2] + shape[-1:]}")
+            + (
+                f"({expected}) with k ≥ 1: one vector a row"
+                if rows
+                else f"{shape[:-2] + shape[-1:]}"
+            )
         )
     kind = traits(W, xp, "W")
     if traits(V, xp, what).complex and not kind.complex:
@@ -203,7 +207,7 @@ class Checks:
         return known.plan, known.xp
 
 
-def _kinds(layout: Layout, weight: Array, fitting: Fitting) -> tuple[Any, ...]:
+def _kinds(layout: Layout, weight: Array, fitting: Sequence[Any]) -> tuple[Any, ...]:
     kinds = [layout, type(weight)]
     try:
         kinds += (weight.shape, weight.dtype, weight.device)

@@ -64,7 +64,82 @@ from ._validate import (
     check_weights,
     check_writeable,
 )
-from .errors import ArgumentError, ShapeError, check_int
+from .errors import ArgumentError, ShapeError
+
+__all__ = [
+    "Add",
+    "Array",
+    "AsyncCopy",
+    "Checks",
+    "Choice",
+    "Engine",
+    "Factor",
+    "Job",
+    "JobList",
+    "Log",
+    "Namespace",
+    "Number",
+    "Plan",
+    "ReferenceEngine",
+    "Result",
+    "Shape",
+    "Shard",
+    "Share",
+    "Slope",
+    "Snapshot",
+    "SpectralState",
+    "Traits",
+    "Triplet",
+    "add_outer",
+    "add_outer_",
+    "add_terms",
+    "address_of",
+    "adjoint_times_rows",
+    "array_namespace",
+    "as_layout",
+    "broadcast_outer",
+    "by_name",
+    "cast",
+    "check_factor",
+    "check_factors",
+    "check_fits",
+    "check_grads",
+    "check_power",
+    "check_weights",
+    "check_writeable",
+    "choose",
+    "clipped",
+    "conj",
+    "constant",
+    "default_layout",
+    "dispatch",
+    "from_memory_order",
+    "is_paper",
+    "iterate_rows",
+    "iteration_arrays",
+    "last_of",
+    "left_rows",
+    "like_own",
+    "make_jobs",
+    "matches",
+    "matrix_in_memory_order",
+    "merge",
+    "ordered",
+    "outer_factors",
+    "plan_of",
+    "reshaped",
+    "right_rows",
+    "same_slope",
+    "scale_",
+    "scaled",
+    "select",
+    "shards_of",
+    "slope_of",
+    "times_rows",
+    "to_memory_order",
+    "traits",
+    "traits_of",
+]
 
 Add: TypeAlias = Callable[[Array, Array, Array], Array]
 """``add(grad, u, v)`` returns ``grad + u * v``; u and v broadcast to grad."""
@@ -95,7 +170,7 @@ class Job:
 
     name: str
     weight: Array
-    grad: Array | None
+    grad: Array  # or None
     V: Array
     factor: Number
     slope: Slope | None

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from spectral_core.step import Advance, Task, last_of
 from torch import Tensor
 
 from spectral_core import PowerIteration
-from spectral_core.step import Advance, Task, last_of
 
 # Of columns, for a program holds a row of W, v and a sum of rows in registers: 16384 float32 are
 # 32 of each in the 512 threads that 128 registers allow. float64 takes twice as many.
