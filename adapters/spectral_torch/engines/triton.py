@@ -1,21 +1,23 @@
 """One step of Algorithm 1 on all weights of a model in three kernel launches an iteration.
 
-`TritonStep` is a `spectral_core.step.Step` for the tasks that `takes` says yes to. It writes v, u
-and σ into the tensors that it is given, so that a step captured in a CUDA graph goes on from
-where it was at every replay. Nothing waits for the device, and nothing is read from it.
+Nothing waits for the device, and nothing is read from it. Results are written into the existing
+V, u, sigma and gradient tensors, because a captured CUDA graph refers to them by address
+(`graph_tables` says what a graph may rely on).
 
-The kernels find the matrices by tables on the device (`triton_kernels`). What depends on shapes
-alone is made once (`_Group`); the table of addresses and that of factors are uploaded when one of
-them has changed (`_Table`).
+The kernels (`triton_kernels`) find the matrices by tables on the device. The tables that depend on
+shapes alone are made once (`_Group`). The table of addresses and the one of factors and targets are
+uploaded when one of their entries has changed (`GraphTable`).
 
-On an H100 a step is bound by memory: it must read W once, and read and write G. A product of a
-row tile is used for the second product while the tile is in registers, so W is not read twice.
+On an H100 a step is bound by memory: it must read W once, and read and write G. A tile of rows of W
+is used for both products while it is in registers, so W is not read twice.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Sequence
+import warnings
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from math import prod
@@ -25,11 +27,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectral_core import PowerIteration
-from spectral_core.step import Advance, Task, last_of
+from spectral_core import ArgumentError
+from spectral_core.engine import Engine, Job, JobList, Result, Triplet, last_of
 
-# Of columns, for a program holds a row of W, v and a sum of rows in registers: 16384 float32 are
-# 32 of each in the 512 threads that 128 registers allow. float64 takes twice as many.
+from .graph_tables import GraphTable, capturing, current
+
+# Largest number of columns: a program holds a row of W, v and a sum of rows in registers. 16384
+# float32 are 32 of each in the 512 threads that 128 registers allow. float64 needs twice as many.
 LIMITS = {torch.float32: 16384, torch.float64: 8192}
 
 _ITERATED = {
@@ -40,32 +44,31 @@ _ITERATED = {
 }
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)  # a subclass may have no memory of its own
 
-# Widths of tiles, in powers of two. Fewer than there are: each that a model has is compiled, and
-# a tile that is half empty costs no memory traffic, only arithmetic that the kernel can spare.
+# Widths of tiles, as exponents of two. Fewer than there could be: each width that a model has is
+# compiled, and a tile that is half empty costs no memory traffic, only arithmetic to spare.
 _PRODUCT_WIDTHS = (5, 7, 9, 10, 11, 12, 13, 14)
 _UPDATE_WIDTHS = (5, 7, 9)
-_BLOCK = 64  # columns of a program that adds up sums: triton_kernels.BLOCK
+_BLOCK = 64  # columns of a program of `columns`: triton_kernels.BLOCK
 
-# A thread holds 128 bytes of a tile at most: eight 16-byte loads of float32.
+# A thread holds at most 128 bytes of a tile: eight 16-byte loads of float32.
 _ELEMENTS_A_THREAD = {torch.float32: 32, torch.float64: 16}
 _UPDATE_WARPS = 4
 _COLUMNS_HEIGHT = 32
-# 16 warps of 128 registers fill a multiprocessor, whatever the warps of a program. With three
-# stages, each waits for 128 bytes a thread and has as many on the way behind them: 64 to 128 KiB a
-# multiprocessor. HBM3 at 3.35 TB/s and 0.7 µs needs 18 KiB, and some more under load.
+# 16 warps of 128 registers fill a multiprocessor, however many warps a program has. With three
+# stages, each waits for 128 bytes a thread while as many are being copied behind them: 64 to 128
+# KiB a multiprocessor. HBM3 at 3.35 TB/s and 0.7 µs needs 18 KiB, and some more under load.
 _WARPS_A_PROCESSOR = 16
 _PRODUCT_REGISTERS = 128
-# A program's sums are written and read again: below so many rows, that is more than 6 % of W.
+# The sum of each program is written and read again: below this many rows, more than 6 % of W.
 _ROWS_WORTH_A_SUM = 32
-# Rows of tiles of G in a program that has many to choose from: v and σ are looked up once.
+# Tiles of G for each program, where there are many: v and sigma are looked up once for all.
 _TILES_A_PROGRAM = 4
-_SPARE_TABLES = 4
-_SETS = 64  # of tasks that have tables and scratch memory: optimizers take turns
+_SETS = 64  # sets of jobs whose tables and scratch memory are kept: optimizers take turns
 
 
 @cache
 def _kernels() -> Any:
-    """The module of kernels, or None where there is no Triton."""
+    """Return the module of kernels, or None if Triton is missing or too old."""
     if find_spec("triton") is None:
         return None
     try:
@@ -77,15 +80,15 @@ def _kernels() -> Any:
 
 @cache
 def interpreted() -> bool:
-    """Whether Triton interprets kernels, on CPU tensors: a test without a GPU."""
-    if os.environ.get("TRITON_INTERPRET") != "1":  # before the import, which takes a second
+    """Return True if Triton interprets kernels, on CPU tensors: a test without a GPU."""
+    if os.environ.get("TRITON_INTERPRET") != "1":  # before the import, which needs a second
         return False
     return _kernels() is not None and "Interpreted" in type(_kernels().products).__name__
 
 
 @cache
 def available() -> bool:
-    """Whether `TritonStep` can run: there is Triton, and a GPU of NVIDIA that it compiles for."""
+    """Return True if there is Triton, and an NVIDIA GPU that it compiles for."""
     if interpreted():
         return True
     if torch.version.cuda is None or not torch.cuda.is_available() or _kernels() is None:
@@ -93,40 +96,216 @@ def available() -> bool:
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
-def takes(task: Task) -> bool:
-    """Whether `TritonStep` can do this task; every other one is for another step.
+class _Kind(NamedTuple):
+    """The device and dtypes of the jobs of one launch."""
+
+    device: torch.device
+    weight: torch.dtype
+    grad: torch.dtype
+
+
+@dataclass(slots=True)
+class _Share:
+    """The jobs of one kind, and what does not change from step to step."""
+
+    kind: _Kind
+    places: list[int]  # among all jobs
+    addresses: tuple[int, ...]  # of weights, V, u and sigma
+    group: _Group | None = None
+
+    def of_step(self, jobs: Sequence[Job]) -> tuple[Sequence[Job], tuple[int, ...]]:
+        """Return the jobs of this share, and the addresses of their gradients: 0 is no gradient."""
+        grads = jobs.addresses if isinstance(jobs, JobList) else None
+        if len(self.places) < len(jobs):
+            jobs = [jobs[i] for i in self.places]
+            grads = None if grads is None else [grads[i] for i in self.places]
+        if grads is None:
+            grads = [0 if job.grad is None else job.grad.data_ptr() for job in jobs]
+        return jobs, tuple(grads)
+
+
+class _Prepared(NamedTuple):
+    """Everything about a step that does not depend on gradients and factors."""
+
+    triplets: list[Triplet]  # the tensors that the results are written into
+    shares: list[_Share]
+
+
+class TritonEngine:
+    """Run jobs on an NVIDIA GPU, all matrices of a model at once.
+
+    Results are written into each job's V, last u and last sigma, and these tensors are returned. If
+    a job has no ``last``, its u and sigma are new. Keep one engine for each set of weights: it
+    holds their tables and scratch memory, for all sets of shapes that it has met.
 
     Parameters
     ----------
-    task : spectral_core.step.Task
+    fallback : Engine, optional
+        An engine that works in place. If the kernels fail before they have run once for a device
+        and pair of dtypes (Triton may find no C compiler), the engine warns, uses the fallback for
+        these jobs, and accepts no further ones. Without a fallback the error is raised.
 
-    Returns
-    -------
-    bool
-        True for a real, contiguous weight and gradient on a GPU whose matrix is the tensor
-        reshaped, of at most `LIMITS` columns, with a contiguous v (and last u, v and σ) in the
-        dtype of the iteration.
+    Raises
+    ------
+    spectral_core.ArgumentError
+        If ``fallback`` does not work in place.
+
+    Notes
+    -----
+    In a CUDA graph: run one step with tensors of the same shapes and dtypes before the capture, and
+    keep the engine as long as the graph. Factors and targets that are numbers are those of the
+    capture at every replay. Tensors are read anew. Steps may go on beside replays, on the same
+    stream or ordered after it.
+
+    Examples
+    --------
+    >>> from spectral_torch.engines.triton import TritonEngine
+    >>> TritonEngine().run([], n_iter=1)
+    Result(grads=[], triplets=[])
     """
-    weight, grad, plan, last = task.weight, task.grad, task.plan, task.last
-    dtype = _ITERATED.get(weight.dtype)
-    # The device first: to ask what there is starts CUDA, and imports Triton.
-    if dtype is None or weight.is_cuda == interpreted() or not available():
-        return False
-    shape, device = weight.shape, weight.get_device()
-    return (
-        type(weight) in _PLAIN_TENSORS
-        and type(grad) in _PLAIN_TENSORS
-        and grad.dtype in _ITERATED
-        and plan.matrix[-1] <= LIMITS[dtype]
-        and plan.reshapes
-        and _fits(weight, shape, weight.dtype, device)
-        and _fits(grad, shape, grad.dtype, device)
-        and _fits(task.v, plan.right, dtype, device)
-        and (last is None or last.v is task.v or _fits(last.v, plan.right, dtype, device))
-        and (last is None or _fits(last.u, plan.matrix[:-1], dtype, device))
-        and (last is None or _fits(last.sigma, plan.matrix[:-2], dtype, device))
-        and (type(task.factor) is float or _fits_factor(task.factor, device))
-    )
+
+    in_place = True
+
+    def __init__(self, fallback: Engine | None = None) -> None:
+        if fallback is not None and not fallback.in_place:
+            raise ArgumentError("the fallback of TritonEngine must work in place")
+        self._fallback = fallback
+        self._failed = False
+        self._has_run: set[_Kind] = set()
+        self._groups: dict[Hashable, _Group] = {}
+
+    def __reduce__(self) -> tuple[type[TritonEngine], tuple[Engine | None]]:
+        # A copy has none of the memory that graphs of this engine write to.
+        return TritonEngine, (self._fallback,)
+
+    def accepts(self, job: Job) -> bool:
+        """Return True if the kernels can run this job.
+
+        They need a real, contiguous weight and gradient on a GPU, whose matrix is the tensor
+        reshaped, with at most `LIMITS` columns. V and the last triplet must be contiguous, in the
+        dtype of the iteration, with one vector for each matrix.
+        """
+        weight, plan = job.weight, job.plan
+        dtype = _ITERATED.get(weight.dtype)
+        # The device first: `available` starts CUDA and imports Triton.
+        if self._failed or dtype is None or weight.is_cuda == interpreted() or not available():
+            return False
+        device = weight.get_device()
+        return (
+            type(weight) in _PLAIN_TENSORS
+            and plan.reshapes
+            and plan.matrix[-1] <= LIMITS[dtype]
+            and _fits(weight, weight.shape, weight.dtype, device)
+            and _fits_grad(job.grad, weight.shape, device)
+            and job.V.shape[-2] == 1
+            and _fits(job.V, plan.rows(1), dtype, device)
+            and (job.last is None or _fits_last(job, dtype, device))
+            and _fits_number(job.factor, device)
+            and (job.slope is None or _fits_number(job.slope.target, device))
+        )
+
+    def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
+        """Run all jobs, those of one device and pair of dtypes in the same launches.
+
+        Parameters
+        ----------
+        jobs : sequence of Job, or JobList
+            For a `JobList`, the work that does not depend on gradients is done in its first step.
+        n_iter : int
+            Power iterations. With 0 the term is that of each job's ``last``.
+
+        Returns
+        -------
+        Result
+
+        Raises
+        ------
+        spectral_core.ArgumentError
+            If ``n_iter`` is 0 and a job has no ``last``.
+        RuntimeError
+            If a graph is captured, and no step was run before with such jobs.
+        """
+        prepared = self._prepare(jobs, n_iter)
+        for share in prepared.shares:
+            mine, grads = share.of_step(jobs)
+            if not self._failed:
+                try:
+                    if share.group is None:
+                        share.group = self._group_of(share.kind, mine)
+                    share.group.run((share.addresses, grads), mine, n_iter)
+                    self._has_run.add(share.kind)
+                    continue
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    self._give_up(share.kind, error)
+            self._fall_back(mine, [prepared.triplets[i] for i in share.places], n_iter)
+        return Result([job.grad for job in jobs], prepared.triplets)
+
+    def _prepare(self, jobs: Sequence[Job], n_iter: int) -> _Prepared:
+        """Divide the jobs by kind: for a `JobList`, as in its first step."""
+        if isinstance(jobs, JobList) and (known := jobs.memo.get(self)) is not None:
+            return known
+        triplets = [_target(job) for job in jobs] if n_iter else [last_of(job) for job in jobs]
+        places: dict[_Kind, list[int]] = {}
+        for place, job in enumerate(jobs):
+            grad = job.weight if job.grad is None else job.grad
+            kind = _Kind(job.weight.device, job.weight.dtype, grad.dtype)
+            places.setdefault(kind, []).append(place)
+        shares = [
+            _Share(kind, mine, _addresses_of(jobs, triplets, mine)) for kind, mine in places.items()
+        ]
+        prepared = _Prepared(triplets, shares)
+        # Only where the results go to the same tensors in each step, with iterations or without.
+        if isinstance(jobs, JobList) and all(
+            job.last is not None and job.last.V is job.V for job in jobs
+        ):
+            jobs.memo[self] = prepared
+        return prepared
+
+    def _give_up(self, kind: _Kind, error: Exception) -> None:
+        """Use the fallback from now on, or raise the error if that is not safe.
+
+        Before the kernels of a kind have run once, no gradient of that kind has changed.
+        """
+        if self._fallback is None or kind in self._has_run or capturing(kind.device):
+            raise error
+        self._failed = True
+        warnings.warn(
+            "Triton's kernels cannot be used here. PyTorch's operations are used instead, which "
+            f"are slower; kernels=False avoids this warning: {error!r}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+    def _fall_back(self, jobs: Sequence[Job], triplets: Sequence[Triplet], n_iter: int) -> None:
+        """Run jobs by the fallback, and write what it finds into the tensors of ``triplets``."""
+        assert self._fallback is not None
+        found = self._fallback.run(jobs, n_iter).triplets
+        pairs = [
+            (old, new)
+            for triplet, result in zip(triplets, found, strict=True)
+            for old, new in zip(triplet, result, strict=True)
+            if old is not new
+        ]
+        if pairs:
+            torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
+
+    def _group_of(self, kind: _Kind, jobs: Sequence[Job]) -> _Group:
+        """Return the tables of these jobs. `_Group` keeps the plans, so that their ids stay."""
+        key = kind, tuple([id(job.plan) for job in jobs])
+        group = self._groups.get(key)
+        if group is None:
+            group = _Group(kind, jobs)
+            self._forget()
+            self._groups[key] = group
+        return group
+
+    def _forget(self) -> None:
+        """Drop the oldest groups, except for those that a CUDA graph may still read."""
+        for key in list(self._groups)[: max(0, len(self._groups) + 1 - _SETS)]:
+            if not self._groups[key].captured:
+                del self._groups[key]
 
 
 def _fits(x: Tensor, shape: Sequence[int], dtype: torch.dtype, device: int) -> bool:
@@ -136,108 +315,57 @@ def _fits(x: Tensor, shape: Sequence[int], dtype: torch.dtype, device: int) -> b
         and x.shape == shape
         and x.layout is torch.strided
         and x.is_contiguous()
+        and not x.is_neg()
     )
 
 
-def _fits_factor(factor: Any, device: int) -> bool:
-    if isinstance(factor, Tensor):
-        dtype = factor.dtype
-        return (
-            type(factor) in _PLAIN_TENSORS
-            and dtype in _ITERATED
-            and _fits(factor, (), dtype, device)
-        )
-    return isinstance(factor, (float, int))
+def _fits_grad(grad: Tensor | None, shape: Sequence[int], device: int) -> bool:
+    return grad is None or (
+        type(grad) in _PLAIN_TENSORS
+        and grad.dtype in _ITERATED
+        and not grad.requires_grad  # autograd must see what is written
+        and _fits(grad, shape, grad.dtype, device)
+    )
 
 
-class TritonStep:
-    """Lines 5–9 of Algorithm 1 for all tasks at once: `spectral_core.step.plain_step_` on a GPU.
-
-    Each task must be one that `takes` says yes to. Results are written into ``task.v``,
-    ``task.last.u`` and ``task.last.sigma``, and these same tensors are returned; where ``last`` is
-    None, u and σ are new. Keep one object for each set of weights: it holds the tables and the
-    scratch memory of theirs, and of all sets of shapes that it has met.
-
-    In a CUDA graph: run one step with tensors of the same shapes and dtypes before the capture,
-    and keep the object as long as the graph. Factors that are numbers are those of the capture at
-    every replay; a tensor is read anew. Steps may go on beside replays, on the same stream or
-    ordered after it.
-
-    Examples
-    --------
-    >>> from spectral_torch.triton_step import TritonStep, takes
-    >>> step = TritonStep()
-    >>> step([], n_iter=1)
-    Advance(grads=[], triples=[])
-    """
-
-    in_place = True
-
-    def __init__(self) -> None:
-        self._groups: dict[Hashable, list[_Group]] = {}
-
-    def __reduce__(self) -> tuple[type[TritonStep], tuple[()]]:
-        return TritonStep, ()  # a copy has none of the memory that this one's graphs write to
-
-    def __call__(self, tasks: Sequence[Task], n_iter: int) -> Advance:
-        """Advance all tasks.
-
-        Parameters
-        ----------
-        tasks : sequence of Task
-        n_iter : int
-            Power iterations. With 0 the term is that of each task's ``last``.
-
-        Returns
-        -------
-        Advance
-
-        Raises
-        ------
-        spectral_core.ArgumentError
-            If ``n_iter`` is 0 and a task has no ``last``.
-        RuntimeError
-            If a graph is captured, and no step was run before with such tasks.
-        """
-        triples = [_target(task) for task in tasks] if n_iter else [last_of(task) for task in tasks]
-        for group in self._groups_of(tasks):
-            group.run(tasks, triples, n_iter)
-        return Advance([task.grad for task in tasks], triples)
-
-    def _groups_of(self, tasks: Sequence[Task]) -> list[_Group]:
-        """The tasks by device and dtypes. `_Group` keeps the plans, so that ids stay theirs."""
-        key = tuple(
-            [(id(t.plan), t.weight.dtype, t.grad.dtype, t.weight.get_device()) for t in tasks]
-        )
-        groups = self._groups.get(key)
-        if groups is None:
-            alike: dict[Hashable, list[int]] = {}
-            for i, task in enumerate(tasks):
-                kind = task.weight.device, task.weight.dtype, task.grad.dtype
-                alike.setdefault(kind, []).append(i)
-            groups = [_Group([tasks[i] for i in found], found) for found in alike.values()]
-            self._forget()
-            self._groups[key] = groups
-        return groups
-
-    def _forget(self) -> None:
-        """Keep the number of sets in bounds; not without those that a graph may still run."""
-        for key in list(self._groups)[: max(0, len(self._groups) + 1 - _SETS)]:
-            if not any(group.captured for group in self._groups[key]):
-                del self._groups[key]
+def _fits_last(job: Job, dtype: torch.dtype, device: int) -> bool:
+    last, plan = last_of(job), job.plan
+    return (
+        (last.V is job.V or _fits(last.V, plan.rows(1), dtype, device))
+        and _fits(last.u, plan.left, dtype, device)
+        and _fits(last.sigma, plan.stack, dtype, device)
+    )
 
 
-def _target(task: Task) -> PowerIteration:
-    """The tensors that the results go to."""
-    last, v = task.last, task.v
+def _fits_number(x: Any, device: int) -> bool:
+    """Return True for a number, or a real tensor of shape () on the device."""
+    if not isinstance(x, Tensor):
+        return isinstance(x, (float, int))
+    return type(x) in _PLAIN_TENSORS and x.dtype in _ITERATED and _fits(x, (), x.dtype, device)
+
+
+def _target(job: Job) -> Triplet:
+    """Return the tensors that the results are written into."""
+    last, V = job.last, job.V
     if last is None:
-        *stack, m, _ = task.plan.matrix
-        return PowerIteration(v.new_empty(stack), v.new_empty((*stack, m)), v)
-    return last if last.v is v else PowerIteration(last.sigma, last.u, v)
+        return Triplet(V.new_empty(job.plan.stack), V.new_empty(job.plan.left), V)
+    return last if last.V is V else Triplet(last.sigma, last.u, V)
+
+
+def _addresses_of(
+    jobs: Sequence[Job], triplets: Sequence[Triplet], places: Sequence[int]
+) -> tuple[int, ...]:
+    """Return the addresses of all weights, then of all V, u and sigma."""
+    return (
+        *[jobs[i].weight.data_ptr() for i in places],
+        *[triplets[i].V.data_ptr() for i in places],
+        *[triplets[i].u.data_ptr() for i in places],
+        *[triplets[i].sigma.data_ptr() for i in places],
+    )
 
 
 class _Work(NamedTuple):
-    """Which program does what: the tables that depend on shapes alone, and the scratch memory."""
+    """Tables that say which program does what, from shapes alone, and the scratch memory."""
 
     shapes: Tensor
     items: Tensor
@@ -252,25 +380,24 @@ class _Work(NamedTuple):
 
 
 class _Group:
-    """Tasks of one device and pair of dtypes: the matrices of a launch."""
+    """The matrices of one launch, with their tables."""
 
-    def __init__(self, tasks: Sequence[Task], indices: list[int]) -> None:
-        weight, grad = tasks[0].weight, tasks[0].grad
-        self.device, self.indices = weight.device, indices
-        if _capturing(self.device):
+    def __init__(self, kind: _Kind, jobs: Sequence[Job]) -> None:
+        self.device = kind.device
+        if capturing(self.device):
             raise RuntimeError(
                 "a step is captured in a CUDA graph before one was run with weights of these "
                 "shapes: run one first, so that its kernels and tables are there"
             )
-        self.plans = [task.plan for task in tasks]
-        self.weight_dtype, self.grad_dtype = weight.dtype, grad.dtype
-        self.dtype = _ITERATED[weight.dtype]
-        self.sum_dtype = torch.promote_types(self.dtype, _ITERATED[grad.dtype])
-        self.counts = np.array([prod(plan.matrix[:-2]) for plan in self.plans])
+        self.plans = [job.plan for job in jobs]
+        self.weight_dtype, self.grad_dtype = kind.weight, kind.grad
+        self.dtype = _ITERATED[kind.weight]
+        self.sum_dtype = torch.promote_types(self.dtype, _ITERATED[kind.grad])
+        self.counts = np.array([prod(plan.stack) for plan in self.plans])
         self.m, self.n = (
             np.repeat([plan.matrix[axis] for plan in self.plans], self.counts) for axis in (-2, -1)
         )
-        # The nth of its stack: tells where a matrix begins in each tensor.
+        # The place of each matrix in its stack: it decides where the matrix begins in each tensor.
         self.nth = np.concatenate([np.arange(count) for count in self.counts])
         self.product_widths = _width_of(self.n, _PRODUCT_WIDTHS)
         self.update_widths = _width_of(self.n, _UPDATE_WIDTHS)
@@ -279,30 +406,39 @@ class _Group:
         self.product_tile = self.n_warps * elements
         self.update_tile = 32 * _UPDATE_WARPS * _ELEMENTS_A_THREAD[self.sum_dtype]
         self.work = self._make_work()
-        self.addresses = _Table((len(self.n), 7), torch.int64, self.device)
-        self.factors = _Table((len(self.n), 2), torch.float64, self.device)
+        self.addresses = GraphTable((len(self.n), 7), torch.int64, self.device)
+        self.penalties = GraphTable((len(self.n), 5), torch.float64, self.device)
 
     @property
     def captured(self) -> bool:
-        """Whether a CUDA graph reads the tables."""
-        return self.addresses.captured or self.factors.captured
+        """True if a CUDA graph reads the tables."""
+        return self.addresses.captured or self.penalties.captured
 
-    def run(self, tasks: Sequence[Task], triples: Sequence[PowerIteration], n_iter: int) -> None:
-        """Launch all kernels of a step."""
-        if len(self.indices) < len(tasks):
-            tasks = [tasks[i] for i in self.indices]
-            triples = [triples[i] for i in self.indices]
-        pointers, classes = self._pointers(tasks, triples)
-        factors, gathered = self._factors(tasks)
-        with _on(self.device):
+    def run(
+        self, addresses: tuple[tuple[int, ...], tuple[int, ...]], jobs: Sequence[Job], n_iter: int
+    ) -> None:
+        """Launch all kernels of a step.
+
+        Parameters
+        ----------
+        addresses : pair of tuple of int
+            As `_addresses_of`, and of the gradients: 0 is no gradient.
+        jobs : sequence of Job
+            Their factors and slopes are those of this step.
+        n_iter : int
+        """
+        pointers, classes = self.addresses.get(addresses, self._make_pointers)
+        penalties, gathered, sloped = self._penalties(jobs)
+        with current(self.device):
             for to_come in reversed(range(n_iter)):
                 self._iterate(pointers, classes[0], keep=to_come > 0)
-            self._update(pointers, classes[1], factors, gathered, iterated=n_iter > 0)
+            options = {"ITERATED": n_iter > 0, "SLOPED": sloped}
+            self._update(pointers, classes[1], penalties, gathered, options)
 
     def _iterate(self, pointers: Tensor, classes: int, *, keep: bool) -> None:
         k, work = _kernels(), self.work
         acc, tiny = _language(self.dtype), torch.finfo(self.dtype).tiny
-        half = self.weight_dtype.itemsize == 2  # a stage has half the bytes: take one more
+        half = self.weight_dtype.itemsize == 2  # a stage has half the bytes: use one more
         k.products[(len(work.items),)](
             *(pointers, work.shapes, work.items, work.sums, work.ts, work.squares),
             DTYPE=_language(self.weight_dtype),
@@ -335,15 +471,14 @@ class _Group:
         self,
         pointers: Tensor,
         classes: int,
-        factors: Tensor,
+        penalties: Tensor,
         gathered: Tensor | None,
-        *,
-        iterated: bool,
+        options: dict[str, bool],
     ) -> None:
         work = self.work
         _kernels().update[(len(work.tiles),)](
-            *(pointers, work.shapes, work.tiles, factors),
-            factors if gathered is None else gathered,
+            *(pointers, work.shapes, work.tiles, penalties),
+            penalties if gathered is None else gathered,
             *(work.zs, work.z_squares, work.inverses, work.ts),
             DTYPE=_language(self.grad_dtype),
             ACC=_language(self.dtype),
@@ -352,27 +487,18 @@ class _Group:
             TILE=self.update_tile,
             VECTOR=16 // self.grad_dtype.itemsize,
             CLASSES=classes,
-            ITERATED=iterated,
             GATHERED=gathered is not None,
             num_warps=_UPDATE_WARPS,
+            **options,
         )
 
-    def _pointers(
-        self, tasks: Sequence[Task], triples: Sequence[PowerIteration]
-    ) -> tuple[Tensor, tuple[int, int]]:
-        """The table of addresses, and which bodies the two large kernels need for it."""
-        key = (
-            *[task.weight.data_ptr() for task in tasks],
-            *[task.grad.data_ptr() for task in tasks],
-            *[triple.v.data_ptr() for triple in triples],
-            *[triple.u.data_ptr() for triple in triples],
-            *[triple.sigma.data_ptr() for triple in triples],
-        )
-        table, classes = self.addresses.get(key, self._make_pointers)
-        return table, classes
-
-    def _make_pointers(self, key: tuple[int, ...]) -> tuple[np.ndarray, tuple[int, int]]:
-        bases = np.repeat(np.array(key, dtype=np.int64).reshape(5, -1).T, self.counts, axis=0)
+    def _make_pointers(
+        self, key: tuple[tuple[int, ...], tuple[int, ...]]
+    ) -> tuple[np.ndarray, tuple[int, int]]:
+        """Return the table of addresses, and which bodies the two large kernels need for it."""
+        weights, *vectors = np.array(key[0], dtype=np.int64).reshape(4, -1)
+        grads = np.array(key[1], dtype=np.int64)
+        bases = np.repeat(np.stack([weights, grads, *vectors], axis=1), self.counts, axis=0)
         strides = np.stack(
             [
                 self.m * self.n * self.weight_dtype.itemsize,
@@ -381,7 +507,7 @@ class _Group:
             ],
             axis=1,
         )
-        addresses = bases + self.nth[:, None] * strides
+        addresses = np.where(bases == 0, 0, bases + self.nth[:, None] * strides)
         row_bytes, grad_row_bytes = (
             self.n * dtype.itemsize for dtype in (self.weight_dtype, self.grad_dtype)
         )
@@ -391,23 +517,38 @@ class _Group:
         bits = np.bitwise_or.reduce(1 << classes, axis=0)
         return np.concatenate([addresses, classes], axis=1), (int(bits[0]), int(bits[1]))
 
-    def _factors(self, tasks: Sequence[Task]) -> tuple[Tensor, Tensor | None]:
-        """The table of (number, place among the tensors or -1), and the tensors gathered."""
-        factors = [task.factor for task in tasks]
-        if {float}.issuperset(map(type, factors)):
-            return self.factors.get(tuple(factors), self._make_factors)[0], None
-        tensors = {id(factor): factor for factor in factors if isinstance(factor, Tensor)}
-        places = {key: place for place, key in enumerate(tensors)}
-        key = [(1.0, places[id(x)]) if id(x) in places else (float(x), -1) for x in factors]
-        table, _ = self.factors.get(tuple(key), self._make_factors)
-        return table, _gathered(list(tensors.values())) if tensors else None
+    def _penalties(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor | None, bool]:
+        """Return the table of penalties, the tensors it refers to, and whether a slope is needed.
 
-    def _make_factors(self, key: tuple[Any, ...]) -> tuple[np.ndarray, None]:
-        rows = [row if isinstance(row, tuple) else (row, -1) for row in key]
+        A row is (factor, slot, target, slot, power). A slot is a place among the tensors, or -1.
+        Power 0 is the paper's penalty.
+        """
+        factors = [job.factor for job in jobs]
+        slopes = [job.slope for job in jobs]
+        sloped = slopes.count(None) < len(slopes)
+        if not sloped and {float}.issuperset(map(type, factors)):
+            return self.penalties.get(tuple(factors), self._make_penalties)[0], None, False
+        targets = [0.0 if slope is None else slope.target for slope in slopes]
+        powers = [0 if slope is None else slope.power for slope in slopes]
+        tensors = {id(x): x for x in (*factors, *targets) if isinstance(x, Tensor)}
+        slots = {key: slot for slot, key in enumerate(tensors)}
+
+        def entry(x: Any) -> tuple[float, int]:
+            return (1.0, slots[id(x)]) if id(x) in slots else (float(x), -1)
+
+        key = [
+            (*entry(factor), *entry(target), power)
+            for factor, target, power in zip(factors, targets, powers, strict=True)
+        ]
+        table, _ = self.penalties.get(tuple(key), self._make_penalties)
+        return table, _gathered(list(tensors.values())) if tensors else None, sloped
+
+    def _make_penalties(self, key: tuple[Any, ...]) -> tuple[np.ndarray, None]:
+        rows = [row if isinstance(row, tuple) else (row, -1, 0.0, -1, 0) for row in key]
         return np.repeat(np.array(rows, dtype=np.float64), self.counts, axis=0), None
 
     def _make_work(self) -> _Work:
-        """Divide the matrices among programs, and give each part of the scratch memory."""
+        """Divide the matrices among programs, and allocate the scratch memory."""
         m, n = self.m, self.n
         rows = self._rows_an_item()
         n_items, n_blocks = _divided(m, rows), _divided(n, _BLOCK)
@@ -443,9 +584,9 @@ class _Group:
         )
 
     def _rows_an_item(self) -> np.ndarray:
-        """Rows of each matrix for a program of `products`: a multiple of its tiles' heights.
+        """Return the rows of each matrix for a program of `products`, in whole tiles.
 
-        One wave of programs, if each then has few rows; else four, so that the last one is short.
+        One wave of programs if each has few rows then, else four: so that the last one is short.
         """
         heights = self.product_tile >> self.product_widths
         at_once = _processors(self.device) * (_WARPS_A_PROCESSOR // self.n_warps)
@@ -454,7 +595,7 @@ class _Group:
         return heights * np.maximum(_divided(elements / self.n, heights), 1)
 
     def _tiles(self) -> np.ndarray:
-        """The programs of `update`: (matrix, first row, row after the last, block of columns)."""
+        """Return the programs of `update`: (matrix, first row, end, block of columns)."""
         widths = 1 << self.update_widths
         heights = self.update_tile // widths
         n_tiles = (_divided(self.m, heights) * _divided(self.n, widths)).sum()
@@ -470,106 +611,8 @@ class _Group:
         )
 
 
-class _Filled(NamedTuple):
-    """A table on the device, the pinned memory that it is copied from, and what belongs to it."""
-
-    device: Tensor
-    host: Tensor
-    more: Any
-
-
-class _Table:
-    """A small table on the device that is filled from the host without waiting.
-
-    A captured copy takes place at each replay. So what a capture has used is never written again:
-    neither the pinned memory it copies from, nor the table, which later steps do not use.
-    """
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self._shape, self._dtype, self._device = shape, dtype, device
-        self._key: Hashable = None
-        self._filled: _Filled | None = None
-        self._frozen = False  # whether a capture reads the table that steps outside of it use
-        self._captured: dict[Hashable, _Filled] = {}
-        self._kept: list[_Filled] = []
-        self._spare: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def captured(self) -> bool:
-        """Whether a CUDA graph reads one of the tables."""
-        return self._frozen or bool(self._captured) or bool(self._kept)
-
-    def get(
-        self, key: Hashable, make: Callable[[Any], tuple[np.ndarray, Any]]
-    ) -> tuple[Tensor, Any]:
-        """The table of ``make(key)[0]``, and ``make(key)[1]``: filled if ``key`` is a new one."""
-        capturing = _capturing(self._device)
-        if self._filled is not None and key == self._key:
-            self._frozen |= capturing
-            return self._filled.device, self._filled.more
-        filled = self._fill_captured(key, make) if capturing else self._fill(key, make)
-        return filled.device, filled.more
-
-    def _fill(self, key: Hashable, make: Callable[[Any], tuple[np.ndarray, Any]]) -> _Filled:
-        values, more = make(key)
-        host, pinned = torch.from_numpy(values), self._device.type == "cuda"
-        while len(self._spare) < _SPARE_TABLES:
-            self._spare.append((self._empty(), torch.empty_like(host, pin_memory=pinned)))
-        if pinned:
-            # New memory each time: PyTorch keeps it until the copy from it has been made.
-            host = host.pin_memory()
-        if self._filled is None or self._frozen:
-            if self._filled is not None:
-                self._kept.append(self._filled)
-            self._filled = _Filled(self._empty(), host, more)
-        self._filled.device.copy_(host, non_blocking=True)
-        self._filled = _Filled(self._filled.device, host, more)
-        self._key, self._frozen = key, False
-        return self._filled
-
-    def _fill_captured(
-        self, key: Hashable, make: Callable[[Any], tuple[np.ndarray, Any]]
-    ) -> _Filled:
-        filled = self._captured.get(key)
-        if filled is None:
-            if not self._spare:
-                raise RuntimeError(
-                    f"{_SPARE_TABLES} steps with other tensors were captured in CUDA graphs since "
-                    "the last step outside of one: run one between them"
-                )
-            values, more = make(key)
-            device, host = self._spare.pop()
-            host.copy_(torch.from_numpy(values))
-            filled = self._captured[key] = _Filled(device, host, more)
-        filled.device.copy_(filled.host, non_blocking=True)
-        return filled
-
-    def _empty(self) -> Tensor:
-        return torch.empty(self._shape, dtype=self._dtype, device=self._device)
-
-
-class _Nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-def _on(device: torch.device) -> Any:
-    """Triton launches on the current device."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _Nothing()
-    return torch.cuda.device(device)
-
-
-def _capturing(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    with _on(device):  # of several, the current one is asked
-        return torch.cuda.is_current_stream_capturing()
-
-
 def _gathered(tensors: list[Tensor]) -> Tensor:
-    """All of them in one: in one launch if they are of one dtype, in none if there is one."""
+    """Return all of them in one tensor: without a launch if there is one, else in one or a few."""
     if len(tensors) == 1:
         return tensors[0]
     if len({x.dtype for x in tensors}) > 1:
@@ -590,13 +633,13 @@ def _processors(device: torch.device) -> int:
 
 
 def _width_of(n: np.ndarray, widths: Sequence[int]) -> np.ndarray:
-    """Of each, the power of two that holds it, or the last one there is."""
+    """Return the smallest of these exponents whose power of two holds n, or the last one."""
     bounds = 1 << np.array(widths)
     return np.array(widths)[np.minimum(np.searchsorted(bounds, n), len(widths) - 1)]
 
 
 def _divided(x: np.ndarray, by: Any) -> np.ndarray:
-    """Rounded up."""
+    """Divide and round up."""
     return np.ceil(x / by).astype(np.int64)
 
 
