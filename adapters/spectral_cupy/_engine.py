@@ -1,7 +1,8 @@
-"""The step of all matrices of a model in a fixed number of kernel launches.
+"""One step of all matrices of a model in a fixed number of kernel launches.
 
-What the blocks of ``kernels.cu`` take, and where they find it, is worked out here, apart from
-CuPy: a `Runtime` holds the few things that need a device. The tests bring one of their own.
+This file works out which block of ``kernels.cu`` works on what, and where the block finds it. It
+does so without CuPy: a `Runtime` does the few things that need a device, and the tests have a
+runtime of their own.
 """
 
 from __future__ import annotations
@@ -15,32 +16,32 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from spectral_core.power import PowerIteration
-from spectral_core.step import Advance, Step, Task, overlapping
+from spectral_core.engine import Job, Result, Triplet, last_of
 
 Array: TypeAlias = Any
 Shape: TypeAlias = tuple[int, ...]
 Table: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
-# As in kernels.cu, where a test reads them.
+# As in kernels.cu: a test compares them.
 THREADS = 512
 WARP = 32
 MAX_TILE = 256
 FIRST, FRESH, ADD = 1, 2, 4
 
-# H100: two blocks for each of its 132 multiprocessors, and a tile that with those of the other
-# blocks fits its L1 and L2 caches. On another device they are not wrong, only less apt.
+# H100: two blocks for each of its 132 multiprocessors, and a tile that fits its L1 and L2 caches
+# together with those of the other blocks. On another device these numbers are only less apt.
 _BLOCKS = 264
-_LEAST_WORK = 8192  # elements of a block: less is not worth a sum of its own
-_LEAST_ROWS = 8  # of a block: its sums over the rows take 1/8 of the memory of its weights
+_LEAST_WORK = 8192  # elements of a block: fewer are not worth a sum of their own
+_LEAST_ROWS = 8  # of a block: its sums over the rows need 1/8 of the memory of its weights
 _TILE_BYTES = 65536
 _LARGEST = 1 << 30  # rows or columns, which the kernels count in 32 bits
+_GROUPS = 64  # groups of jobs whose tables are kept: one for each stream and pair of dtypes
 
 _CTYPES = {"float16": "__half", "float32": "float", "float64": "double"}
 
 
 class Kernels(NamedTuple):
-    """The dtypes of weights and gradients that one compilation of the kernels is for."""
+    """The dtypes of weights and gradients of one compilation of the kernels."""
 
     weight: str
     grad: str
@@ -52,7 +53,7 @@ class Kernels(NamedTuple):
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The definitions that ``kernels.cu`` asks for, as options of a compiler."""
+        """The definitions that ``kernels.cu`` needs, as options of a compiler."""
         wide = "float64" if "float64" in self else "float32"
         defined = {
             "WEIGHT": _CTYPES[self.weight],
@@ -66,37 +67,52 @@ class Kernels(NamedTuple):
 
 
 class Runtime(Protocol):
-    """What the step needs of a device."""
+    """Everything that the engine needs of a device."""
 
     def owns(self, x: Array) -> bool:
-        """Whether ``x`` is an array of this runtime."""
+        """Return True if ``x`` is an array of this runtime."""
 
     def place(self, x: Array) -> Hashable:
-        """Where work on ``x`` goes: its device and that device's current stream."""
+        """Return where work on ``x`` goes: its device and that device's current stream."""
 
     def at(self, place: Any) -> AbstractContextManager[Any]:
-        """A context in which the methods below work there."""
+        """Return a context in which the methods below work at this place."""
 
     def address(self, x: Array) -> int:
-        """The address of the first element."""
+        """Return the address of the first element."""
 
     def upload(self, table: Table) -> Array:
-        """A copy of ``table`` on the device; nothing waits for it."""
+        """Return a copy of ``table`` on the device, without waiting for it."""
 
     def empty(self, size: int, dtype: str) -> Array:
-        """A new array of one axis."""
+        """Return a new array of one axis."""
 
     def view(self, x: Array, start: int, shape: Shape) -> Array:
-        """The elements of ``x`` from ``start`` on, in another shape, without a copy."""
+        """Return the elements of ``x`` from ``start`` on, in another shape, without a copy."""
 
     def launch(self, kernels: Kernels, name: str, blocks: int, arguments: tuple[Any, ...]) -> None:
         """Launch a kernel of ``kernels.cu``."""
 
 
+class Row(NamedTuple):
+    """A row of the table of jobs: the struct of this name in ``kernels.cu``."""
+
+    weight: int
+    grad: int
+    factor_size: int
+    factor: int
+    target_size: int
+    target: int
+    power: int
+    v: int
+    u: int
+    sigma: int
+
+
 class Matrix(NamedTuple):
     """A row of the table of matrices: the struct of this name in ``kernels.cu``."""
 
-    task: int
+    job: int
     entry: int
     rows: int
     columns: int
@@ -119,7 +135,7 @@ class Matrix(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """How the rows of a matrix are shared among blocks and threads."""
+    """The division of a matrix's rows among blocks and threads."""
 
     block_rows: int
     tile_rows: int
@@ -127,7 +143,7 @@ class Tiling(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where the results of a task begin."""
+    """The places where the results of a job begin."""
 
     sigma: int
     u: int
@@ -136,7 +152,7 @@ class Places(NamedTuple):
 
 @dataclass(frozen=True)
 class Geometry:
-    """The tables that follow from the shapes of a group's matrices, and from nothing else."""
+    """The tables that depend on nothing but the shapes of a group's matrices."""
 
     table: Table  # rows of `Matrix`, then the matrix of each block of `rows` and of `columns`
     matrices: int
@@ -149,22 +165,23 @@ class Geometry:
 
 def tiling(rows: int, columns: int, itemsize: int, work: int) -> Tiling:
     """Divide a matrix so that a block gets about ``work`` elements."""
-    block_rows = min(rows, max(_LEAST_ROWS, work // columns))
+    # Rounded up: one block more than the device runs at once would run alone at the end.
+    block_rows = min(rows, max(_LEAST_ROWS, -(-work // columns)))
     fit = _TILE_BYTES // (columns * itemsize)
     tile_rows = min(block_rows, MAX_TILE, max(1, fit))
-    # As many threads a row as make all of them busy with a tile; at least a sector of memory.
+    # As many threads a row as keep all of them busy with a tile; at least a sector of memory.
     least, most = min(8, _power_of_two(columns)), min(THREADS, _power_of_two(columns))
     width = min(most, max(least, THREADS // _power_of_two(tile_rows)))
     return Tiling(block_rows, tile_rows, width)
 
 
 def geometry(shapes: Sequence[Shape], itemsize: int) -> Geometry:
-    """The tables of matrices, or stacks of them, of these shapes."""
+    """Return the tables of matrices, or stacks of them, of these shapes."""
     work = max(_LEAST_WORK, -(-sum(map(prod, shapes)) // _BLOCKS))
     matrices: list[Matrix] = []
     places: list[Places] = []
     row_blocks = column_blocks = scratch = results = 0
-    for task, (*stack, m, n) in enumerate(shapes):
+    for job, (*stack, m, n) in enumerate(shapes):
         count = prod(stack)
         at = Places(results, results + count, results + count + count * m)
         places.append(at)
@@ -181,7 +198,7 @@ def geometry(shapes: Sequence[Shape], itemsize: int) -> Geometry:
             found = (at.u + entry * m, at.v + entry * n, at.sigma + entry)
             matrices.append(
                 Matrix(
-                    *(task, entry, m, n, *tiles, *blocks),
+                    *(job, entry, m, n, *tiles, *blocks),
                     *(x, y, partial, x_squares, x_scales, y_squares, *found),
                 )
             )
@@ -201,204 +218,228 @@ def geometry(shapes: Sequence[Shape], itemsize: int) -> Geometry:
 
 
 class _Group(NamedTuple):
-    """What goes into one launch."""
+    """The jobs of one launch have this in common."""
 
     place: Hashable
     kernels: Kernels
 
 
 @dataclass
-class _Kept:
-    """What a group had the last time, and has again if nothing changed."""
+class _Tables:
+    """The tables of a group, kept for the next step."""
 
     shapes: tuple[Shape, ...] = ()
     geometry: Geometry | None = None
     uploaded: dict[str, tuple[Table, Array]] = field(default_factory=dict)
 
 
-class _Job(NamedTuple):
-    """A group's launches, ready to go."""
+class _Launch(NamedTuple):
+    """The launches of a group, ready to go."""
 
     group: _Group
+    jobs: list[int]  # their places among all jobs
     geometry: Geometry
     arguments: tuple[Any, ...]  # all but the work table and the flags
     out: Array
 
 
-class FusedStep:
-    """A `Step` that takes all matrices at once, and hands on to another what it cannot take.
+class CudaEngine:
+    """Run jobs on an NVIDIA GPU by CuPy, all weights at once, and keep tables between steps.
 
-    It takes contiguous real weights and gradients whose matrix is the tensor reshaped. One object
-    keeps its tables from step to step, and sends them to the device again where they changed.
+    Pass one engine to every call of `add_gradient_` of a loop. If shapes, addresses and factors are
+    those of the step before, nothing is allocated for tables or sent to the device. The engine may
+    be used with other weights at any time, but not by two threads at once. It holds two tables of
+    some bytes for each weight on the device.
+
+    Contiguous float16, float32 and float64 weights and gradients in an order such as ``"oihw"`` or
+    ``"(go)ihw"``, whose matrix is the tensor reshaped, run together: three launches for each
+    iteration and pair of dtypes. The engine does not accept others, such as ``"hwio"``, complex
+    ones, or several vectors for each matrix.
 
     Parameters
     ----------
-    runtime : Runtime
-    plain : Step
-        For all other tasks; it writes into the gradients.
+    runtime : Runtime, optional
+        Where the kernels run. The default is CuPy.
+
+    Examples
+    --------
+    >>> import cupy as cp, spectral_cupy
+    >>> weights, grads = {"w": cp.asarray([[3.0, 4.0]])}, {"w": cp.zeros((1, 2))}
+    >>> state, engine = spectral_cupy.init(weights), spectral_cupy.CudaEngine()
+    >>> for _ in range(2):
+    ...     state = spectral_cupy.add_gradient_(weights, grads, state, factor=0.1, engine=engine)
+    >>> cp.round(grads["w"], 4)
+    array([[0.6, 0.8]])
     """
 
     in_place = True
 
-    def __init__(self, runtime: Runtime, plain: Step) -> None:
+    def __init__(self, runtime: Runtime | None = None) -> None:
+        if runtime is None:
+            from ._device import CuPyRuntime
+
+            runtime = CuPyRuntime()
         self._runtime = runtime
-        self._plain = plain
-        self._kept: dict[_Group, _Kept] = {}
+        self._tables: dict[_Group, _Tables] = {}
 
-    def __call__(self, tasks: Sequence[Task], n_iter: int) -> Advance:
-        """Lines 5–9 of Algorithm 1 (`spectral_core.step`)."""
-        groups, rest = self._divided(tasks, n_iter)
-        triples: dict[int, PowerIteration] = {}
-        # First all that can go wrong, so that a gradient is not left with half of a step.
-        jobs = [
-            (indices, self._prepared(group, [tasks[i] for i in indices], n_iter))
-            for group, indices in groups.items()
-        ]
-        if rest:
-            found = self._plain([tasks[i] for i in rest], n_iter).triples
-            triples.update(zip(rest, found, strict=True))
-        for indices, job in jobs:
-            chosen = [tasks[i] for i in indices]
-            self._run(job, n_iter)
-            found = self._triples(job, chosen, n_iter)
-            triples.update(zip(indices, found, strict=True))
-        return Advance([task.grad for task in tasks], [triples[i] for i in range(len(tasks))])
-
-    def _divided(
-        self, tasks: Sequence[Task], n_iter: int
-    ) -> tuple[dict[_Group, list[int]], list[int]]:
-        """The indices of the tasks that can go together, and of the others."""
-        groups: dict[_Group, list[int]] = {}
-        rest = []
-        fits = [self._fits(task, n_iter) for task in tasks]
-        fitting = [i for i, fit in enumerate(fits) if fit]
-        grads = [tasks[i].grad for i in fitting]
-        for k in overlapping((self._runtime.address(grad), grad.nbytes) for grad in grads):
-            fits[fitting[k]] = False
-        for i, task in enumerate(tasks):
-            if fits[i]:
-                kernels = Kernels(task.weight.dtype.name, task.grad.dtype.name)
-                group = _Group(self._runtime.place(task.weight), kernels)
-                groups.setdefault(group, []).append(i)
-            else:
-                rest.append(i)
-        return groups, rest
-
-    def _fits(self, task: Task, n_iter: int) -> bool:
-        weight, grad, plan = task.weight, task.grad, task.plan
+    def accepts(self, job: Job) -> bool:
+        """Return True for a contiguous, real job with one vector, all on one device."""
+        weight, plan = job.weight, job.plan
         if not (
             self._runtime.owns(weight)
-            and grad is not None
-            and {weight.dtype.name, grad.dtype.name} <= _CTYPES.keys()
+            and weight.dtype.name in _CTYPES
             and plan.reshapes
             and max(plan.matrix[-2:]) < _LARGEST
             and weight.flags.c_contiguous
-            and grad.flags.c_contiguous
         ):
             return False
-        real = Kernels(weight.dtype.name, grad.dtype.name).real
-        needed = [(task.v, plan.right)]
-        if n_iter == 0:
-            if task.last is None:
-                return False
-            sigma, u, v = task.last
-            needed = [(sigma, plan.matrix[:-2]), (u, plan.matrix[:-1]), (v, plan.right)]
-        place = self._runtime.place
+        grad = job.grad
+        if grad is not None and not (grad.dtype.name in _CTYPES and grad.flags.c_contiguous):
+            return False
+        real, place = _kernels_of(job).real, self._runtime.place(weight)
+        vectors = [(job.V, plan.rows(1))]
+        if job.last is not None:
+            sigma, u, V = job.last
+            vectors += [(sigma, plan.stack), (u, plan.left), (V, plan.rows(1))]
         return all(
             x.dtype.name == real
             and tuple(x.shape) == shape
             and x.flags.c_contiguous
-            and place(x) == place(weight)
-            for x, shape in needed
-        ) and (
-            isinstance(task.factor, float)
-            or (
-                task.factor.dtype.name in ("float32", "float64")
-                and place(task.factor) == place(weight)
-            )
+            and self._runtime.place(x) == place
+            for x, shape in vectors
+        ) and all(
+            isinstance(x, float)
+            or (x.dtype.name in ("float32", "float64") and self._runtime.place(x) == place)
+            for x in (job.factor, 0.0 if job.slope is None else job.slope.target)
         )
 
-    def _prepared(self, group: _Group, tasks: list[Task], n_iter: int) -> _Job:
-        kept = self._kept.setdefault(group, _Kept())
-        shapes = tuple(task.plan.matrix for task in tasks)
+    def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
+        """Run all jobs, those of one stream and pair of dtypes in the same launches.
+
+        V, u and sigma of the result are new arrays, which share one piece of memory.
+
+        Parameters
+        ----------
+        jobs : sequence of Job
+        n_iter : int
+            Power iterations. With 0 the term is that of each job's ``last``.
+
+        Returns
+        -------
+        Result
+
+        Raises
+        ------
+        spectral_core.ArgumentError
+            If ``n_iter`` is 0 and a job has no ``last``.
+        """
+        triplets: list[Any] = [last_of(job) for job in jobs] if n_iter == 0 else [None] * len(jobs)
+        # First everything that can fail: an error leaves every gradient as it was.
+        launches = [
+            self._prepare(group, jobs, places, n_iter)
+            for group, places in self._groups(jobs).items()
+        ]
+        for launch in launches:
+            with self._runtime.at(launch.group.place):
+                for i in range(n_iter):
+                    first, add = FIRST * (i == 0), ADD * (i == n_iter - 1)
+                    self._launch(launch, "spectral_rows", first)
+                    self._launch(launch, "spectral_columns", first)
+                    self._launch(launch, "spectral_apply", first | FRESH | add)
+                if n_iter == 0:
+                    self._launch(launch, "spectral_apply", ADD)
+                else:
+                    self._collect(launch, jobs, triplets)
+        return Result([job.grad for job in jobs], triplets)
+
+    def _groups(self, jobs: Sequence[Job]) -> dict[_Group, list[int]]:
+        groups: dict[_Group, list[int]] = {}
+        for i, job in enumerate(jobs):
+            group = _Group(self._runtime.place(job.weight), _kernels_of(job))
+            groups.setdefault(group, []).append(i)
+        return groups
+
+    def _prepare(
+        self, group: _Group, jobs: Sequence[Job], places: list[int], n_iter: int
+    ) -> _Launch:
+        kept = self._tables.setdefault(group, _Tables())
+        if len(self._tables) > _GROUPS:  # a loop may use new streams for ever
+            del self._tables[next(iter(self._tables))]
+        mine = [jobs[i] for i in places]
+        shapes = tuple(job.plan.matrix for job in mine)
         if kept.geometry is None or kept.shapes != shapes:
-            kept.geometry = geometry(shapes, tasks[0].weight.dtype.itemsize)
+            kept.geometry = geometry(shapes, mine[0].weight.dtype.itemsize)
             kept.shapes = shapes
         found, runtime = kept.geometry, self._runtime
-        # Vectors are addressed from the first one. Those of the step before lie in one array, so
-        # the table stays as it is though the array is another one in each step.
-        came = runtime.address(tasks[0].v)
+        # Addresses of vectors are relative to the first one. The vectors of the step before share
+        # one array, so the table stays the same though that array is another one in each step.
+        came = runtime.address(mine[0].V)
         with runtime.at(group.place):
             tables = self._on_device(kept, "geometry", found.table)
-            addresses = self._on_device(kept, "tasks", self._task_table(tasks, came, n_iter))
+            addresses = self._on_device(kept, "jobs", self._table_of(mine, came, n_iter))
             out = runtime.empty(found.results if n_iter else 0, group.kernels.real)
             scratch = runtime.empty(found.scratch if n_iter else 0, group.kernels.real)
-        return _Job(group, found, (addresses, tables, came, out, scratch), out)
+        return _Launch(group, places, found, (addresses, tables, came, out, scratch), out)
 
-    def _task_table(self, tasks: list[Task], came: int, n_iter: int) -> Table:
-        """A row for each task: the struct ``Task`` of ``kernels.cu``."""
+    def _table_of(self, jobs: list[Job], came: int, n_iter: int) -> Table:
+        """Return a `Row` for each job."""
         address = self._runtime.address
         rows = []
-        for task in tasks:
-            if isinstance(task.factor, float):
-                factor = (0, _BITS_OUT.unpack(_BITS_IN.pack(task.factor))[0])
-            else:
-                factor = (task.factor.dtype.itemsize, address(task.factor))
-            if n_iter:
-                vectors = (address(task.v) - came, 0, 0)
-            else:
-                assert task.last is not None  # `_fits` saw to it
-                sigma, u, v = task.last
-                vectors = (address(v) - came, address(u) - came, address(sigma) - came)
-            rows.append((address(task.weight), address(task.grad), *factor, *vectors))
+        for job in jobs:
+            grad = 0 if job.grad is None else address(job.grad)
+            target, power = (0.0, 0) if job.slope is None else job.slope
+            numbers = (*self._number(job.factor), *self._number(target), power)
+            vectors = (address(job.V) - came, 0, 0)
+            if n_iter == 0:
+                sigma, u, V = last_of(job)
+                vectors = (address(V) - came, address(u) - came, address(sigma) - came)
+            rows.append(Row(address(job.weight), grad, *numbers, *vectors))
         return np.asarray(rows, dtype=np.int64)
 
-    def _on_device(self, kept: _Kept, name: str, table: Table) -> Array:
-        """``table`` on the device, sent there only if the last one was another."""
+    def _number(self, x: Any) -> tuple[int, int]:
+        """Return the size and address of a number on the device, or 0 and the bits of a float."""
+        if isinstance(x, float):
+            return 0, _BITS_OUT.unpack(_BITS_IN.pack(x))[0]
+        return x.dtype.itemsize, self._runtime.address(x)
+
+    def _on_device(self, kept: _Tables, name: str, table: Table) -> Array:
+        """Return ``table`` on the device; send it only if it differs from the last one."""
         sent = kept.uploaded.get(name)
         if sent is None or not (sent[0] is table or np.array_equal(sent[0], table)):
             sent = kept.uploaded[name] = table, self._runtime.upload(table)
         return sent[1]
 
-    def _run(self, job: _Job, n_iter: int) -> None:
-        found = job.geometry
-        by_rows = len(Matrix._fields) * found.matrices  # where the work tables begin
-        by_columns = by_rows + found.row_blocks
-        with self._runtime.at(job.group.place):
-            for i in range(n_iter):
-                first = FIRST if i == 0 else 0
-                self._launch(job, "spectral_rows", found.row_blocks, by_rows, first)
-                self._launch(job, "spectral_columns", found.column_blocks, by_columns, first)
-                add = ADD if i == n_iter - 1 else 0
-                flags = first | FRESH | add
-                self._launch(job, "spectral_apply", found.row_blocks, by_rows, flags)
-            if n_iter == 0:
-                self._launch(job, "spectral_apply", found.row_blocks, by_rows, ADD)
-
-    def _launch(self, job: _Job, name: str, blocks: int, work: int, flags: int) -> None:
-        addresses, tables, *others = job.arguments
+    def _launch(self, launch: _Launch, name: str, flags: int) -> None:
+        found = launch.geometry
+        work, blocks = len(Matrix._fields) * found.matrices, found.row_blocks
+        if name == "spectral_columns":  # its work table is the second one
+            work, blocks = work + blocks, found.column_blocks
+        addresses, tables, *others = launch.arguments
         work_table = self._runtime.address(tables) + 8 * work
-        self._runtime.launch(
-            job.group.kernels, name, blocks, (addresses, tables, work_table, *others, flags)
-        )
+        arguments = (addresses, tables, work_table, *others, flags)
+        self._runtime.launch(launch.group.kernels, name, blocks, arguments)
 
-    def _triples(self, job: _Job, tasks: list[Task], n_iter: int) -> list[PowerIteration]:
-        if n_iter == 0:
-            return [task.last for task in tasks if task.last is not None]
+    def _collect(self, launch: _Launch, jobs: Sequence[Job], triplets: list[Any]) -> None:
+        """Put the results of a launch into the list of all triplets."""
         view = self._runtime.view
-        return [
-            PowerIteration(
-                view(job.out, at.sigma, task.plan.matrix[:-2]),
-                view(job.out, at.u, task.plan.matrix[:-1]),
-                view(job.out, at.v, task.plan.right),
+        for i, at in zip(launch.jobs, launch.geometry.places, strict=True):
+            plan = jobs[i].plan
+            triplets[i] = Triplet(
+                view(launch.out, at.sigma, plan.stack),
+                view(launch.out, at.u, plan.left),
+                view(launch.out, at.v, plan.rows(1)),
             )
-            for task, at in zip(tasks, job.geometry.places, strict=True)
-        ]
+
+
+def _kernels_of(job: Job) -> Kernels:
+    """Return the dtypes of a job; where there is no gradient, that of the weight."""
+    grad = job.weight if job.grad is None else job.grad
+    return Kernels(job.weight.dtype.name, grad.dtype.name)
 
 
 _BITS_IN, _BITS_OUT = struct.Struct("=d"), struct.Struct("=q")
 
 
 def _power_of_two(least: int) -> int:
-    """The smallest power of two that is not less."""
+    """Return the smallest power of two that is not less."""
     return 1 << (least - 1).bit_length()
