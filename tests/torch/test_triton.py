@@ -388,6 +388,20 @@ def test_kernels_that_cannot_be_compiled_are_warned_of_once(monkeypatch, last):
         torch.testing.assert_close(one.grad, other.grad)
 
 
+def test_jobs_that_the_fallback_does_not_accept_go_to_the_reference(monkeypatch):
+    failing(monkeypatch, RuntimeError("no C compiler"))
+    fallback = importlib.import_module("spectral_torch.engines.foreach").ForeachEngine()
+    jobs = [job((6, 40)), job((5, 7), bf16), job((2, 3, 4), layout="soi")]
+    expected = [copy(one) for one in jobs]
+    with pytest.warns(RuntimeWarning, match="no C compiler"):
+        found = TritonEngine(fallback=fallback).run(jobs, 1)
+    wanted = REFERENCE.run(expected, 1)
+    for one, other, x, y in zip(jobs, expected, found.triplets, wanted.triplets, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+        torch.testing.assert_close(tuple(x), tuple(y))
+        assert x.V is one.V
+
+
 def test_only_the_jobs_that_failed_and_later_ones_fall_back(monkeypatch):
     failing(monkeypatch, RuntimeError("no"), of=lambda group: group.weight_dtype == bf16)
     engine = TritonEngine(fallback=REFERENCE)

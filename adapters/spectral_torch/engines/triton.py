@@ -28,7 +28,16 @@ import torch
 from torch import Tensor
 
 from spectral_core import ArgumentError
-from spectral_core.engine import Engine, Job, JobList, Result, Triplet, last_of
+from spectral_core.engine import (
+    Engine,
+    Job,
+    JobList,
+    ReferenceEngine,
+    Result,
+    Triplet,
+    dispatch,
+    last_of,
+)
 
 from .graph_tables import GraphTable, capturing, current
 
@@ -64,6 +73,8 @@ _ROWS_WORTH_A_SUM = 32
 # Tiles of G for each program, where there are many: v and sigma are looked up once for all.
 _TILES_A_PROGRAM = 4
 _SETS = 64  # sets of jobs whose tables and scratch memory are kept: optimizers take turns
+
+_REFERENCE = ReferenceEngine(in_place=True)
 
 
 @cache
@@ -142,8 +153,9 @@ class TritonEngine:
     ----------
     fallback : Engine, optional
         An engine that works in place. If the kernels fail before they have run once for a device
-        and pair of dtypes (Triton may find no C compiler), the engine warns, uses the fallback for
-        these jobs, and accepts no further ones. Without a fallback the error is raised.
+        and pair of dtypes (Triton may find no C compiler), the engine warns, and accepts no further
+        jobs. The fallback runs those that have failed, and the reference those that the fallback
+        does not accept. Without a fallback the error is raised.
 
     Raises
     ------
@@ -281,7 +293,8 @@ class TritonEngine:
     def _fall_back(self, jobs: Sequence[Job], triplets: Sequence[Triplet], n_iter: int) -> None:
         """Run jobs by the fallback, and write what it finds into the tensors of ``triplets``."""
         assert self._fallback is not None
-        found = self._fallback.run(jobs, n_iter).triplets
+        # A list of its own: a `JobList` would remember a division that has this engine in it.
+        found = dispatch(list(jobs), n_iter, (self._fallback, _REFERENCE)).triplets
         pairs = [
             (old, new)
             for triplet, result in zip(triplets, found, strict=True)
