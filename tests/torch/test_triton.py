@@ -5,6 +5,7 @@ told so before it is first imported, and no other test should meet it, so that h
 of its own (`test_in_triton_s_interpreter`). Another process compiles without a GPU.
 """
 
+import copy as copies
 import importlib
 import os
 import subprocess
@@ -336,8 +337,6 @@ def test_a_job_list_whose_results_go_elsewhere_is_not_remembered():
 
 @runs
 def test_a_copy_has_no_memory_of_the_other():
-    import copy as copies
-
     engine = TritonEngine(fallback=REFERENCE)
     check([job((4, 6))], engine=engine)
     other = copies.deepcopy(engine)
@@ -347,6 +346,49 @@ def test_a_copy_has_no_memory_of_the_other():
 
 def test_nothing_gives_nothing():
     assert TritonEngine().run([], 1) == ([], [])
+
+
+@runs
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target": {"0.weight": 0.3, "*": 1e6}},
+        {"power": 1},
+        {"target": torch.tensor(0.7, device=DEVICE)},
+    ],
+    ids=str,
+)
+def test_a_regularizer_keeps_its_kernels_whatever_the_penalty(options, monkeypatch):
+    spectral_torch = pytest.importorskip("spectral_torch")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Linear(8, 4, dtype=bf16))
+    models = model.to(DEVICE), copies.deepcopy(model).to(DEVICE)
+    regs = [
+        spectral_torch.SpectralNormRegularizer(m, factor=0.3, kernels=kernels, **options)
+        for m, kernels in zip(models, (True, False), strict=True)
+    ]
+    regs[0]._jobs.engines = TritonEngine(), Never()  # the CPU has another engine before it
+    before = regs[0].state_dict()
+    for step in range(3):  # checked, then repeated
+        for m, reg in zip(models, regs, strict=True):
+            generator = torch.Generator().manual_seed(step)
+            for p in m.parameters():
+                p.grad = torch.randn(p.shape, generator=generator).to(p)
+            reg.add_gradients_()
+        for p, q in zip(*(m.parameters() for m in models), strict=True):
+            rtol = 1e-2 if p.dtype == bf16 else 1e-4
+            torch.testing.assert_close(p.grad, q.grad, rtol=rtol, atol=rtol)
+    after = regs[0].state_dict()
+    assert all(after[key] is tensor for key, tensor in before.items())
+    close(after, regs[1].state_dict(), 1e-4, 1e-4)
+
+
+class Never(ReferenceEngine):
+    """An engine that no job should reach."""
+
+    def run(self, jobs, n_iter):
+        raise AssertionError(f"{[one.name for one in jobs]} should go through the kernels")
 
 
 # Where Triton fails
