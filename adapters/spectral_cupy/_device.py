@@ -1,4 +1,4 @@
-"""CuPy as the runtime of `CudaEngine`, and as the reference engine's way to add a term."""
+"""Run the kernels of `CudaEngine` by CuPy, and add a term by one kernel of CuPy's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_outer_(grad: cupy.ndarray, u: cupy.ndarray, v: cupy.ndarray) -> cupy.nda
 
 
 class CuPyRuntime:
-    """The `Runtime` of CuPy arrays."""
+    """Run the engine on CuPy arrays: the default `Runtime`."""
 
     def owns(self, x: Any) -> bool:
         """Return True for a CuPy array."""

@@ -1,4 +1,4 @@
-"""One step of all matrices of a model in a fixed number of kernel launches.
+"""Run one step on all matrices of a model in a fixed number of kernel launches.
 
 This file works out which block of ``kernels.cu`` works on what, and where the block finds it. It
 does so without CuPy: a `Runtime` does the few things that need a device, and the tests have a
@@ -41,19 +41,19 @@ _CTYPES = {"float16": "__half", "float32": "float", "float64": "double"}
 
 
 class Kernels(NamedTuple):
-    """The dtypes of weights and gradients of one compilation of the kernels."""
+    """Identify a compilation of the kernels: the dtypes of weights and gradients."""
 
     weight: str
     grad: str
 
     @property
     def real(self) -> str:
-        """The dtype of the iteration."""
+        """Return the dtype of the iteration."""
         return "float64" if self.weight == "float64" else "float32"
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The definitions that ``kernels.cu`` needs, as options of a compiler."""
+        """Return the definitions that ``kernels.cu`` needs, as options of a compiler."""
         wide = "float64" if "float64" in self else "float32"
         defined = {
             "WEIGHT": _CTYPES[self.weight],
@@ -67,7 +67,7 @@ class Kernels(NamedTuple):
 
 
 class Runtime(Protocol):
-    """Everything that the engine needs of a device."""
+    """Do everything that the engine needs of a device."""
 
     def owns(self, x: Array) -> bool:
         """Return True if ``x`` is an array of this runtime."""
@@ -95,7 +95,7 @@ class Runtime(Protocol):
 
 
 class Row(NamedTuple):
-    """A row of the table of jobs: the struct of this name in ``kernels.cu``."""
+    """Describe a job to the kernels: the struct of this name in ``kernels.cu``."""
 
     weight: int
     grad: int
@@ -110,7 +110,7 @@ class Row(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A row of the table of matrices: the struct of this name in ``kernels.cu``."""
+    """Describe a matrix to the kernels: the struct of this name in ``kernels.cu``."""
 
     job: int
     entry: int
@@ -135,7 +135,7 @@ class Matrix(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """The division of a matrix's rows among blocks and threads."""
+    """Divide the rows of a matrix among blocks and threads."""
 
     block_rows: int
     tile_rows: int
@@ -143,7 +143,7 @@ class Tiling(NamedTuple):
 
 
 class Places(NamedTuple):
-    """The places where the results of a job begin."""
+    """Hold the places where the results of a job begin."""
 
     sigma: int
     u: int
@@ -152,7 +152,7 @@ class Places(NamedTuple):
 
 @dataclass(frozen=True)
 class Geometry:
-    """The tables that depend on nothing but the shapes of a group's matrices."""
+    """Hold the tables that depend on nothing but the shapes of a group's matrices."""
 
     table: Table  # rows of `Matrix`, then the matrix of each block of `rows` and of `columns`
     matrices: int
@@ -218,7 +218,7 @@ def geometry(shapes: Sequence[Shape], itemsize: int) -> Geometry:
 
 
 class _Group(NamedTuple):
-    """The jobs of one launch have this in common."""
+    """Identify the jobs of one launch."""
 
     place: Hashable
     kernels: Kernels
@@ -226,7 +226,7 @@ class _Group(NamedTuple):
 
 @dataclass
 class _Tables:
-    """The tables of a group, kept for the next step."""
+    """Keep the tables of a group for the next step."""
 
     shapes: tuple[Shape, ...] = ()
     geometry: Geometry | None = None
@@ -234,7 +234,7 @@ class _Tables:
 
 
 class _Launch(NamedTuple):
-    """The launches of a group, ready to go."""
+    """Hold everything that the launches of a group need."""
 
     group: _Group
     jobs: list[int]  # their places among all jobs
@@ -279,7 +279,7 @@ class CudaEngine:
             from ._device import CuPyRuntime
 
             runtime = CuPyRuntime()
-        self._runtime = runtime
+        self._runtime: Runtime = runtime
         self._tables: dict[_Group, _Tables] = {}
 
     def accepts(self, job: Job) -> bool:

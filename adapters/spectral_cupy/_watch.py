@@ -54,7 +54,7 @@ class Watch(sc.Watch):
 
 
 class ArrayCopy(NamedTuple):
-    """The `AsyncCopy` of arrays of one GPU."""
+    """Copy arrays of one GPU to the host without waiting: an `AsyncCopy`."""
 
     flat: cupy.ndarray  # kept: its memory is in use until the copy is complete
     host: np.ndarray[Any, Any]

@@ -1,4 +1,4 @@
-"""Small tables on the device, which a captured CUDA graph can go on reading.
+"""Keep small tables on the device, which a captured CUDA graph can go on reading.
 
 What a CUDA graph may rely on:
 
@@ -26,7 +26,7 @@ _SPARE_TABLES = 4
 
 
 class _Filled(NamedTuple):
-    """A table on the device, the pinned memory it is copied from, and what belongs to it."""
+    """Hold a table on the device, the pinned memory it is copied from, and what belongs to it."""
 
     device: Tensor
     host: Tensor

@@ -1,4 +1,4 @@
-"""One step of Algorithm 1 on all weights of a model in three kernel launches an iteration.
+"""Run one step of Algorithm 1 on all weights of a model in three launches an iteration.
 
 Nothing waits for the device, and nothing is read from it. Results are written into the existing
 V, u, sigma and gradient tensors, because a captured CUDA graph refers to them by address
@@ -72,6 +72,8 @@ _PRODUCT_REGISTERS = 128
 _ROWS_WORTH_A_SUM = 32
 # Tiles of G for each program, where there are many: v and sigma are looked up once for all.
 _TILES_A_PROGRAM = 4
+# Triton 3.9 warns where this is left open, and a later version may choose otherwise: other bits.
+_OPTIONS = {"enable_fp_fusion": True}
 _SETS = 64  # sets of jobs whose tables and scratch memory are kept: optimizers take turns
 
 _REFERENCE = ReferenceEngine(in_place=True)
@@ -108,7 +110,7 @@ def available() -> bool:
 
 
 class _Kind(NamedTuple):
-    """The device and dtypes of the jobs of one launch."""
+    """Identify the jobs of one launch: their device and dtypes."""
 
     device: torch.device
     weight: torch.dtype
@@ -117,7 +119,7 @@ class _Kind(NamedTuple):
 
 @dataclass(slots=True)
 class _Share:
-    """The jobs of one kind, and what does not change from step to step."""
+    """Hold the jobs of one kind, and everything that does not change from step to step."""
 
     kind: _Kind
     places: list[int]  # among all jobs
@@ -136,7 +138,7 @@ class _Share:
 
 
 class _Prepared(NamedTuple):
-    """Everything about a step that does not depend on gradients and factors."""
+    """Hold everything about a step that does not depend on gradients and factors."""
 
     triplets: list[Triplet]  # the tensors that the results are written into
     shares: list[_Share]
@@ -378,7 +380,7 @@ def _addresses_of(
 
 
 class _Work(NamedTuple):
-    """Tables that say which program does what, from shapes alone, and the scratch memory."""
+    """Hold the tables that say which program does what, from shapes alone, and the scratch."""
 
     shapes: Tensor
     items: Tensor
@@ -393,7 +395,7 @@ class _Work(NamedTuple):
 
 
 class _Group:
-    """The matrices of one launch, with their tables."""
+    """Launch the kernels on the matrices of one kind, with their tables and scratch memory."""
 
     def __init__(self, kind: _Kind, jobs: Sequence[Job]) -> None:
         self.device = kind.device
@@ -461,6 +463,7 @@ class _Group:
             CLASSES=classes,
             STAGES=4 if half else 3,
             num_warps=self.n_warps,
+            **_OPTIONS,
             maxnreg=_PRODUCT_REGISTERS,
         )
         k.columns[(len(work.blocks),)](
@@ -471,6 +474,7 @@ class _Group:
             HEIGHT=_COLUMNS_HEIGHT,
             STAGES=3,
             num_warps=4,
+            **_OPTIONS,
         )
         if keep:
             k.directions[(len(work.blocks),)](
@@ -478,6 +482,7 @@ class _Group:
                 ACC=acc,
                 TINY=tiny,
                 num_warps=4,
+                **_OPTIONS,
             )
 
     def _update(
@@ -502,6 +507,7 @@ class _Group:
             CLASSES=classes,
             GATHERED=gathered is not None,
             num_warps=_UPDATE_WARPS,
+            **_OPTIONS,
             **options,
         )
 

@@ -1,4 +1,4 @@
-"""The kernels of `TritonEngine`: Algorithm 1 on all matrices of a model at once.
+"""Compute Algorithm 1 on all matrices of a model at once: the kernels of `TritonEngine`.
 
 One iteration is three launches, whatever the number of matrices and their shapes:
 
