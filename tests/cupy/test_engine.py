@@ -493,6 +493,19 @@ def test_a_nan_is_not_below_the_target(libraries, options):
     np.testing.assert_array_equal(found["zero"], grads["zero"])
 
 
+def test_a_state_of_version_0_1_0_goes_on_in_the_kernels(libraries):
+    rng = np.random.default_rng(0)  # the model that the file was saved with
+    shapes = {"conv": ((6, 3, 2, 2), "float32"), "grouped": ((4, 2, 3), "float32")}
+    shapes["out"] = ((5, 4), "float64")
+    weights = {n: rng.standard_normal(shape).astype(dtype) for n, (shape, dtype) in shapes.items()}
+    grads = {name: np.zeros_like(weight) for name, weight in weights.items()}
+    start = sc.init(weights, layouts={"grouped": sc.Layout("(go)ik", 2)})
+    with np.load(Path(__file__).parents[1] / "data" / "state-0.1.0-numpy.npz") as saved:
+        state = sc.load_state_dict(start, saved)
+    runtime, _, _ = check(libraries, weights, grads, state, 2e-5, factor=0.1)
+    assert len(runtime.launches) == 2 * 2 * len(ONCE)  # two steps, two dtypes
+
+
 def test_launches_do_not_depend_on_the_number_of_weights(libraries):
     counts = []
     for n in (1, 40):
