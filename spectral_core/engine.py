@@ -207,11 +207,19 @@ def dispatch(jobs: Sequence[Job], n_iter: int, engines: Sequence[Engine]) -> Res
     Result
         In the order of ``jobs``.
 
+    Raises
+    ------
+    ArgumentError
+        If ``n_iter`` is 0 and a job has no ``last``, before any gradient changes.
+
     Examples
     --------
     >>> dispatch([], 1, [ReferenceEngine()])
     Result(grads=[], triplets=[])
     """
+    if n_iter == 0:
+        for job in jobs:  # before the first engine writes into a gradient
+            last_of(job)
     if isinstance(jobs, JobList):
         shares = jobs.shares(engines)
     else:
