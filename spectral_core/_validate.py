@@ -228,6 +228,10 @@ def _check_fit(
     shape, k = tuple(V.shape), V.shape[-2] if V.ndim > 1 else 0
     expected = ", ".join(map(str, plan.rows("k")))  # type: ignore[arg-type]
     _check_shape(name, weight, "v", V, plan.rows(k) if k else None, f"({expected})")
+    if traits(V, xp, f"weight {name!r}: v").complex and not is_complex(weight, xp):
+        raise DTypeError(
+            f"weight {name!r}: v has dtype {V.dtype}, but the weight is real ({weight.dtype})"
+        )
     check_same_device(weight, V, xp, f"weight {name!r}", "its v")
     if not isinstance(factor, float) and not xp.isdtype(factor.dtype, "real floating"):
         raise DTypeError(f"factor of {name!r} has dtype {factor.dtype}: it must be a real float")
