@@ -72,7 +72,7 @@ def assert_agree(found, expected, precision):
 
 
 @PRECISIONS
-def test_same_as_numpy(backend, dtype, precision):
+def test_every_backend_equals_numpy(backend, dtype, precision):
     expected = train(get("numpy"), dtype)
     assert_agree(train(backend, dtype), expected, precision)
     if backend.in_place:

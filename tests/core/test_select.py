@@ -1,7 +1,7 @@
 import pytest
 
 import spectral_core as sc
-from spectral_core.patterns import by_name
+from spectral_core._select import by_name
 
 NAMES = ["encoder.in", "encoder.out", "head", "block[0]"]
 
@@ -18,12 +18,12 @@ NAMES = ["encoder.in", "encoder.out", "head", "block[0]"]
     ],
     ids=str,
 )
-def test_own_name_first_then_the_first_pattern(settings, expected):
+def test_own_name_wins_over_the_first_pattern(settings, expected):
     assert by_name(settings, NAMES, "factor") == expected
 
 
 @pytest.mark.parametrize("pattern", ["heads", "Head", "encoder", "decoder.*"])
-def test_a_pattern_that_matches_nothing_is_an_error(pattern):
+def test_pattern_that_matches_nothing_raises(pattern):
     with pytest.raises(
         sc.NamesError, match=r"factor: .*matches none of the names.*'head'"
     ) as error:

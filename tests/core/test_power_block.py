@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 import spectral_core as sc
 from backends import KINDS, gaussian, get, matrix, on, orthogonal, outer, svd_norm, unit
-from spectral_core import power_iteration
-from spectral_core.block import block_iteration
+from spectral_core import block_iteration, power_iteration
 
 DTYPES = ("float64", "complex128")
 
@@ -49,7 +48,7 @@ def spectrum(rng, s, m, n, dtype="float64"):
 
 
 @given(problems())
-def test_lies_between_power_iteration_and_sigma(problem):
+def test_estimate_is_between_power_iteration_and_sigma(problem):
     W, V, _ = problem
     sigma = block_iteration(W, V).sigma
     assert np.all(sigma >= power_iteration(W, V[..., 0, :]).sigma * (1 - 1e-12))
@@ -67,7 +66,7 @@ def test_estimate_never_falls(problem):
 
 
 @given(problems())
-def test_triple_is_the_gradient_at_constant_u(problem):
+def test_triplet_is_the_gradient_at_constant_u(problem):
     """σ·v = Wᴴu, so that σ·u·vᴴ = u·(Wᴴu)ᴴ."""
     W, V, _ = problem
     sigma, u, v, _ = block_iteration(W, V)
@@ -80,7 +79,7 @@ def test_triple_is_the_gradient_at_constant_u(problem):
 
 
 @given(problems())
-def test_one_iteration_is_the_best_of_the_span(problem):
+def test_one_iteration_finds_the_best_vector_of_the_span(problem):
     """In the span of W·V nothing beats the largest singular value of WᴴQ, and k = 2 attains it."""
     W, V, _ = problem
     V = V[..., :2, :]
@@ -104,7 +103,7 @@ def test_new_rows_are_orthonormal(problem):
 
 
 @given(problems(), st.integers(2, 4))
-def test_n_iter_is_that_many_calls(problem, count):
+def test_n_iter_equals_that_many_calls(problem, count):
     W, V, _ = problem
     together = block_iteration(W, V, n_iter=count)
     for _ in range(count):
@@ -115,7 +114,7 @@ def test_n_iter_is_that_many_calls(problem, count):
 
 
 @given(problems())
-def test_one_vector_is_power_iteration(problem):
+def test_one_vector_equals_power_iteration(problem):
     W, V, _ = problem
     block, power = (
         block_iteration(W, V[..., :1, :], n_iter=2),
@@ -143,7 +142,7 @@ def same(result, other, atol=1e-9):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(seed=st.integers(0, 2**32), c=st.floats(1e-3, 1e3))
-def test_scaling(dtype, seed, c):
+def test_scaling_the_matrix_scales_sigma(dtype, seed, c):
     W, V, _ = gap_problem(seed, dtype)
     sigma, u, v, _ = block_iteration(W, V, n_iter=2)
     same(block_iteration(-c * W, V, n_iter=2), (c * sigma, -u, v))
@@ -151,7 +150,7 @@ def test_scaling(dtype, seed, c):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(seed=st.integers(0, 2**32))
-def test_unitary_invariance(dtype, seed):
+def test_unitary_matrices_rotate_the_vectors(dtype, seed):
     W, V, rng = gap_problem(seed, dtype)
     P, Q = orthogonal(rng, 8, 8, dtype), orthogonal(rng, 7, 7, dtype)
     sigma, u, v, _ = block_iteration(W, V, n_iter=2)
@@ -161,7 +160,7 @@ def test_unitary_invariance(dtype, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(seed=st.integers(0, 2**32))
-def test_of_two_vectors_only_the_span_counts(dtype, seed):
+def test_only_the_span_of_two_vectors_matters(dtype, seed):
     W, V, rng = gap_problem(seed, dtype, k=2)
     turned = orthogonal(rng, 2, 2, dtype) @ V
     same(block_iteration(W, turned), block_iteration(W, V), atol=1e-7)
@@ -169,7 +168,7 @@ def test_of_two_vectors_only_the_span_counts(dtype, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
-def test_stack_is_its_matrices_one_by_one(dtype, k):
+def test_stack_equals_its_matrices_one_by_one(dtype, k):
     W, V, _ = gap_problem(0, dtype, k=k, stack=(2, 3))
     result = block_iteration(W, V, n_iter=2)
     for index in np.ndindex(2, 3):
@@ -195,7 +194,7 @@ def test_converges_to_the_svd(backend, shape, k, dtype):
     assert backend.dtype_name(result.sigma) == "float64"
 
 
-def test_faster_than_power_iteration_on_a_close_pair(backend):
+def test_more_vectors_converge_faster_on_a_close_pair(backend):
     """In as many readings of W; with the old v as a third vector, faster still."""
     rng = np.random.default_rng(0)
     s = np.r_[1, 0.999, np.linspace(0.9, 0.1, 30)]
@@ -213,7 +212,7 @@ def test_faster_than_power_iteration_on_a_close_pair(backend):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_follows_a_crossing_that_power_iteration_misses(backend, dtype):
+def test_two_vectors_follow_a_crossing_that_one_misses(backend, dtype):
     """σ₂ overtakes σ₁ within 20 steps, as in training with the regularizer."""
     rng = np.random.default_rng(0)
     U, X = orthogonal(rng, 30, 10), orthogonal(rng, 40, 10)
@@ -232,7 +231,7 @@ def test_follows_a_crossing_that_power_iteration_misses(backend, dtype):
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
-def test_zero_matrix(backend, k):
+def test_zero_matrix_keeps_the_rows(backend, k):
     V = backend.asarray(unit(np.random.default_rng(0), k, 3))
     sigma, u, v, new = block_iteration(backend.asarray(np.zeros((2, 3))), V, n_iter=3)
     assert float(sigma) == 0
@@ -243,7 +242,7 @@ def test_zero_matrix(backend, k):
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_bad_matrix_of_a_stack_is_alone(backend, k):
+def test_bad_matrix_of_a_stack_affects_no_other(backend, k):
     """One zero, one NaN, one infinite and one overflowing matrix between two sound ones."""
     rng = np.random.default_rng(0)
     W, V = gaussian(rng, 6, 3, 4), unit(rng, 6, k, 4)
@@ -265,7 +264,7 @@ def test_bad_matrix_of_a_stack_is_alone(backend, k):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex64"])
 @pytest.mark.parametrize("shape", [(1, 7), (7, 1), (1, 1), (2, 9), (9, 2), (6, 6)], ids=str)
 @pytest.mark.parametrize("k", [2, 3, 5, 8])
-def test_low_rank_and_more_vectors_than_the_matrix_has(backend, k, shape, dtype):
+def test_sigma_of_rank_one_is_exact_with_surplus_vectors(backend, k, shape, dtype):
     """Rank one, from V of dependent rows: σ is exact at once and stays so."""
     rng = np.random.default_rng(0)
     W = np.outer(gaussian(rng, shape[0], dtype=dtype), gaussian(rng, shape[1], dtype=dtype))
@@ -282,7 +281,7 @@ def test_low_rank_and_more_vectors_than_the_matrix_has(backend, k, shape, dtype)
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("k", [2, 3, 4])
-def test_recovers_when_a_low_rank_matrix_gains_rank(backend, k, dtype):
+def test_lost_row_recovers_when_the_matrix_gains_rank(backend, k, dtype):
     """A second row lost to a rank-one W, or equal to the first, must not stay lost."""
     rng = np.random.default_rng(0)
     U, X = orthogonal(rng, 8, 6), orthogonal(rng, 9, 6)
@@ -324,7 +323,7 @@ def test_bfloat16_iterates_in_float32(backend):
 
 @pytest.mark.parametrize("scale", [1e-17, 1e17])
 @pytest.mark.parametrize("k", [2, 4])
-def test_float32_range(k, scale):
+def test_sigma_is_right_at_the_ends_of_the_float32_range(k, scale):
     rng = np.random.default_rng(0)
     W, V = gaussian(rng, 4, 5), unit(rng, k, 5)
     expected = block_iteration(W, V, n_iter=3).sigma
@@ -344,7 +343,7 @@ def test_float32_stays_a_lower_bound_up_to_rounding(backend, k):
             last = float(sigma)
 
 
-def test_inputs_stay_as_they_are(backend):
+def test_inputs_do_not_change(backend):
     rng = np.random.default_rng(0)
     W, V = gaussian(rng, 3, 4), unit(rng, 3, 4)
     mine, my_v = backend.asarray(W), backend.asarray(V)
@@ -353,7 +352,7 @@ def test_inputs_stay_as_they_are(backend):
     np.testing.assert_array_equal(backend.to_numpy(my_v), V)
 
 
-def test_real_vectors_suit_a_complex_matrix(backend):
+def test_real_vectors_fit_a_complex_matrix(backend):
     rng = np.random.default_rng(0)
     W, V = gaussian(rng, 3, 4, dtype="complex128"), unit(rng, 2, 4)
     real = block_iteration(backend.asarray(W), backend.asarray(V))
@@ -363,7 +362,7 @@ def test_real_vectors_suit_a_complex_matrix(backend):
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_runs_under_jit(k):
+def test_block_iteration_runs_under_jit(k):
     backend = get("jax-cpu")
     import jax
 
@@ -385,18 +384,18 @@ def test_runs_under_jit(k):
         (np.ones((2, 3)), np.ones((0, 3)), sc.ShapeError, "V has shape (0, 3).*k ≥ 1"),
         (np.ones((4, 2, 3)), np.ones((4, 3)), sc.ShapeError, "(4, 3).*needs (4, k, 3)"),
         (np.ones((2, 3), dtype=int), np.ones((1, 3)), sc.DTypeError, "W has dtype int64"),
-        (np.ones((2, 3)), np.ones((1, 3), dtype=int), sc.DTypeError, "v has dtype int64"),
+        (np.ones((2, 3)), np.ones((1, 3), dtype=int), sc.DTypeError, "V has dtype int64"),
         (np.ones((2, 3)), np.ones((1, 3)) * 1j, sc.DTypeError, "complex128.*float64"),
         ([[1.0]], np.ones((1, 1)), sc.DTypeError, "builtins.list"),
     ],
 )
-def test_errors_about_arrays(W, V, error, words):
+def test_wrong_arrays_raise(W, V, error, words):
     with pytest.raises(error, match=".*".join(map(re.escape, words.split(".*")))):
         block_iteration(W, V)
 
 
 @pytest.mark.parametrize("n_iter", [0, 1.5, None])
-def test_errors_about_n_iter(n_iter):
+def test_wrong_n_iter_raises(n_iter):
     words = f"n_iter must be an integer ≥ 1, not {n_iter!r}"
     with pytest.raises(sc.ArgumentError, match=re.escape(words)):
         block_iteration(np.eye(2), np.ones((2, 2)), n_iter=n_iter)
