@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import spectral_core as sc
 from backends import gaussian, get, matrix, on, outer, unit
 from spectral_core import penalty, penalty_at, power_iteration, rank_one
+from spectral_core._penalty import Slope, is_paper, same_slope, slope_of
 
 CASES = pytest.mark.parametrize(
     ("shape", "dtype"),
@@ -31,7 +32,7 @@ def problem(backend, shape, dtype):
 
 
 def half_squared_norm(W, u):
-    """½‖Wᴴu‖² by elementwise operations alone."""
+    """Return ½‖Wᴴu‖² by elementwise operations alone."""
     WHu = (W.conj() * u[..., None]).sum(-2)
     return (WHu * WHu.conj()).real.sum() / 2
 
@@ -154,7 +155,7 @@ def test_wrong_factor_raises(factor):
         penalty({"a": one}, factor={"a": factor})
 
 
-# The family: a hinge at a target, and a penalty in σ itself
+# The family of penalties: a hinge at a target, and a penalty linear in σ
 
 FAMILY = pytest.mark.parametrize(
     ("target", "power"), [(0.0, 1), (1.5, 1), (1.5, 2), (100.0, 2)], ids=str
@@ -162,7 +163,7 @@ FAMILY = pytest.mark.parametrize(
 
 
 def by_hand(sigma, target, power):
-    """The value and its derivative."""
+    """Return the value and its derivative."""
     over = max(0.0, sigma - target)
     return over**power / power, over if power == 2 else float(sigma > target)
 
@@ -222,7 +223,7 @@ def test_slope_of_nan_is_nan(backend, power):
     sigma = backend.asarray(np.array([np.nan, 3.0]))
     slopes = backend.to_numpy(sc.slope(sigma, target=1.0, power=power))
     assert slopes[1] == (2.0 if power == 2 else 1.0)
-    assert np.isnan(slopes[0]) or power == 1  # there u and v say it
+    assert np.isnan(slopes[0]) or power == 1  # u and v are NaN there
 
 
 def test_target_can_be_an_array_and_differ_by_name(backend):
@@ -249,3 +250,24 @@ def test_wrong_target_and_power_raise():
             sc.slope(one, power=power)
         with pytest.raises(sc.ArgumentError, match="power must be 1 or 2"):
             rank_one(one, vector, vector, power=power)
+
+
+def test_slope_is_none_for_the_papers_penalty():
+    names = dict.fromkeys("ab")
+    assert slope_of(0.0, 2, names) == slope_of(0, 2, names) == {"a": None, "b": None}
+    assert slope_of({"a": 1.0, "*": 0.0}, 2, names) == {"a": Slope(1.0, 2), "b": None}
+    assert slope_of(0.0, 1, names) == dict.fromkeys("ab", Slope(0.0, 1))
+    array = np.asarray(1.0)
+    assert not is_paper(array, 2)
+
+
+def test_slopes_with_equal_numbers_are_the_same(backend):
+    one, other = (backend.asarray(np.array(1.0)) for _ in range(2))
+    assert same_slope(None, None)
+    assert not same_slope(None, Slope(0.0, 1))
+    assert same_slope(Slope(1.0, 2), Slope(1.0, 2))
+    assert not same_slope(Slope(1.0, 2), Slope(1.0, 1))
+    assert not same_slope(Slope(1.0, 2), Slope(2.0, 2))
+    assert same_slope(Slope(one, 2), Slope(one, 2))
+    assert not same_slope(Slope(one, 2), Slope(other, 2))  # comparing would wait for the device
+    assert not same_slope(Slope(one, 2), Slope(1.0, 2))

@@ -1,6 +1,8 @@
 """Every mistake is named before anything changes."""
 
+import pickle
 import re
+from fractions import Fraction
 
 import array_api_compat
 import numpy as np
@@ -9,7 +11,9 @@ import pytest
 import spectral_core as sc
 from backends import on
 from models import LAYOUTS, assert_equal, model
-from spectral_core import add_gradient, add_gradient_, init, iterate
+from spectral_core import Layout, _validate, add_gradient, add_gradient_, init, iterate
+from spectral_core._validate import Checks, Fitting, check_factor, check_factors, check_power
+from spectral_core.errors import check_int
 
 
 def mistaken(**changes):
@@ -250,3 +254,101 @@ def test_everything_stays_on_the_device_of_the_weight(backend):
     for arrays in (found, state.v, state.sigma):
         assert {str(x.device) for x in arrays.values()} == {"array_api_strict.Device('device1')"}
     add_gradient_(there, my_grads, state)
+
+
+# What was checked is not checked again
+
+
+def fitting(**changes):
+    parts = {"V": np.ones((1, 2)), "grad": np.ones((3, 2)), "factor": 0.1, "sigma": None, "u": None}
+    return Fitting(**{**parts, **changes})
+
+
+def test_same_kinds_are_checked_once(monkeypatch):
+    checks, weight, layout = Checks(), np.ones((3, 2)), Layout("oi")
+    plan, xp = checks.fit("w", weight, layout, fitting())
+    counted = []
+    original = _validate._check_fit
+    monkeypatch.setattr(_validate, "_check_fit", lambda *a: counted.append(a) or original(*a))
+    for _ in range(3):  # other arrays of the same kinds
+        assert checks.fit("w", weight.copy(), layout, fitting(factor=0.2)) == (plan, xp)
+    assert counted == []
+    checks.fit("other", weight, layout, fitting())
+    checks.fit("w", weight.astype("float32"), layout, fitting())
+    checks.fit("w", weight, layout, fitting(grad=None))
+    checks.fit("w", weight, layout, fitting(factor=np.asarray(0.1)))
+    checks.fit("w", weight, layout, fitting(u=np.ones(3), sigma=np.asarray(1.0)))
+    assert len(counted) == 5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"V": np.ones((1, 3))},
+        {"V": np.ones(2)},
+        {"V": np.ones((0, 2))},
+        {"V": np.ones((1, 2), dtype=int)},
+        {"V": np.ones((1, 2)) * 1j},
+        {"grad": np.ones((2, 3))},
+        {"grad": [[1.0]]},
+        {"factor": np.asarray(1j)},
+        {"sigma": np.ones(2)},
+        {"u": np.ones(2)},
+    ],
+    ids=str,
+)
+def test_change_after_a_check_is_checked(changes):
+    checks, weight, layout = Checks(), np.ones((3, 2)), Layout("oi")
+    checks.fit("w", weight, layout, fitting())
+    for _ in range(2):  # an array that does not fit is not remembered
+        with pytest.raises(sc.SpectralError, match="'w'"):
+            checks.fit("w", weight, layout, fitting(**changes))
+    checks.fit("w", weight, layout, fitting())
+
+
+def test_several_vectors_fit():
+    plan, _ = Checks().fit("w", np.ones((3, 2)), Layout("oi"), fitting(V=np.ones((4, 2))))
+    assert plan.matrix == (3, 2)
+
+
+def test_copied_checks_start_anew():
+    checks = Checks()
+    checks.fit("w", np.ones((3, 2)), Layout("oi"), fitting())
+    assert pickle.loads(pickle.dumps(checks))._checked == {}
+
+
+# One check for each kind of argument
+
+
+@pytest.mark.parametrize("value", [0, 2, 0.5, np.float32(0.5), np.array(0.5), Fraction(1, 2)])
+def test_number_is_returned_as_a_float(value):
+    found = check_factor(value)
+    assert type(found) is float
+    assert found == float(value)
+
+
+@on("torch-cpu", "jax-cpu", "array-api-strict")
+def test_array_is_returned_unread(backend):
+    array = backend.asarray(np.array(-1.0))
+    assert check_factor(array) is array
+
+
+def test_factors_are_checked_for_each_name():
+    assert check_factors(2, "ab") == {"a": 2.0, "b": 2.0}
+    assert check_factors({"a": 1, "*": 3}, "ab") == {"a": 1.0, "b": 3.0}
+    with pytest.raises(sc.ArgumentError, match=r"bound\['a'\] must be a finite number ≥ 0"):
+        check_factors({"a": -1, "*": 3}, "ab", "bound")
+
+
+@pytest.mark.parametrize("power", [0, 3, 1.5, True, None, "2"])
+def test_power_other_than_1_and_2_raises(power):
+    assert (check_power(1), check_power(2)) == (1, 2)
+    with pytest.raises(sc.ArgumentError, match=re.escape(f"power must be 1 or 2, not {power!r}")):
+        check_power(power)
+
+
+@pytest.mark.parametrize("value", [1, np.int64(1), True])
+def test_integer_is_returned_as_an_int(value):
+    assert check_int(value, "n") == 1
+    with pytest.raises(sc.ArgumentError, match="n must be an integer ≥ 2"):
+        check_int(value, "n", least=2)
