@@ -205,6 +205,22 @@ def test_job_list_is_divided_again_on_demand():
     assert jobs.memo == {}
 
 
+@pytest.mark.parametrize("accepted", ["ac", "abcd"])
+def test_renewed_numbers_reach_every_engine(accepted):
+    jobs, numbers = JobList(some_jobs()), []
+    first = Recorder(accepted)
+    reference = first.run
+    first.run = lambda jobs, n_iter: numbers.append(jobs.numbers) or reference(jobs, n_iter)
+    for changed in (False, False, True, False):
+        if changed:
+            jobs.renew()
+        dispatch(jobs, 1, [first, Recorder()])
+    one, two, three, four = numbers
+    assert one is two
+    assert three is four is jobs.numbers
+    assert two is not three
+
+
 def test_list_of_jobs_uses_each_steps_gradients():
     jobs, engines = JobList(some_jobs()), [Recorder("ac"), ReferenceEngine(in_place=True)]
     before = dispatch(jobs, 1, engines)

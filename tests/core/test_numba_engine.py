@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import spectral_core as sc
 from backends import KINDS, gaussian, get, matrix
-from spectral_core.engine import ReferenceEngine
+from spectral_core.engine import JobList, ReferenceEngine, Slope, dispatch, make_jobs
 
 pytest.importorskip("numba", reason="Numba is not installed")
 
@@ -142,6 +142,55 @@ def test_each_weight_has_its_own_slope():
     sc.add_gradient_(weights, grads, state, engines=[NumbaEngine()], **options)
     for name, force in (("a", 2.0), ("b", 0.0), ("c", 3.0)):
         np.testing.assert_allclose(grads[name], np.diag([force, 0.0]), atol=1e-12)
+
+
+@pytest.mark.parametrize("accepted", [("a",), ("a", "b")], ids=str)
+def test_job_list_gives_each_step_its_factors_and_gradients(accepted):
+    """λ is kept between steps until the list announces other numbers; arrays are read each time."""
+    weights = {"a": np.diag([3.0, 1.0]), "b": np.array([[2.0, 0.0], [1e-9, 1.0]])}
+    if "b" not in accepted:
+        weights["b"] = np.asfortranarray(weights["b"])  # goes to the reference
+    state = sc.iterate(weights, sc.init(weights), n_iter=60)
+    grads = {name: np.zeros((2, 2)) for name in weights}
+    factors, array = dict.fromkeys(weights, 1.0), np.asarray(1.0)
+    jobs = JobList(make_jobs(weights, weights, state, grads=grads, factors=factors))
+    engines = [NumbaEngine(owned=True), ReferenceEngine(in_place=True)]
+
+    def first_element():
+        for job in jobs:
+            job.grad = np.zeros((2, 2))
+        dispatch(jobs, 1, engines)
+        return jobs[0].grad[0, 0]
+
+    assert first_element() == pytest.approx(3.0)
+    jobs[0].factor = 2.0
+    jobs.renew()
+    assert first_element() == pytest.approx(6.0)
+    assert first_element() == pytest.approx(6.0)
+    jobs[0].factor = array
+    jobs.renew()
+    assert first_element() == pytest.approx(3.0)
+    array[...] = 4.0
+    assert first_element() == pytest.approx(12.0)
+    jobs[0].slope = Slope(1.0, 2)
+    jobs.renew()
+    assert first_element() == pytest.approx(8.0)
+
+
+def test_owned_results_are_written_in_place():
+    weights, grads = model("float64", {"a": (4, 3), "b": (3, 5)})
+    state = sc.init(weights)
+    jobs = JobList(
+        make_jobs(weights, weights, state, grads=grads, factors=dict.fromkeys("ab", 0.1))
+    )
+    expected = sc.iterate(weights, state, n_iter=2)
+    result = NumbaEngine(owned=True).run(jobs, 2)
+    for triplet, name in zip(result.triplets, weights, strict=True):
+        assert triplet.V is state.v[name]
+        assert triplet.u is state.u[name]
+        assert triplet.sigma is state.sigma[name]
+        np.testing.assert_allclose(state.v[name], expected.v[name], rtol=1e-12)
+        np.testing.assert_allclose(state.sigma[name], expected.sigma[name], rtol=1e-12)
 
 
 def test_sigma_converges_to_that_of_the_svd():
