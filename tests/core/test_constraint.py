@@ -1,3 +1,5 @@
+"""Constrained weights are the projection onto the bound."""
+
 import re
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""The Lanczos norm agrees with the SVD and keeps its error bound."""
+
 import re
 
 import numpy as np
@@ -20,8 +22,8 @@ def matrices(draw):
     return matrix(rng, kind, draw(sizes), draw(sizes), dtype)
 
 
-def agrees(W, result):
-    """σ, its certificate, and the vectors' definition, in float64."""
+def assert_agrees(W, result):
+    """Assert that σ, its error bound and the vectors agree with the SVD, in float64."""
     sigma = svd_norm(W)
     assert result.converged
     np.testing.assert_allclose(result.sigma, sigma, rtol=1e-10)
@@ -37,7 +39,7 @@ def agrees(W, result):
 
 @given(matrices())
 def test_spectral_norm_agrees_with_the_svd(W):
-    agrees(W, spectral_norm(W))
+    assert_agrees(W, spectral_norm(W))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -46,9 +48,9 @@ def test_spectral_norm_agrees_with_the_svd(W):
 def test_spectral_norm_agrees_with_the_svd_on_each_kind(kind, shape, dtype):
     W = matrix(np.random.default_rng(0), kind, *shape, dtype)
     result = spectral_norm(W)
-    agrees(W, result)
+    assert_agrees(W, result)
     assert 1 <= result.n_iter <= 1000
-    if min(shape) <= 32:  # a whole basis: Lanczos ends
+    if min(shape) <= 32:  # the basis is complete, so the iteration ends
         assert result.n_iter <= min(shape)
 
 
@@ -58,7 +60,7 @@ def test_stack_equals_its_matrices_one_by_one(dtype):
     W = np.stack([matrix(rng, kind, 7, 5, dtype) for kind in list(KINDS)[:6]])
     W = W.reshape(2, 3, 7, 5)
     result = spectral_norm(W)
-    agrees(W, result)
+    assert_agrees(W, result)
     assert (result.sigma.shape, result.error_bound.shape) == ((2, 3), (2, 3))
     assert (result.u.shape, result.v.shape) == ((2, 3, 7), (2, 3, 5))
     one_by_one = [spectral_norm(W[index]) for index in np.ndindex(2, 3)]
@@ -68,7 +70,7 @@ def test_stack_equals_its_matrices_one_by_one(dtype):
 
 @given(matrices(), st.integers(1, 6))
 def test_error_bound_holds_before_convergence(W, max_iter):
-    """The certificate is of *a* singular value (zero is one of a matrix that is not square)."""
+    """The bound proves *some* singular value: zero is one of a matrix that is not square."""
     result = spectral_norm(W, max_iter=max_iter)
     s = np.append(np.linalg.svd(W, compute_uv=False), 0)
     assert np.abs(s - result.sigma).min() <= result.error_bound

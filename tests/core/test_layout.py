@@ -1,3 +1,5 @@
+"""Layouts view tensors as matrices, and the gradient is right in each of them."""
+
 import re
 
 import array_api_compat

@@ -1,3 +1,5 @@
+"""The penalties, their slopes and their gradients."""
+
 import re
 
 import numpy as np

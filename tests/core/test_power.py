@@ -1,3 +1,5 @@
+"""Power iteration with one vector: its properties, precision and errors."""
+
 import re
 
 import numpy as np
@@ -20,7 +22,7 @@ GOLDEN = 3 * (1 + 5**0.5) / 2  # of [[3, 3], [0, 3]]: 4.8541…
 
 @st.composite
 def problems(draw):
-    """A matrix or a stack of them, of any of ``KINDS``, and a unit v for it."""
+    """Draw a matrix or a stack of any of ``KINDS``, and a unit v for it."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     m, n = draw(st.integers(1, 12)), draw(st.integers(1, 12))
     kind, dtype = draw(st.sampled_from(list(KINDS))), draw(st.sampled_from(DTYPES))
@@ -43,7 +45,7 @@ def adjoint(W):
 
 
 def same(triple, other, atol=1e-9):
-    """σ, and u and v as unit vectors, are the same up to rounding that a step may amplify."""
+    """Assert that σ, u and v are equal up to rounding, which a step may amplify."""
     np.testing.assert_allclose(triple[0], other[0], rtol=1e-9)
     np.testing.assert_allclose(triple[1], other[1], atol=atol)
     np.testing.assert_allclose(triple[2], other[2], atol=atol)
@@ -308,7 +310,7 @@ def test_arrays_of_two_libraries_raise(backend):
 
 
 def test_start_vector_is_pinned():
-    """A change of the draw would part ranks and checkpoints from each other: pin it."""
+    """A change of the draw would make ranks and checkpoints differ, so it is pinned."""
     real = start_vector((3,), np.zeros((2, 3)), seed=7, name="layer.weight")
     complex_ = start_vector((2,), np.zeros((2, 2), dtype="complex128"), seed=7, name="layer.weight")
     np.testing.assert_allclose(real, PINNED_REAL, rtol=1e-12)

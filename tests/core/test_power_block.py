@@ -1,3 +1,5 @@
+"""Power iteration with several vectors: its properties, precision and errors."""
+
 import re
 
 import numpy as np
@@ -14,7 +16,7 @@ DTYPES = ("float64", "complex128")
 
 @st.composite
 def problems(draw):
-    """A matrix or a stack of them, of any of ``KINDS``, and k unit vectors for it."""
+    """Draw a matrix or a stack of any of ``KINDS``, and k unit vectors for it."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     m, n, k = draw(st.integers(1, 12)), draw(st.integers(1, 12)), draw(st.integers(1, 5))
     kind, dtype = draw(st.sampled_from(list(KINDS))), draw(st.sampled_from(DTYPES))
@@ -37,12 +39,12 @@ def adjoint(W):
 
 
 def rows_times(V, Q):
-    """Each row v of V becomes Qv."""
+    """Return the rows Qv of the rows v of V."""
     return V @ np.swapaxes(Q, -1, -2)
 
 
 def spectrum(rng, s, m, n, dtype="float64"):
-    """An m × n matrix with these singular values, the first of them by index, and v₁."""
+    """Return an m × n matrix with these singular values, and the v of the first one."""
     U, V = orthogonal(rng, m, len(s), dtype), orthogonal(rng, n, len(s), dtype)
     return U * s @ V.conj().T, V[:, 0]
 
@@ -80,7 +82,7 @@ def test_triplet_is_the_gradient_at_constant_u(problem):
 
 @given(problems())
 def test_one_iteration_finds_the_best_vector_of_the_span(problem):
-    """In the span of W·V nothing beats the largest singular value of WᴴQ, and k = 2 attains it."""
+    """The largest singular value of WᴴQ is the best in the span of W·V, and k = 2 attains it."""
     W, V, _ = problem
     V = V[..., :2, :]
     s = np.linalg.svd(rows_times(V, W), compute_uv=False)
@@ -124,7 +126,7 @@ def test_one_vector_equals_power_iteration(problem):
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
 
 
-# One iteration of well-separated problems: where two candidates are equally good, either may win.
+# Well-separated problems: where two candidates are equally good, either can win.
 
 
 def gap_problem(seed, dtype, k=3, stack=()):
@@ -135,7 +137,7 @@ def gap_problem(seed, dtype, k=3, stack=()):
 
 
 def same(result, other, atol=1e-9):
-    """σ the same, and uvᴴ: the phase of a pair is free."""
+    """Assert that σ and uvᴴ are equal: the phase of u and v is free."""
     np.testing.assert_allclose(result[0], other[0], rtol=1e-9)
     np.testing.assert_allclose(outer(1, *result[1:3]), outer(1, *other[1:3]), atol=atol)
 
@@ -189,13 +191,13 @@ def test_converges_to_the_svd(backend, shape, k, dtype):
     U, s, Vh = np.linalg.svd(W)
     np.testing.assert_allclose(sigma, s[0], rtol=1e-13)
     np.testing.assert_allclose(np.outer(u, v.conj()), np.outer(U[:, 0], Vh[0]), atol=1e-10)
-    assert abs(Vh[1] @ V[1]) == pytest.approx(1)  # the runner-up stands ready
+    assert abs(Vh[1] @ V[1]) == pytest.approx(1)  # the second row points along v₂
     assert {backend.dtype_name(part) for part in result[1:]} == {dtype}
     assert backend.dtype_name(result.sigma) == "float64"
 
 
 def test_more_vectors_converge_faster_on_a_close_pair(backend):
-    """In as many readings of W; with the old v as a third vector, faster still."""
+    """The number of readings of W is the same. The old v as a third vector helps further."""
     rng = np.random.default_rng(0)
     s = np.r_[1, 0.999, np.linspace(0.9, 0.1, 30)]
     cases = [spectrum(rng, s, 40, 50) for _ in range(9)]
@@ -265,7 +267,7 @@ def test_bad_matrix_of_a_stack_affects_no_other(backend, k):
 @pytest.mark.parametrize("shape", [(1, 7), (7, 1), (1, 1), (2, 9), (9, 2), (6, 6)], ids=str)
 @pytest.mark.parametrize("k", [2, 3, 5, 8])
 def test_sigma_of_rank_one_is_exact_with_surplus_vectors(backend, k, shape, dtype):
-    """Rank one, from V of dependent rows: σ is exact at once and stays so."""
+    """The matrix has rank one and the rows of V are equal: σ is exact from the first step on."""
     rng = np.random.default_rng(0)
     W = np.outer(gaussian(rng, shape[0], dtype=dtype), gaussian(rng, shape[1], dtype=dtype))
     V = np.repeat(unit(rng, 1, shape[1], dtype=dtype), k, axis=0)
@@ -282,7 +284,7 @@ def test_sigma_of_rank_one_is_exact_with_surplus_vectors(backend, k, shape, dtyp
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("k", [2, 3, 4])
 def test_lost_row_recovers_when_the_matrix_gains_rank(backend, k, dtype):
-    """A second row lost to a rank-one W, or equal to the first, must not stay lost."""
+    """A second row that a rank-one W removed, or that equals the first, must recover."""
     rng = np.random.default_rng(0)
     U, X = orthogonal(rng, 8, 6), orthogonal(rng, 9, 6)
     V = backend.asarray(np.repeat(unit(rng, 1, 9), k, axis=0), dtype)
@@ -294,7 +296,7 @@ def test_lost_row_recovers_when_the_matrix_gains_rank(backend, k, dtype):
 
 
 def test_rows_along_the_axes_recover(backend):
-    """Where products are exactly zero, no rounding comes to the rescue."""
+    """Products that are exactly zero have no rounding noise to recover from."""
     V = backend.asarray(np.eye(3)[:2])
     V = block_iteration(backend.asarray(np.diag([0.0, 1.0, 0.0])), V, n_iter=3).V
     rows = backend.to_numpy(V)

@@ -256,7 +256,7 @@ def test_everything_stays_on_the_device_of_the_weight(backend):
     add_gradient_(there, my_grads, state)
 
 
-# What was checked is not checked again
+# Checks are skipped while nothing has changed
 
 
 def fitting(**changes):
@@ -317,7 +317,7 @@ def test_copied_checks_start_anew():
     assert pickle.loads(pickle.dumps(checks))._checked == {}
 
 
-# One check for each kind of argument
+# Each kind of argument has one check
 
 
 @pytest.mark.parametrize("value", [0, 2, 0.5, np.float32(0.5), np.array(0.5), Fraction(1, 2)])
