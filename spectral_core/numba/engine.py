@@ -30,7 +30,7 @@ _VECTORS = {"float32": "float32", "float64": "float64", "uint16": "float32"}
 
 
 class Memory(NamedTuple):
-    """How to find the arrays of a library in memory."""
+    """Functions that find the arrays of a library in memory."""
 
     address: Callable[[Array], int]
     plain: Callable[[Array], bool]  # True if the elements are contiguous, and stored as they are
