@@ -279,7 +279,7 @@ class SpectralNormRegularizer(OptimizerHook):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if kwargs.get("grad_scaler") is not None:
             raise sc.ArgumentError(
-                f"{type(optimizer).__name__} takes the GradScaler itself: detach the regularizer, "
+                f"{type(optimizer).__name__} receives the GradScaler itself: detach the regularizer, "
                 "and between scaler.unscale_(optimizer) and the step call add_gradients_()"
             )
         if callable(kwargs.get("closure")):

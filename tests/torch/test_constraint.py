@@ -279,7 +279,7 @@ def test_optimizers_scale_what_they_hold():
     assert torch.linalg.matrix_norm(model[1].weight.detach(), 2) < 0.11
 
 
-def test_attach_takes_one_optimizer_for_each_parameter():
+def test_attach_accepts_one_optimizer_for_each_parameter():
     model = nn.Linear(5, 4)
     of_weight, of_bias = (torch.optim.SGD([p], lr=0.1) for p in model.parameters())
     with pytest.raises(sc.ArgumentError, match="SGD holds none of the weights"):
