@@ -1,6 +1,7 @@
 """Power iteration with one vector: its properties, precision and errors."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 import spectral_core as sc
 from backends import KINDS, gaussian, matrix, on, orthogonal, svd_norm, unit
 from spectral_core import power_iteration, start_vector
+from spectral_core._arrays import array_namespace, conj, traits
+from spectral_core._power import adjoint_times_rows, iterate_rows, times_rows
 
 DTYPES = ("float64", "complex128")
 PINNED_REAL = [-0.217253352533214, -0.9613108422094184, -0.16935892496026744]
@@ -81,6 +84,42 @@ def test_one_iteration_follows_the_definition(problem):
     )
     np.testing.assert_allclose(norm(u), 1, rtol=1e-13)
     np.testing.assert_allclose(norm(new_v), 1, rtol=1e-13)
+
+
+def unit_and_length(x, xp, guard):
+    """Return x/‖x‖, its inverse norm and its norm, as the iteration of one vector has it."""
+    square = x * x
+    if xp.isdtype(x.dtype, "complex floating"):
+        re_, im = xp.real(x), xp.imag(x)
+        square = re_ * re_ + im * im
+    square = xp.sum(square, axis=-1, keepdims=True)
+    length = xp.sqrt(square)
+    inverse = length / (square + guard)
+    return x * inverse, inverse, length[..., 0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+@pytest.mark.parametrize("shape", [(7, 5), (5, 300), (3, 4, 6), (2, 2, 9, 1)], ids=str)
+def test_one_vector_is_iterated_by_the_formulas_of_one_vector(backend, shape, dtype):
+    """Bit for bit: u = Wv/‖Wv‖, σ = ‖Wᴴu‖, v = Wᴴu/σ, as version 0.1.0 computed them."""
+    rng = np.random.default_rng(0)
+    W = backend.asarray(gaussian(rng, *shape, dtype=dtype))
+    start = v = backend.asarray(unit(rng, *shape[:-2], shape[-1], dtype=dtype))
+    xp = array_namespace(W)
+    kind = traits(W, xp, "W")
+    for _ in range(3):
+        Wv = W @ v if W.ndim == 2 else (W @ v[..., None])[..., 0]
+        u, _, _ = unit_and_length(Wv, xp, kind.tiny)
+        uH = conj(u, xp)
+        WHu = conj(uH @ W if W.ndim == 2 else (uH[..., None, :] @ W)[..., 0, :], xp)
+        v_next, inverse, sigma = unit_and_length(WHu, xp, kind.tiny)
+        v = xp.where(inverse > 0, v_next, v)
+    products = (partial(multiply, W, xp=xp) for multiply in (times_rows, adjoint_times_rows))
+    triplet = iterate_rows(*products, start[..., None, :], 3, kind, xp)
+    assert triplet.V.shape == (*shape[:-2], 1, shape[-1])
+    found = triplet.sigma, triplet.u, triplet.V[..., 0, :]
+    for part, expected in zip(found, (sigma, u, v), strict=True):
+        np.testing.assert_array_equal(backend.to_numpy(part), backend.to_numpy(expected))
 
 
 @given(problems(), st.integers(2, 5))
