@@ -31,8 +31,14 @@ def pytest_collection_modifyitems(items):
         return
     skip = pytest.mark.skip(reason="slow: runs with SPECTRAL_PROFILE=thorough")
     for item in items:
-        if item.get_closest_marker("thorough"):
+        if any(_names(mark, item) for mark in item.iter_markers("thorough")):
             item.add_marker(skip)
+
+
+def _names(mark, item):
+    """Return whether the mark holds for this item: always, or on the backends that it names."""
+    backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+    return not mark.args or str(backend) in mark.args
 
 
 @pytest.fixture(params=BACKENDS, ids=str)

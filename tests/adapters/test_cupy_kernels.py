@@ -350,6 +350,7 @@ def tolerance_of(dtype, grad):
 
 
 @pytest.mark.parametrize(("dtype", "grad"), PAIRS)
+@pytest.mark.thorough
 def test_equals_the_core(libraries, dtype, grad):
     shapes = SHAPES if dtype == grad else {name: SHAPES[name] for name in ("row", "conv")}
     weights, grads, state = model(dtype, grad, shapes)
@@ -362,6 +363,7 @@ def test_equals_the_core(libraries, dtype, grad):
 
 @pytest.mark.parametrize("n_iter", [0, 3])
 @pytest.mark.parametrize(("dtype", "grad"), PAIRS)
+@pytest.mark.thorough
 def test_equals_the_core_without_an_iteration_and_with_several(libraries, dtype, grad, n_iter):
     shapes = {name: SHAPES[name] for name in ("row", "conv", "grouped")}
     weights, grads, state = model(dtype, grad, shapes)
@@ -371,6 +373,7 @@ def test_equals_the_core_without_an_iteration_and_with_several(libraries, dtype,
 
 
 @pytest.mark.parametrize(("sigma", "tolerance"), [(1e-17, 1e-2), (1e-15, 1e-4), (1e19, 1e-4)])
+@pytest.mark.thorough
 def test_where_the_square_of_sigma_is_out_of_range(libraries, sigma, tolerance):
     weights, grads, _ = model(shapes={name: SHAPES[name] for name in ("conv", "first", "dense")})
     for name, weight in weights.items():
@@ -380,6 +383,7 @@ def test_where_the_square_of_sigma_is_out_of_range(libraries, sigma, tolerance):
     check(libraries, weights, grads, sc.init(weights), tolerance, factor=0.1)
 
 
+@pytest.mark.thorough
 def test_zero_nan_inf_and_overflow_stay_with_their_weight(libraries):
     shapes = dict.fromkeys(("zero", "nan", "inf", "huge", "tiny", "sound"), (40, 300))
     weights, grads, state = model(shapes=shapes)
@@ -398,6 +402,7 @@ def test_zero_nan_inf_and_overflow_stay_with_their_weight(libraries):
 
 
 @pytest.mark.parametrize("n_iter", [1, 2])
+@pytest.mark.thorough
 def test_the_order_of_threads_and_blocks_does_not_matter(libraries, n_iter):
     results = []
     shapes = {name: SHAPES[name] for name in ("row", "column", "conv", "dense", "depthwise")}
@@ -410,6 +415,7 @@ def test_the_order_of_threads_and_blocks_does_not_matter(libraries, n_iter):
         np.testing.assert_array_equal(first, results[1][name], err_msg=name)
 
 
+@pytest.mark.thorough
 def test_a_start_vector_of_any_length(libraries):
     shapes = {name: SHAPES[name] for name in ("dense", "grouped")}
     weights, grads, state = model(shapes=shapes)
@@ -418,6 +424,7 @@ def test_a_start_vector_of_any_length(libraries):
     check(libraries, weights, grads, state, 2e-5, factor=0.1)
 
 
+@pytest.mark.thorough
 def test_a_factor_on_the_device_is_read_there(libraries):
     weights, grads, state = model(shapes={"dense": (20, 30)})
     expected = copied(grads)
@@ -431,6 +438,7 @@ def test_a_factor_on_the_device_is_read_there(libraries):
         assert_close(found["dense"], expected["dense"], 2e-5, dtype)
 
 
+@pytest.mark.thorough
 def test_launches_do_not_depend_on_the_number_of_weights(libraries):
     counts = []
     for n in (1, 40):
@@ -441,6 +449,7 @@ def test_launches_do_not_depend_on_the_number_of_weights(libraries):
     assert counts == [3, 3]
 
 
+@pytest.mark.thorough
 def test_tables_are_sent_again_only_when_they_change(libraries):
     weights, grads, state = model(shapes={"a": (12, 20), "b": (5, 7)})
     runtime = Emulation(libraries)
@@ -465,6 +474,7 @@ def test_tables_are_sent_again_only_when_they_change(libraries):
     assert_close(other["a"], expected["a"], 2e-5, "a")
 
 
+@pytest.mark.thorough
 def test_what_the_kernels_do_not_take_goes_one_by_one(libraries):
     rng = np.random.default_rng(0)
     shapes = {"taken": (6, 5), "hwio": (3, 3, 4, 8), "strided": (6, 5), "complex": (4, 3)}
@@ -493,6 +503,7 @@ def test_what_the_kernels_do_not_take_goes_one_by_one(libraries):
         assert_close(found.v[name], wanted.v[name], 1e-11, name)
 
 
+@pytest.mark.thorough
 def test_without_an_iteration_and_without_u_is_an_error(libraries):
     weights, grads, state = model(shapes={"a": (4, 3), "b": (4, 3)})
     before = copied(grads)
@@ -503,6 +514,7 @@ def test_without_an_iteration_and_without_u_is_an_error(libraries):
     np.testing.assert_array_equal(grads["a"], before["a"])
 
 
+@pytest.mark.thorough
 def test_nothing_to_do_is_nothing(libraries):
     runtime = Emulation(libraries)
     assert forbidding(runtime)([], 1) == ([], [])
@@ -532,6 +544,7 @@ def test_the_tables_are_those_of_the_source():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.thorough
 def test_it_compiles_for_hopper_without_spills(dtype, tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
