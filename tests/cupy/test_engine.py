@@ -31,6 +31,8 @@ cuda = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = cuda
 _spec.loader.exec_module(cuda)
 
+pytestmark = pytest.mark.thorough  # g++ compiles each pair of dtypes
+
 SHIM = r"""
 #undef _FORTIFY_SOURCE
 #include <setjmp.h>

@@ -575,6 +575,7 @@ def test_as_many_launches_for_many_layers():
 
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernels run in this process")
+@pytest.mark.thorough
 def test_in_triton_s_interpreter():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
@@ -664,6 +665,7 @@ for name, kwargs, ptx, cubin in compiled.values():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiled in the process that is not interpreted")
+@pytest.mark.thorough
 def test_compiles_for_hopper_without_spills():
     done = subprocess.run(
         [sys.executable, "-c", COMPILE],
