@@ -55,7 +55,9 @@ def test_equals_the_core():
     layouts = {"conv/kernel": "hwio", "dense/kernel": "io"}
     expected, core_state = by_core(weights, layouts, factor=0.1, n_iter=2)
     for jit in (False, True):
-        updates, state = run(add_spectral_norm_regularization(0.1, n_iter=2), params, jit=jit)
+        updates, state = run(
+            add_spectral_norm_regularization(factor=0.1, n_iter=2), params, jit=jit
+        )
         np.testing.assert_allclose(
             updates["conv"]["kernel"], expected["conv/kernel"], rtol=1e-5, atol=1e-6
         )
@@ -70,36 +72,36 @@ def test_equals_the_core():
 
 def test_stands_where_weight_decay_would_in_a_chain():
     params = params_of()
-    tx = optax.chain(add_spectral_norm_regularization(0.1), optax.sgd(0.5))
+    tx = optax.chain(add_spectral_norm_regularization(factor=0.1), optax.sgd(0.5))
     updates, state = run(tx, params, steps=1)
-    alone, _ = run(add_spectral_norm_regularization(0.1), params, steps=1)
+    alone, _ = run(add_spectral_norm_regularization(factor=0.1), params, steps=1)
     assert_trees_close(updates, jax.tree.map(lambda g: -0.5 * g, alone))
     assert sorted(spectral_jax.sigmas(state)) == ["conv/kernel", "dense/kernel"]
 
 
 def test_masks():
     params = {**params_of(), "embed": {"embedding": jnp.ones((7, 3))}}
-    unmasked, _ = run(add_spectral_norm_regularization(0.1), params)
+    unmasked, _ = run(add_spectral_norm_regularization(factor=0.1), params)
     assert not unmasked["embed"]["embedding"].any()
     mask = jax.tree.map(lambda _: False, params)
     mask["embed"]["embedding"] = True
-    updates, state = run(add_spectral_norm_regularization(0.1, mask=mask), params)
+    updates, state = run(add_spectral_norm_regularization(factor=0.1, mask=mask), params)
     assert list(spectral_jax.sigmas(state)) == ["embed/embedding"]
     assert updates["embed"]["embedding"].any()
     assert not updates["dense"]["kernel"].any()
     by_function = add_spectral_norm_regularization(
-        0.1, mask=lambda tree: jax.tree.map(lambda x: x.ndim == 4, tree)
+        factor=0.1, mask=lambda tree: jax.tree.map(lambda x: x.ndim == 4, tree)
     )
     assert list(spectral_jax.sigmas(run(by_function, params)[1])) == ["conv/kernel"]
     outside = optax.masked(
-        add_spectral_norm_regularization(0.1), {"conv": True, "dense": False, "embed": True}
+        add_spectral_norm_regularization(factor=0.1), {"conv": True, "dense": False, "embed": True}
     )
     assert list(spectral_jax.sigmas(run(outside, params)[1])) == ["conv/kernel"]
 
 
 def test_a_mask_that_marks_a_bias_is_refused_by_name():
     params = params_of()
-    tx = add_spectral_norm_regularization(0.1, mask=jax.tree.map(lambda _: True, params))
+    tx = add_spectral_norm_regularization(factor=0.1, mask=jax.tree.map(lambda _: True, params))
     with pytest.raises(sc.ShapeError, match="'conv/bias' has 1 axes"):
         tx.init(params)
 
@@ -112,17 +114,17 @@ def test_inject_hyperparams_schedules_the_factor(n_iter):
     injected = optax.inject_hyperparams(add_spectral_norm_regularization)(
         factor=schedule, **options
     )
-    direct = add_spectral_norm_regularization(schedule, **options)
+    direct = add_spectral_norm_regularization(factor=schedule, **options)
     by_injection, state = run(injected, params, steps=4)
     assert_trees_close(by_injection, run(direct, params, steps=4)[0])
-    constant, _ = run(add_spectral_norm_regularization(0.3, **options), params, steps=4)
+    constant, _ = run(add_spectral_norm_regularization(factor=0.3, **options), params, steps=4)
     assert_trees_close(by_injection, constant)
     assert float(state.hyperparams["factor"]) == pytest.approx(0.3)
 
 
 def test_a_factor_by_path():
     factors = {"conv/*": 0.1, "*": 0.4}
-    updates, state = run(add_spectral_norm_regularization(factors), params_of(), steps=40)
+    updates, state = run(add_spectral_norm_regularization(factor=factors), params_of(), steps=40)
     sigma = spectral_jax.sigmas(state)
     for name, factor in (("conv", 0.1), ("dense", 0.4)):
         length = float(jnp.linalg.norm(updates[name]["kernel"]))
@@ -132,11 +134,11 @@ def test_a_factor_by_path():
 @pytest.mark.parametrize("factor", [-0.1, float("nan"), "a"])
 def test_a_bad_factor_is_refused(factor):
     with pytest.raises(sc.ArgumentError, match="factor"):
-        run(add_spectral_norm_regularization(factor), params_of())
+        run(add_spectral_norm_regularization(factor=factor), params_of())
 
 
 def test_update_needs_params():
-    tx = add_spectral_norm_regularization(0.1)
+    tx = add_spectral_norm_regularization(factor=0.1)
     params = params_of()
     with pytest.raises(ValueError, match="params"):
         tx.update(zeros(params), tx.init(params))
@@ -149,7 +151,7 @@ def test_sigmas_of_another_optimizer():
 
 def test_missing_updates_are_skipped():
     params = params_of()
-    tx = add_spectral_norm_regularization(0.1)
+    tx = add_spectral_norm_regularization(factor=0.1)
     state = tx.init(params)
     updates = zeros(params)
     updates["dense"]["kernel"] = None
@@ -162,7 +164,7 @@ def test_missing_updates_are_skipped():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(dtype):
     params = params_of(dtype)
-    updates, state = run(add_spectral_norm_regularization(0.5), params, steps=60)
+    updates, state = run(add_spectral_norm_regularization(factor=0.5), params, steps=60)
     assert updates["dense"]["kernel"].dtype == dtype
     sigma = spectral_jax.sigmas(state)["dense/kernel"]
     assert sigma.dtype == jnp.float32
@@ -171,7 +173,7 @@ def test_half_precision(dtype):
 
 
 def test_init_runs_under_jit_and_eval_shape():
-    params, tx = params_of(), add_spectral_norm_regularization(0.1)
+    params, tx = params_of(), add_spectral_norm_regularization(factor=0.1)
     eager, traced = tx.init(params), jax.jit(tx.init)(params)
     assert_trees_close(eager, traced)
     abstract = jax.eval_shape(tx.init, params)
@@ -180,7 +182,9 @@ def test_init_runs_under_jit_and_eval_shape():
 
 def test_resuming_is_bit_equal():
     params = params_of()
-    tx = optax.chain(add_spectral_norm_regularization(0.1), optax.sgd(0.1, 0.9, nesterov=True))
+    tx = optax.chain(
+        add_spectral_norm_regularization(factor=0.1), optax.sgd(0.1, 0.9, nesterov=True)
+    )
 
     @jax.jit
     def step(params, state):
@@ -201,7 +205,7 @@ def test_resuming_is_bit_equal():
 
 
 def test_nothing_in_a_step_leaves_the_device():
-    params, tx = params_of(), add_spectral_norm_regularization(0.1)
+    params, tx = params_of(), add_spectral_norm_regularization(factor=0.1)
     compiled = jax.jit(tx.update).lower(zeros(params), tx.init(params), params).compile()
     text = compiled.as_text()
     assert "callback" not in text
@@ -212,7 +216,7 @@ def test_multi_transform():
     params = params_of()
     labels = {"conv": "regular", "dense": "plain"}
     tx = optax.multi_transform(
-        {"regular": add_spectral_norm_regularization(0.1), "plain": optax.identity()}, labels
+        {"regular": add_spectral_norm_regularization(factor=0.1), "plain": optax.identity()}, labels
     )
     updates, state = run(tx, params)
     assert list(spectral_jax.sigmas(state)) == ["conv/kernel"]
@@ -232,8 +236,10 @@ def test_jit_takes_the_state_of_the_core():
 
 def test_a_tree_without_weights_is_refused_and_an_empty_one_is_not():
     with pytest.raises(sc.NamesError, match=r"nothing to regularize.*'norm/scale'"):
-        add_spectral_norm_regularization(0.1).init({"norm": {"scale": jnp.ones((3, 3))}})
-    nothing = optax.masked(add_spectral_norm_regularization(0.1), {"conv": False, "dense": False})
+        add_spectral_norm_regularization(factor=0.1).init({"norm": {"scale": jnp.ones((3, 3))}})
+    nothing = optax.masked(
+        add_spectral_norm_regularization(factor=0.1), {"conv": False, "dense": False}
+    )
     updates, state = run(nothing, params_of())
     assert not updates["dense"]["kernel"].any()
     assert spectral_jax.sigmas(state) == {}
@@ -242,11 +248,11 @@ def test_a_tree_without_weights_is_refused_and_an_empty_one_is_not():
 def test_a_name_for_two_leaves_is_refused():
     params = {"a/b": jnp.ones((3, 2)), "a": {"b": jnp.ones((4, 3))}}
     with pytest.raises(sc.NamesError, match=r"several leaves have the path \['a/b'\]"):
-        add_spectral_norm_regularization(0.1).init(params)
+        add_spectral_norm_regularization(factor=0.1).init(params)
 
 
 def test_numpy_parameters_gradients_and_states():
-    params, tx = params_of(), add_spectral_norm_regularization(0.1)
+    params, tx = params_of(), add_spectral_norm_regularization(factor=0.1)
     state = tx.init(params)
     expected, after = tx.update(zeros(params), state, params)
     host = jax.tree.map(np.asarray, (zeros(params), state, params))
@@ -258,7 +264,7 @@ def test_numpy_parameters_gradients_and_states():
 
 def test_a_state_can_be_donated():
     for mask in (None, {"conv": False, "dense": False}):
-        params, tx = params_of(), add_spectral_norm_regularization(0.1, mask=mask)
+        params, tx = params_of(), add_spectral_norm_regularization(factor=0.1, mask=mask)
         state = tx.init(params)
         jax.jit(tx.update, donate_argnums=1)(zeros(params), state, params)
 
@@ -275,7 +281,7 @@ def test_a_traced_seed_is_explained():
 
 def test_tree_map_params_leaves_the_state_alone():
     params = params_of()
-    tx = optax.chain(add_spectral_norm_regularization(0.1), optax.trace(0.9))
+    tx = optax.chain(add_spectral_norm_regularization(factor=0.1), optax.trace(0.9))
     state = tx.init(params)
     mapped = optax.tree_map_params(tx, lambda x: x + 1, state)
     assert_trees_close(mapped[0], state[0])
@@ -306,7 +312,7 @@ def test_the_iteration_equals_the_core_s(layout, dtype):
 def test_no_product_transposes_a_weight(layout):
     # XLA's CPU compiler takes 10 times as long for it.
     params = {"w": jnp.ones((2, 3, 4, 5)[-len(layout) :])}
-    tx = add_spectral_norm_regularization(0.1, layouts={"w": layout})
+    tx = add_spectral_norm_regularization(factor=0.1, layouts={"w": layout})
     text = jax.jit(tx.update).lower(zeros(params), tx.init(params), params).as_text()
     shape = "x".join(map(str, params["w"].shape)) + "xf32"
     transposes = [line for line in text.splitlines() if "stablehlo.transpose" in line]
@@ -332,7 +338,7 @@ def test_every_n_steps_equals_a_loop_by_hand_and_resumes(jit):
     params = {"dense": params_of()["dense"]}
     schedule = optax.linear_schedule(0.0, 0.7, 7)
     expected, sigma = every_third(params, 7, schedule)
-    tx = add_spectral_norm_regularization(schedule, every_n_steps=3)
+    tx = add_spectral_norm_regularization(factor=schedule, every_n_steps=3)
     update = jax.jit(tx.update) if jit else tx.update
     state = tx.init(params)
     assert state.u["dense/kernel"].shape == (6,)
@@ -347,7 +353,7 @@ def test_every_n_steps_equals_a_loop_by_hand_and_resumes(jit):
 
 def test_between_refreshes_no_weight_is_read_or_copied():
     params = {"w": jnp.ones((48, 32))}
-    tx = add_spectral_norm_regularization(0.1, every_n_steps=4)
+    tx = add_spectral_norm_regularization(factor=0.1, every_n_steps=4)
     args = (zeros(params), tx.init(params), params)
     text = jax.jit(tx.update, donate_argnums=(0, 1)).lower(*args).compile().as_text()
     entry = text[text.index("ENTRY") :]
@@ -358,14 +364,16 @@ def test_between_refreshes_no_weight_is_read_or_copied():
 
 
 def test_without_it_the_state_holds_no_u():
-    assert add_spectral_norm_regularization(0.1).init(params_of()).u == {}
+    assert add_spectral_norm_regularization(factor=0.1).init(params_of()).u == {}
 
 
 def test_a_state_without_u_is_refused_between_iterations():
     params = params_of()
-    state = add_spectral_norm_regularization(0.1).init(params)
+    state = add_spectral_norm_regularization(factor=0.1).init(params)
     with pytest.raises(sc.ArgumentError, match="every_n_steps is 4, but the state holds no u"):
-        add_spectral_norm_regularization(0.1, every_n_steps=4).update(zeros(params), state, params)
+        add_spectral_norm_regularization(factor=0.1, every_n_steps=4).update(
+            zeros(params), state, params
+        )
 
 
 def test_every_n_steps_with_missing_updates_and_injection():
@@ -373,7 +381,7 @@ def test_every_n_steps_with_missing_updates_and_injection():
     injected = optax.inject_hyperparams(add_spectral_norm_regularization)(
         factor=0.1, n_iter=2, every_n_steps=2
     )
-    direct = add_spectral_norm_regularization(0.1, n_iter=2, every_n_steps=2)
+    direct = add_spectral_norm_regularization(factor=0.1, n_iter=2, every_n_steps=2)
     assert_trees_close(run(injected, params)[0], run(direct, params)[0], rtol=1e-5)
     updates, state = zeros(params), direct.init(params)
     updates["dense"]["kernel"] = None
@@ -387,13 +395,13 @@ def test_every_n_steps_with_missing_updates_and_injection():
 @pytest.mark.parametrize("every", [0, -1, 1.5, "2"])
 def test_a_bad_every_n_steps_is_refused(every):
     with pytest.raises(sc.ArgumentError, match="every_n_steps"):
-        add_spectral_norm_regularization(0.1, every_n_steps=every)
+        add_spectral_norm_regularization(factor=0.1, every_n_steps=every)
 
 
 @pytest.mark.filterwarnings("error")
 def test_gradients_and_state_can_be_donated_without_a_warning():
     for every in (1, 3):
-        params, tx = params_of(), add_spectral_norm_regularization(0.1, every_n_steps=every)
+        params, tx = params_of(), add_spectral_norm_regularization(factor=0.1, every_n_steps=every)
         step = jax.jit(tx.update, donate_argnums=(0, 1))
         grads, state = zeros(params), tx.init(params)
         for _ in range(3):
@@ -402,9 +410,9 @@ def test_gradients_and_state_can_be_donated_without_a_warning():
 
 def test_accumulated_steps():
     params = params_of()
-    tx = optax.MultiSteps(add_spectral_norm_regularization(0.1), every_k_schedule=2)
+    tx = optax.MultiSteps(add_spectral_norm_regularization(factor=0.1), every_k_schedule=2)
     updates, _ = run(tx, params, steps=4)
-    expected, _ = run(add_spectral_norm_regularization(0.1), params, steps=2)
+    expected, _ = run(add_spectral_norm_regularization(factor=0.1), params, steps=2)
     assert_trees_close(updates, expected, rtol=1e-5)
 
 
@@ -414,18 +422,18 @@ def test_accumulated_steps():
 def test_layouts_by_pattern_reach_scanned_and_left_out_leaves():
     params = {"blocks": {"kernel": jnp.asarray(RNG.standard_normal((3, 4, 5)), jnp.float32)}}
     params["embed"] = {"embedding": jnp.ones((7, 3))}
-    tx = add_spectral_norm_regularization(0.1, layouts={"blocks/*": "sio", "embed/*": "io"})
+    tx = add_spectral_norm_regularization(factor=0.1, layouts={"blocks/*": "sio", "embed/*": "io"})
     _, state = run(tx, params, steps=100)
     exact = np.linalg.svd(np.asarray(params["blocks"]["kernel"]), compute_uv=False)[:, 0]
     np.testing.assert_allclose(spectral_jax.sigmas(state)["blocks/kernel"], exact, rtol=1e-4)
     assert "embed/embedding" in spectral_jax.sigmas(state)
     with pytest.raises(sc.NamesError, match="'block/\\*' matches none"):
-        add_spectral_norm_regularization(0.1, layouts={"block/*": "sio"}).init(params)
+        add_spectral_norm_regularization(factor=0.1, layouts={"block/*": "sio"}).init(params)
 
 
 def test_hand_written_trees():
     params = [(jnp.ones((4, 3)), jnp.zeros(3)), (jnp.ones((3, 2)), jnp.zeros(2))]
-    _, state = run(add_spectral_norm_regularization(0.1), params)
+    _, state = run(add_spectral_norm_regularization(factor=0.1), params)
     assert sorted(spectral_jax.sigmas(state)) == ["0/0", "1/0"]
     named = {
         "W1": jnp.ones((4, 3)),
@@ -434,7 +442,7 @@ def test_hand_written_trees():
         "layer": {"W": jnp.ones((3, 2)), "bias": jnp.ones((1, 2)), "b": jnp.ones((1, 2))},
         "b": [jnp.ones((2, 2))],  # a branch, not a bias
     }
-    _, state = run(add_spectral_norm_regularization(0.1), named)
+    _, state = run(add_spectral_norm_regularization(factor=0.1), named)
     assert sorted(spectral_jax.sigmas(state)) == ["W1", "b/0", "layer/W"]
 
 
@@ -455,14 +463,14 @@ def test_flax_nnx():
 
     model = Model(nnx.Rngs(0))
     expected = {
-        "conv/kernel": (30,),
-        "attend/key/kernel": (8,),
-        "attend/query/kernel": (8,),
-        "attend/value/kernel": (8,),
-        "attend/out/kernel": (8,),
-        "layers/0/kernel": (8,),
+        "conv/kernel": (1, 30),
+        "attend/key/kernel": (1, 8),
+        "attend/query/kernel": (1, 8),
+        "attend/value/kernel": (1, 8),
+        "attend/out/kernel": (1, 8),
+        "layers/0/kernel": (1, 8),
     }
-    tx = add_spectral_norm_regularization(0.01)
+    tx = add_spectral_norm_regularization(factor=0.01)
     assert matrices(tx.init(nnx.state(model, nnx.Param))) == expected
 
     optimizer = nnx.Optimizer(model, optax.chain(tx, optax.sgd(0.1)), wrt=nnx.Param)
@@ -496,11 +504,11 @@ def test_flax_linen():
             return nn.Dense(2)(x)
 
     params = Model().init(jax.random.key(0), jnp.ones((1, 4, 4, 3), jnp.float32))["params"]
-    _, state = run(add_spectral_norm_regularization(0.1), params)
+    _, state = run(add_spectral_norm_regularization(factor=0.1), params)
     shapes = matrices(state)
-    assert shapes["Conv_0/kernel"] == (27,)
-    assert shapes["ConvTranspose_0/kernel"] == (16,)
-    assert shapes["Dense_0/kernel"] == (5,)
+    assert shapes["Conv_0/kernel"] == (1, 27)
+    assert shapes["ConvTranspose_0/kernel"] == (1, 16)
+    assert shapes["Dense_0/kernel"] == (1, 5)
     assert len([name for name in shapes if "LSTM" in name]) == 8
     assert all(name.endswith("kernel") for name in shapes)
 
@@ -515,7 +523,7 @@ def test_flax_scan():
 
     stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
     params = stack.init(jax.random.key(0), jnp.ones((1, 4)), None)["params"]
-    tx = add_spectral_norm_regularization(0.1, layouts={"Dense_0/kernel": "sio"})
+    tx = add_spectral_norm_regularization(factor=0.1, layouts={"Dense_0/kernel": "sio"})
     updates, state = run(tx, params, steps=200)
     exact = np.linalg.svd(np.asarray(params["Dense_0"]["kernel"]), compute_uv=False)[:, 0]
     np.testing.assert_allclose(spectral_jax.sigmas(state)["Dense_0/kernel"], exact, rtol=1e-4)
@@ -536,18 +544,18 @@ def test_equinox():
         "attend": eqx.nn.MultiheadAttention(2, 8, key=next(keys)),
     }
     params = eqx.filter(model, eqx.is_inexact_array)
-    _, state = run(add_spectral_norm_regularization(0.1), params)
+    _, state = run(add_spectral_norm_regularization(factor=0.1), params)
     assert matrices(state) == {
-        "mlp/layers/0/weight": (3,),
-        "mlp/layers/1/weight": (4,),
-        "conv/weight": (2, 18),
-        "up/weight": (12,),
-        "cell/weight_ih": (3,),
-        "cell/weight_hh": (5,),
-        "attend/query_proj/weight": (8,),
-        "attend/key_proj/weight": (8,),
-        "attend/value_proj/weight": (8,),
-        "attend/output_proj/weight": (8,),
+        "mlp/layers/0/weight": (1, 3),
+        "mlp/layers/1/weight": (1, 4),
+        "conv/weight": (2, 1, 18),
+        "up/weight": (1, 12),
+        "cell/weight_ih": (1, 3),
+        "cell/weight_hh": (1, 5),
+        "attend/query_proj/weight": (1, 8),
+        "attend/key_proj/weight": (1, 8),
+        "attend/value_proj/weight": (1, 8),
+        "attend/output_proj/weight": (1, 8),
     }
 
 
@@ -560,11 +568,11 @@ def test_haiku():
         return hk.Linear(2)(x.reshape(x.shape[0], -1))
 
     params = hk.transform(forward).init(jax.random.key(0), jnp.ones((1, 4, 4, 3)))
-    _, state = run(add_spectral_norm_regularization(0.1), params)
+    _, state = run(add_spectral_norm_regularization(factor=0.1), params)
     assert matrices(state) == {
-        "conv2_d/w": (27,),
-        "conv2_d_transpose/w": (16,),
-        "linear/w": (96,),
+        "conv2_d/w": (1, 27),
+        "conv2_d_transpose/w": (1, 16),
+        "linear/w": (1, 96),
     }
 
 
@@ -591,7 +599,7 @@ def test_haiku():
 def test_every_layout_gives_the_cores_step(layout, shape, n_vectors):
     rng = np.random.default_rng(0)
     w, g = rng.standard_normal(shape), rng.standard_normal(shape)
-    tx = add_spectral_norm_regularization(0.3, layouts={"w": layout}, n_vectors=n_vectors)
+    tx = add_spectral_norm_regularization(factor=0.3, layouts={"w": layout}, n_vectors=n_vectors)
     params = {"w": jnp.asarray(w)}
     state = tx.init(params)
     expected_state = sc.init({"w": w}, layouts=layout, n_vectors=n_vectors)
@@ -606,13 +614,13 @@ def test_every_layout_gives_the_cores_step(layout, shape, n_vectors):
 
 
 @pytest.mark.parametrize("every_n_steps", [1, 2])
-@pytest.mark.parametrize(("target", "power"), [(None, 1), (1.5, 1), (1.5, 2), ("schedule", None)])
+@pytest.mark.parametrize(("target", "power"), [(0.0, 1), (1.5, 1), (1.5, 2), ("schedule", 2)])
 def test_another_penaltys_updates(target, power, every_n_steps):
-    limit = 0.0 if target is None else 1.5
+    limit = 0.0 if target == 0 else 1.5
     given = (lambda count: 1.5 + 0 * count) if target == "schedule" else target
     W = np.random.default_rng(0).standard_normal((2, 4, 3))
     tx = spectral_jax.add_spectral_norm_regularization(
-        0.3,
+        factor=0.3,
         n_iter=300,
         every_n_steps=every_n_steps,
         layouts={"w": "sio"},
@@ -631,18 +639,48 @@ def test_another_penaltys_updates(target, power, every_n_steps):
     np.testing.assert_allclose(spectral_jax.sigmas(state)["w"], s, rtol=1e-10)
 
 
-def test_inject_hyperparams_schedules_the_target_and_refuses_a_traced_power():
+def test_inject_hyperparams_schedules_the_target():
     params = {"w": jnp.diag(jnp.array([3.0, 1.0]))}
     zero = jax.tree.map(jnp.zeros_like, params)
     make = optax.inject_hyperparams(spectral_jax.add_spectral_norm_regularization)
-    tx = make(1.0, n_iter=30, target=lambda count: 1.0 * count)
+    tx = make(factor=1.0, n_iter=30, target=lambda count: 1.0 * count)
     state = tx.init(params)
     for step in range(3):
         updates, state = tx.update(zero, state, params)
         assert float(updates["w"][0, 0]) == pytest.approx(3.0 - step)
-    tx = make(1.0, power=1)
-    with pytest.raises(sc.ArgumentError, match="power is traced"):
-        jax.jit(tx.update)(zero, tx.init(params), params)
+
+
+@pytest.mark.parametrize("every_n_steps", [1, 2])
+@pytest.mark.parametrize("n_iter", [1, 9])
+@pytest.mark.parametrize(("target", "power"), [(0.0, 1), (0.0, 2), (1.5, 1), (1.5, 2)])
+def test_options_that_inject_hyperparams_traces_give_the_same_updates(
+    target, power, n_iter, every_n_steps
+):
+    options = {
+        "factor": 0.3,
+        "target": target,
+        "power": power,
+        "n_iter": n_iter,
+        "every_n_steps": every_n_steps,
+    }
+    traced = optax.inject_hyperparams(add_spectral_norm_regularization)(**options)
+    known = optax.inject_hyperparams(
+        add_spectral_norm_regularization,
+        static_args=("target", "power", "n_iter", "every_n_steps"),
+    )(**options)
+    direct = add_spectral_norm_regularization(**options)
+    expected, state = run(direct, params_of())
+    for tx in (traced, known):
+        for jit in (True, False):
+            updates, found = run(tx, params_of(), jit=jit)
+            assert_trees_close(updates, expected, rtol=1e-5)
+            assert_trees_close(spectral_jax.sigmas(found), spectral_jax.sigmas(state))
+
+
+@pytest.mark.parametrize("power", [0, 3, "2", True])
+def test_a_bad_power_is_refused(power):
+    with pytest.raises(sc.ArgumentError, match="power"):
+        add_spectral_norm_regularization(power=power)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -657,7 +695,7 @@ def test_the_bound_holds_after_each_step(normalize):
     tx = optax.chain(
         optax.sgd(0.1),
         spectral_jax.constrain_spectral_norm(
-            {"blocks/*": 1.0, "*": 2.5},
+            bound={"blocks/*": 1.0, "*": 2.5},
             normalize=normalize,
             n_iter=300,
             layouts=layouts,
@@ -684,7 +722,7 @@ def test_the_bound_holds_after_each_step(normalize):
 def test_the_bound_may_be_a_schedule_and_masked():
     params = {"a": jnp.diag(jnp.array([3.0, 1.0])), "b": jnp.diag(jnp.array([3.0, 1.0]))}
     tx = spectral_jax.constrain_spectral_norm(
-        lambda count: 2.0 - count, n_iter=50, mask={"a": True, "b": False}
+        bound=lambda count: 2.0 - count, n_iter=50, mask={"a": True, "b": False}
     )
     state = tx.init(params)
     for bound in (2.0, 1.0):
@@ -705,7 +743,7 @@ def test_normalized_weights_are_those_of_flaxs_spectral_norm():
     norm = nnx.SpectralNorm(layer, n_steps=2, rngs=rngs, param_dtype=jnp.float64)
     (u,) = (value for path, value in norm.batch_stats.items() if path[-1] == "u")
     tx = spectral_jax.constrain_spectral_norm(
-        1.0, normalize=True, n_iter=2, layouts={"kernel": "oooi"}
+        bound=1.0, normalize=True, n_iter=2, layouts={"kernel": "oooi"}
     )
     params = {"kernel": layer.kernel[...]}
     state = tx.init(params)
@@ -721,7 +759,7 @@ def test_normalized_weights_are_those_of_flaxs_spectral_norm():
 
 def test_the_bound_leaves_what_has_no_update_and_refuses_traced_numbers():
     params = {"a": jnp.diag(jnp.array([3.0, 1.0])), "c": jnp.diag(jnp.array([3.0, 1.0]))}
-    tx = spectral_jax.constrain_spectral_norm(1.0, n_iter=50)
+    tx = spectral_jax.constrain_spectral_norm(bound=1.0, n_iter=50)
     state = tx.init(params)
     updates, after = tx.update({"a": jnp.zeros((2, 2)), "c": None}, state, params)
     assert updates["c"] is None
@@ -729,13 +767,13 @@ def test_the_bound_leaves_what_has_no_update_and_refuses_traced_numbers():
     np.testing.assert_array_equal(after.v["c"], state.v["c"])
     assert set(after.v) == set(state.v)
     make = optax.inject_hyperparams(spectral_jax.constrain_spectral_norm)
-    tx = make(1.0)
+    tx = make(bound=1.0)
     state = tx.init(params)
     with pytest.raises(sc.ArgumentError, match="static_args"):
         jax.jit(tx.update)(params, state, params)
     static = ("n_iter", "normalize", "n_vectors", "seed", "mask")
     make = optax.inject_hyperparams(spectral_jax.constrain_spectral_norm, static_args=static)
-    tx = make(lambda count: 2.0 - count, n_iter=50)
+    tx = make(bound=lambda count: 2.0 - count, n_iter=50)
     state = tx.init(params)
     for bound in (2.0, 1.0):
         updates, state = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), state, params)
