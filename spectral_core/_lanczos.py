@@ -146,17 +146,17 @@ def _spectral_norm(W: Array, tol: float, max_iter: int, seed: int, xp: Namespace
     # Iterate on the shorter side: a 1×n matrix then needs one step, an m×n matrix at most m.
     if n <= m:
         v, steps = _top_ritz(
-            lambda x: rmatvec(W, matvec(W, x), xp),
+            lambda x: rmatvec(W, matvec(W, x, xp), xp),
             start_vector((n,), W, seed=seed),
             tol,
             max_iter,
             xp,
         )
-        u = matvec(W, v)
+        u = matvec(W, v, xp)
         u = u / norm(u, xp)
     else:
         u, steps = _top_ritz(
-            lambda x: matvec(W, rmatvec(W, x, xp)),
+            lambda x: matvec(W, rmatvec(W, x, xp), xp),
             start_vector((m,), W, seed=seed),
             tol,
             max_iter,
@@ -165,7 +165,7 @@ def _spectral_norm(W: Array, tol: float, max_iter: int, seed: int, xp: Namespace
     v = rmatvec(W, u, xp)
     sigma = norm(v, xp)
     v = v / sigma
-    residual = norm(matvec(W, v) - sigma * u, xp) / 2**0.5
+    residual = norm(matvec(W, v, xp) - sigma * u, xp) / 2**0.5
     rounding = traits(W, xp, "W").eps * (m + n) ** 0.5
     return SpectralNorm(
         sigma * scale,

@@ -281,6 +281,16 @@ def slope_of(target: Factor, power: int, names: Mapping[str, Any]) -> dict[str, 
     }
 
 
+def same_slope(slope: Slope | None, other: Slope | None) -> bool:
+    """Return True if two slopes are equal; targets that are arrays must be the same array."""
+    if slope is None or other is None:
+        return slope is other
+    numbers = isinstance(slope.target, float) and isinstance(other.target, float)
+    return slope.power == other.power and (
+        slope.target == other.target if numbers else slope.target is other.target
+    )
+
+
 def is_paper(target: Factor, power: int) -> bool:
     """Return True for the paper's penalty, whose slope is sigma itself."""
     return isinstance(target, (int, float)) and target == 0 and check_power(power) == 2

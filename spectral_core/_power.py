@@ -285,18 +285,35 @@ def right_rows(Z: Array, Q: Array, V: Array, kind: Traits, xp: Namespace) -> Tri
 def times_rows(W: Array, V: Array, xp: Namespace) -> Array:
     """Return the rows Wv, (*stack, k, m), of the rows of V.
 
-    One row is multiplied as a vector: matrix–vector products of BLAS are the faster ones there.
+    One row is multiplied as a vector: BLAS has faster matrix–vector products than thin matrix
+    products.
     """
     if V.shape[-2] > 1:
         return xp.matmul(V, xp.matrix_transpose(W))
-    return matvec(W, V[..., 0, :])[..., None, :]
+    if W.ndim == 2:
+        return (W @ V[0, :])[None, :]
+    return xp.matrix_transpose(W @ xp.matrix_transpose(V))
 
 
 def adjoint_times_rows(W: Array, Q: Array, xp: Namespace) -> Array:
-    """Return the rows Wᴴq, (*stack, k, n), of the rows of Q."""
-    if Q.shape[-2] > 1:
-        return conj(xp.matmul(conj(Q, xp), W), xp)
-    return rmatvec(W, Q[..., 0, :], xp)[..., None, :]
+    """Return the rows Wᴴq, (*stack, k, n), of the rows of Q.
+
+    They are computed as (qᴴW)ᴴ: the direct way would transpose or conjugate the matrix.
+    """
+    q = conj(Q, xp)
+    if W.ndim == 2 and Q.shape[-2] == 1:
+        return conj(q[0, :] @ W, xp)[None, :]
+    return conj(q @ W, xp)
+
+
+def matvec(W: Array, v: Array, xp: Namespace) -> Array:
+    """Return Wv, or the stack of these products."""
+    return times_rows(W, v[..., None, :], xp)[..., 0, :]
+
+
+def rmatvec(W: Array, u: Array, xp: Namespace) -> Array:
+    """Return Wᴴu, or the stack of these products."""
+    return adjoint_times_rows(W, u[..., None, :], xp)[..., 0, :]
 
 
 def start_vector(shape: tuple[int, ...], like: Array, *, seed: int = 0, name: str = "") -> Array:
@@ -344,21 +361,6 @@ def start_vector(shape: tuple[int, ...], like: Array, *, seed: int = 0, name: st
         v = v + 1j * rng.standard_normal(shape)
     v = v / np.linalg.norm(v, axis=-1, keepdims=True)
     return xp.asarray(v, dtype=kind.iteration_dtype, device=device_of(like, xp))
-
-
-def matvec(W: Array, v: Array) -> Array:
-    """Return Wv, or the stack of these products."""
-    return W @ v if W.ndim == 2 else (W @ v[..., None])[..., 0]
-
-
-def vecmat(u: Array, W: Array) -> Array:
-    """Return uᵀW, or the stack of these products."""
-    return u @ W if W.ndim == 2 else (u[..., None, :] @ W)[..., 0, :]
-
-
-def rmatvec(W: Array, u: Array, xp: Namespace) -> Array:
-    """Return Wᴴu, computed as (uᴴW)ᴴ: the direct way would transpose or conjugate the matrix."""
-    return conj(vecmat(conj(u, xp), W), xp)
 
 
 def _normalized(x: Array, guard: float, xp: Namespace) -> tuple[Array, Array, Array]:

@@ -29,7 +29,7 @@ from ._arrays import (
 )
 from ._layout import as_layout, default_layout, plan_of
 from ._logging import AsyncCopy, Log, Snapshot
-from ._penalty import Slope, add_outer, add_outer_, is_paper, outer_factors, slope_of
+from ._penalty import Slope, add_outer, add_outer_, is_paper, outer_factors, same_slope, slope_of
 from ._plan import (
     Plan,
     Shape,
@@ -154,6 +154,11 @@ class JobList(list[Job]):
         self._shares: list[Share] = []
         self._overlaps: set[int] = set()
         self._divided_at: list[int] | None = None  # the addresses that `_overlaps` belongs to
+
+    def divide_again(self) -> None:
+        """Forget the division among engines, and what the engines derived."""
+        self._shares = []
+        self.memo.clear()
 
     def shares(self, engines: Sequence[Engine]) -> list[Share]:
         """Return the division among engines; divide again only where overlaps have changed."""

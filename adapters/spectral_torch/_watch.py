@@ -1,4 +1,4 @@
-"""σ on its way from the device to a log, without a wait."""
+"""Log σ during training without waiting for the device."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 import spectral_core as sc
-from spectral_core.watch import Log, Look
+from spectral_core.engine import Log, Snapshot
 
-from .estimator import check_hooks
-from .regularizer import SpectralNormRegularizer
+from ._hook import check_hooks
+from ._regularizer import SpectralNormRegularizer
 
 
 class Watch(sc.Watch):
-    """Log σ of each weight, log₁₀ Πσ and the penalty every n-th step, without a wait.
+    """Log σ of each weight, log₁₀ Πσ and the penalty every n-th step, without waiting.
 
-    After a step, σ is copied into pinned memory by the device itself; a later step finds that it
-    has arrived, and logs it with the number of the step that it belongs to, counted from 0. They
-    are the σ of the weights that the step's loss was computed from. `spectral_core.Watch` says
-    what is logged, and which loggers fit.
+    After a step, the device itself copies σ into pinned memory. A later step finds the copy
+    complete, and logs it with the number of its own step, counted from 0. σ belongs to the weights
+    from which the step's loss was computed. `spectral_core.Watch` lists what is logged, and which
+    loggers can be used.
 
     Parameters
     ----------
     log : callable or writer
-        ``log(values, step)``, with a dict of name to float; or what has
+        ``log(values, step)`` with a dict of name to float, or an object with a method
         ``add_scalar(name, value, step)``, such as TensorBoard's ``SummaryWriter``.
     every_n_steps : int
-        Steps that it divides are logged, from 0 on.
+        Steps that are multiples of this number are logged, from 0 on.
     prefix : str
-        What the names begin with.
+        Prefix of the names.
 
     Attributes
     ----------
     step : int
-        The number of the next step. Set it if a run is resumed.
+        Number of the next step. Set it when a run is resumed.
 
     Notes
     -----
-    λ, target and power are the regularizer's own. In distributed training, make a watch on the
+    λ, target and power are those of the regularizer. In distributed training, make a watch on the
     first rank only: it sends nothing to the others. A step that a CUDA graph replays runs no hook:
-    call ``watch(reg)`` after it.
+    call ``watch(reg)`` after the replay.
 
     Examples
     --------
@@ -65,11 +65,11 @@ class Watch(sc.Watch):
     def __init__(
         self, log: Log | Any, *, every_n_steps: int = 100, prefix: str = "spectral/"
     ) -> None:
-        super().__init__(log, every_n_steps=every_n_steps, prefix=prefix, read=OnItsWay.of)
+        super().__init__(log, every_n_steps=every_n_steps, prefix=prefix, copy=TensorCopy.of)
         self._handle: RemovableHandle | None = None
 
     def attach(self, reg: SpectralNormRegularizer, optimizer: Optimizer) -> Self:
-        """Look at ``reg`` after each step of ``optimizer``; of several optimizers, take one.
+        """Log ``reg`` after each step of ``optimizer``; if there are several, choose one.
 
         Parameters
         ----------
@@ -79,13 +79,13 @@ class Watch(sc.Watch):
         Returns
         -------
         Watch
-            Itself.
+            The object itself.
 
         Raises
         ------
         spectral_core.ArgumentError
-            If a step of ``optimizer`` would run no hooks, or run them twice, or the watch is
-            attached already.
+            If a step of ``optimizer`` would run no hooks, or would run them twice, or if the watch
+            is attached already.
         """
         check_hooks(optimizer, "call watch(reg) after its step")
         if self._handle is not None:
@@ -101,13 +101,15 @@ class Watch(sc.Watch):
         return self
 
     def __call__(self, state: SpectralNormRegularizer, step: int | None = None) -> None:
-        """Copy σ, if the step is due, and log what has arrived: for a loop without `attach`.
+        """Start to copy σ if the step is due, and log every complete copy.
+
+        Call this in a loop without `attach`.
 
         Parameters
         ----------
         state : SpectralNormRegularizer
         step : int, optional
-            By default one more than in the call before.
+            The default is one more than in the call before.
         """
         if torch.compiler.is_compiling():
             outside = torch.compiler.disable(super().__call__)  # type: ignore[no-untyped-call]
@@ -116,27 +118,27 @@ class Watch(sc.Watch):
             super().__call__(state, step)
 
     def close(self) -> None:
-        """Detach from the optimizer, and log what is still on its way."""
+        """Detach from the optimizer, and log what is pending."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
         super().close()
 
-    def _look(self, state: SpectralNormRegularizer) -> Look:
-        # Those in use, to copy all at once: `sigmas` would copy one by one.
-        return Look(state._state.sigma, state.factor, state.target, state.power)
+    def _snapshot(self, state: SpectralNormRegularizer) -> Snapshot:
+        # The tensors in use, to copy all at once: `sigmas` would copy one by one.
+        return Snapshot(state._state.sigma, state.factor, state.target, state.power)
 
 
-class OnItsWay(NamedTuple):
-    """The `Reading` of tensors: of each device one flat copy, and what says that it is there."""
+class TensorCopy(NamedTuple):
+    """An `AsyncCopy` of tensors: for each device one flat copy, and an event that completes."""
 
     sizes: list[int]
     copies: list[tuple[list[int], Tensor, Any]]  # places, elements, an event of CUDA or None
 
     @classmethod
     @torch.no_grad()
-    def of(cls, tensors: Sequence[Tensor]) -> OnItsWay:
-        """Send them to the host."""
+    def of(cls, tensors: Sequence[Tensor]) -> TensorCopy:
+        """Start to copy the tensors to the host."""
         places: dict[torch.device, list[int]] = {}
         for place, tensor in enumerate(tensors):
             places.setdefault(tensor.device, []).append(place)
@@ -149,11 +151,11 @@ class OnItsWay(NamedTuple):
         return cls([tensor.numel() for tensor in tensors], copies)
 
     def ready(self) -> bool:
-        """Whether all copies are on the host."""
+        """Return True if all copies are on the host."""
         return all(event is None or event.query() for _, _, event in self.copies)
 
     def values(self) -> np.ndarray[Any, Any]:
-        """The elements in the order in which the tensors were given."""
+        """Return the elements in the order of the tensors."""
         parts: dict[int, Tensor] = {}
         for places, host, event in self.copies:
             if event is not None:

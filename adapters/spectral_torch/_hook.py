@@ -1,4 +1,4 @@
-"""v, σ and u of a model's weights, kept beside its optimizer: what a penalty and a bound share."""
+"""v, sigma and u of a model's weights beside its optimizer: shared by the penalty and the bound."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 import spectral_core as sc
-from spectral_core._arrays import array_namespace, traits_of
-from spectral_core.errors import checked_int
-from spectral_core.saving import check_fits
+from spectral_core.engine import Choice, ReferenceEngine, array_namespace, check_fits, traits_of
+from spectral_core.errors import check_int
 
-from .selection import Choice, Model, choose
-from .steps import Steps, looked_at
+from ._jobs import JobCache
+from ._select import Model, choose_parameters
+from .engines import DTensorEngine, engines
 
-_Self = TypeVar("_Self", bound="Estimator")
+_Self = TypeVar("_Self", bound="OptimizerHook")
+
+# They leave the state's tensors alone: sigma and the vectors are new tensors.
+PURE_ENGINES = (DTensorEngine(), ReferenceEngine())
 
 
-class Estimator:
-    """The singular vectors of the chosen weights, and when an optimizer steps, something to do.
+class OptimizerHook:
+    """The singular vectors of the chosen weights, and an action when an optimizer steps.
 
-    A subclass says what, and registers it in `_register`. The parameters are those of
+    A subclass defines the action, and registers it in `_register`. The parameters are those of
     `SpectralNormRegularizer`.
     """
 
@@ -44,33 +47,40 @@ class Estimator:
         warmup_iters: int,
         include: Choice | None,
         exclude: Choice | None,
-        seed: int,
         layouts: Mapping[str, sc.Layout | str] | None,
+        seed: int,
         kernels: bool,
     ) -> None:
-        self._parameters, chosen = choose(model, include, exclude, layouts)
+        self._parameters, chosen = choose_parameters(model, include, exclude, layouts)
         self._handles: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
-        self.n_iter = checked_int(n_iter, "n_iter")
-        self._step = Steps(kernels)
+        self.n_iter = check_int(n_iter, "n_iter")
+        self._kernels = kernels
+        self._jobs = JobCache(engines(kernels=kernels))
         with self._full_precision():
             self._state = sc.init(
-                self._parameters, seed=seed, layouts=chosen, n_vectors=n_vectors, step=looked_at
+                self._parameters,
+                seed=seed,
+                layouts=chosen,
+                n_vectors=n_vectors,
+                engines=PURE_ENGINES,
             )
         if warmup_iters != 0:
-            self.iterate_(checked_int(warmup_iters, "warmup_iters"))
+            self.iterate_(check_int(warmup_iters, "warmup_iters"))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies of an optimizer lose its hooks, and so a copy of this is attached to none.
-        return {**vars(self), "_handles": None}
+        # Copies of an optimizer lose its hooks, so a copy of this is attached to none. Compiled
+        # kernels and tables are not copied, but made anew.
+        return {**vars(self), "_handles": None, "_jobs": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({**state, "_handles": WeakKeyDictionary()})
+        fresh = {"_handles": WeakKeyDictionary(), "_jobs": JobCache(engines(kernels=state["_kernels"]))}
+        vars(self).update({**state, **fresh})
 
     def attach(self: _Self, *optimizers: Optimizer) -> _Self:
         """Act in each step of these optimizers, on the weights that they hold.
 
-        Attaching twice is the same as once. Of a model with several optimizers, attach all: also
-        of one for each parameter, which steps in the backward pass.
+        Attaching twice is the same as once. If a model has several optimizers, attach all of them.
+        The same holds for one optimizer for each parameter, stepping in the backward pass.
 
         Parameters
         ----------
@@ -79,13 +89,13 @@ class Estimator:
         Returns
         -------
         SpectralNormRegularizer or SpectralNormConstraint
-            Itself.
+            The object itself.
 
         Raises
         ------
         spectral_core.ArgumentError
-            If the step of one would not run hooks, or run them twice, or if none of them holds one
-            of the weights.
+            If the step of an optimizer would not run hooks, or would run them twice, or if no
+            optimizer holds one of the weights.
         """
         for optimizer in optimizers:
             check_hooks(optimizer, self._by_hand)
@@ -100,7 +110,8 @@ class Estimator:
         return self
 
     def detach(self, optimizer: Optimizer | None = None) -> None:
-        """Undo `attach`, for one optimizer or for all."""
+        """Undo `attach` for one optimizer, or for all."""
+        self._jobs.clear()
         for attached in list(self._handles) if optimizer is None else [optimizer]:
             handle = self._handles.pop(attached, None)
             if handle is not None:
@@ -108,7 +119,7 @@ class Estimator:
 
     @torch.no_grad()
     def iterate_(self, n_iter: int = 1) -> None:
-        """Improve v and σ, and leave weights and gradients alone.
+        """Improve v and sigma; weights and gradients stay as they are.
 
         Parameters
         ----------
@@ -117,35 +128,39 @@ class Estimator:
         """
         self._follow()
         with self._full_precision():
-            self._state = sc.iterate(self._parameters, self._state, n_iter=n_iter, step=self._step)
+            found = sc.iterate(
+                self._parameters, self._state, n_iter=n_iter, engines=self._jobs.engines
+            )
+        self._write_back(found)
 
     def sigmas(self) -> dict[str, Tensor]:
-        """The newest estimate of each weight's largest singular value, on its device.
+        """Return the newest estimate of each weight's largest singular value, on its device.
 
         Returns
         -------
         dict of name to tensor, shape (*stack,)
-            As of the last step: before the optimizer moved the weights, or after they were scaled
-            to a bound.
+            The estimates of the last step: before the optimizer changed the weights, or after the
+            weights were scaled to a bound.
         """
         return {name: sigma.clone() for name, sigma in self._state.sigma.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that a training run needs to go on, as a flat dict of tensors.
+        """Return everything a training run needs to continue, as a flat dict of tensors.
 
         Returns
         -------
         dict of str to tensor
-            ``"<name>.v"`` and ``"<name>.sigma"`` of each weight; where ``every_n_steps`` is not 1,
-            ``"<name>.u"`` and ``"<name>.steps"`` too. As of a module or an optimizer, the tensors
-            are those in use: the next step changes them.
+            ``"<name>.v"`` and ``"<name>.sigma"`` of each weight. Where ``every_n_steps`` is not 1,
+            also ``"<name>.u"`` and ``"<name>.steps"``. The tensors are those in use, as in a
+            module's state dict: the next step changes them.
         """
         return {**self._required(), **self._between_iterations()}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave; all of it or, after an error, nothing.
+        """Load a `state_dict`: all of it or, after an error, nothing.
 
-        ``every_n_steps`` may be another than that of the run that saved it.
+        ``every_n_steps`` may differ from that of the run that saved it. States of version 0.1.0,
+        whose v has no axis of vectors, load too.
 
         Parameters
         ----------
@@ -154,8 +169,8 @@ class Estimator:
         Raises
         ------
         spectral_core.NamesError
-            If it is of another model: the message lists what is missing, unexpected and of
-            another shape.
+            If the state belongs to another model. The message lists what is missing, unexpected and
+            of another shape.
         """
         own = self._required()
         optional = {f"{name}.{field}" for name in self._parameters for field in ("u", "steps")}
@@ -165,18 +180,18 @@ class Estimator:
         check_fits(own, state_dict, optional)
         with torch.no_grad():
             for key, value in own.items():
-                value.copy_(state_dict[key])
-        self._take_over(between if whole else {})
+                value.copy_(state_dict[key].reshape(value.shape))
+        self._load_between(between if whole else {})
 
     def _required(self) -> dict[str, Tensor]:
         return sc.state_dict(replace(self._state, u={}))
 
     def _between_iterations(self) -> dict[str, Tensor]:
-        """What the state holds in addition, where not every step iterates."""
+        """Return what the state holds in addition, where not every step iterates."""
         return {}
 
-    def _take_over(self, between: Mapping[str, Tensor]) -> None:
-        """Take over the rest of what `_between_iterations` gave, or do without it."""
+    def _load_between(self, between: Mapping[str, Tensor]) -> None:
+        """Load what `_between_iterations` returned, or do without it."""
 
     def _register(self, optimizer: Optimizer) -> RemovableHandle:
         raise NotImplementedError
@@ -186,7 +201,7 @@ class Estimator:
         return [name for name, parameter in self._parameters.items() if id(parameter) in ids]
 
     def _full_precision(self) -> AbstractContextManager[object]:
-        """Out of reach of an autocast around the training step: it would round the products."""
+        """Disable an autocast around the training step: it would round the products."""
         rounding = [
             kind
             for kind in {parameter.device.type for parameter in self._parameters.values()}
@@ -200,7 +215,7 @@ class Estimator:
         return stack
 
     def _follow(self) -> None:
-        """Move the state to where ``model.to`` has moved the weights, and to their precision."""
+        """Move the state to the device and the precision of the weights, after ``model.to``."""
         state = self._state
         if all(
             state.v[name].device == parameter.device
@@ -216,7 +231,7 @@ class Estimator:
                 for name, p in self._parameters.items()
             }
 
-        self._moved()
+        self._jobs.clear()
         self._state = replace(
             state,
             v=moved(state.v, real=False),
@@ -224,8 +239,18 @@ class Estimator:
             u=moved(state.u, real=False),
         )
 
-    def _moved(self) -> None:
-        """Forget where v, σ and u lay."""
+    @torch.no_grad()
+    def _write_back(self, found: sc.SpectralState) -> None:
+        """Write the values of ``found`` into the state's own tensors, which others may refer to."""
+        state = self._state
+        pairs = [
+            (old, new[name])
+            for own, new in ((state.v, found.v), (state.sigma, found.sigma), (state.u, found.u))
+            for name, old in own.items()
+            if name in new and new[name] is not old
+        ]
+        if pairs:
+            torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
 
 
 def check_hooks(optimizer: Any, by_hand: str) -> None:

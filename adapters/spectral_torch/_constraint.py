@@ -1,4 +1,4 @@
-"""A bound on spectral norms beside a PyTorch optimizer: kept after each step."""
+"""A bound on spectral norms beside a PyTorch optimizer, kept after each step."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 import spectral_core as sc
-from spectral_core.constraint import scale_
-from spectral_core.layout import Plan
-from spectral_core.penalty import Factor, factors_of
-from spectral_core.regularizer import part_of
+from spectral_core.engine import Choice, Factor, Plan, check_factors, scale_, select
 
-from . import sharded
-from .estimator import Estimator
-from .selection import Choice, Model
+from ._hook import OptimizerHook
+from ._select import Model
+from .engines import dtensor
 
 
-class SpectralNormConstraint(Estimator):
+class SpectralNormConstraint(OptimizerHook):
     r"""Scale every weight matrix to a spectral norm of at most ``bound`` after each step.
 
     .. math:: W ← W · \min(1, \text{bound}/σ)
 
-    The hard bound of `spectral_core.constrain`, or with ``normalize`` spectral normalization of the
-    weights themselves: unlike `torch.nn.utils.parametrizations.spectral_norm` it wraps no layer,
-    and the weights that are saved are those that are used.
+    This is the hard bound of `spectral_core.constrain`, or with ``normalize`` spectral
+    normalization of the weights themselves. Unlike
+    `torch.nn.utils.parametrizations.spectral_norm` it wraps no layer, and the saved weights are
+    those in use.
 
     Parameters
     ----------
-    model, n_iter, n_vectors, warmup_iters, include, exclude, seed, layouts, kernels
+    model
         As for `SpectralNormRegularizer`.
     bound : float, tensor of shape (), or mapping of name or pattern to either
-        May be set anew at any time.
+        The largest spectral norm. It can be changed at any time.
     normalize : bool
-        Whether smaller matrices grow to the bound too.
+        Whether to scale smaller matrices up to the bound too.
+    n_iter, n_vectors, warmup_iters, include, exclude, layouts, seed, kernels
+        As for `SpectralNormRegularizer`.
 
     Raises
     ------
@@ -46,9 +46,11 @@ class SpectralNormConstraint(Estimator):
 
     Notes
     -----
-    Nothing changes before the first step, or `constrain_`. A step scales only what its optimizer
-    holds, and no weight that does not require a gradient. σ is estimated from below: see
-    `spectral_core.constrain`. Moments that an optimizer keeps are not scaled.
+    Nothing changes before the first step, or before `constrain_`. A step scales only the weights
+    that its optimizer holds and that require a gradient. Power iteration underestimates σ, so the
+    true norm can exceed the bound slightly: see `spectral_core.constrain`. The bound is on the
+    weight's matrix: a convolution as an operator can have a larger norm. Moments that an optimizer
+    keeps are not scaled.
 
     Examples
     --------
@@ -67,16 +69,16 @@ class SpectralNormConstraint(Estimator):
     def __init__(
         self,
         model: Model,
-        bound: Factor = 1.0,
         *,
+        bound: Factor = 1.0,
         normalize: bool = False,
         n_iter: int = 1,
         n_vectors: int = 1,
         warmup_iters: int = 15,
         include: Choice | None = None,
         exclude: Choice | None = None,
-        seed: int = 0,
         layouts: Mapping[str, sc.Layout | str] | None = None,
+        seed: int = 0,
         kernels: bool = True,
     ) -> None:
         super().__init__(
@@ -86,8 +88,8 @@ class SpectralNormConstraint(Estimator):
             warmup_iters=warmup_iters,
             include=include,
             exclude=exclude,
-            seed=seed,
             layouts=layouts,
+            seed=seed,
             kernels=kernels,
         )
         self.bound = bound
@@ -101,16 +103,16 @@ class SpectralNormConstraint(Estimator):
 
     @property
     def bound(self) -> Factor:
-        """The largest σ that is left as it is: checked when it is set."""
+        """The largest spectral norm; checked when it is set."""
         return self._bound
 
     @bound.setter
     def bound(self, bound: Factor) -> None:
-        factors_of(bound, self._parameters, "bound")
+        check_factors(bound, self._parameters, "bound")
         self._bound = bound
 
     def constrain_(self) -> None:
-        """Scale all weights now: before the first step, or where an optimizer takes no hooks."""
+        """Scale all weights now: before the first step, or where an optimizer runs no hooks."""
         self._constrain_(None)
 
     def _register(self, optimizer: Optimizer) -> RemovableHandle:
@@ -133,21 +135,20 @@ class SpectralNormConstraint(Estimator):
             return
         self._follow()
         state = self._state
-        bounds = factors_of(self.bound, self._parameters, "bound")
+        bounds = check_factors(self.bound, self._parameters, "bound")
         with self._full_precision():
             found = sc.constrain_(
                 {name: self._parameters[name] for name in names},
-                part_of(state, names),
+                select(state, names),
                 bound={name: bounds[name] for name in names},
                 normalize=self.normalize,
                 n_iter=self.n_iter,
-                step=self._step,
+                engines=self._jobs.engines,
                 scale=_scale_,
             )
-        # v and u are written already, where they lie.
-        torch._foreach_copy_([state.sigma[n] for n in names], [found.sigma[n] for n in names])
+        self._write_back(found)
 
 
 def _scale_(weight: Tensor, scale: Tensor, plan: Plan, xp: Any) -> Tensor:
-    scale_of_kind = sharded.scale_ if sharded.is_sharded(weight) else scale_
+    scale_of_kind = dtensor.scale_ if dtensor.is_sharded(weight) else scale_
     return scale_of_kind(weight, scale, plan, xp)

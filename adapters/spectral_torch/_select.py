@@ -1,34 +1,32 @@
-"""Which parameters of a PyTorch model are weights, and what their axes are."""
+"""Which parameters of a PyTorch model are weights, and the meaning of their axes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from spectral_core import ArgumentError, Layout, NamesError
-from spectral_core.layout import as_layout, default_layout
-from spectral_core.patterns import by_name, matches
+from spectral_core.engine import Choice, choose, default_layout
 
-Choice: TypeAlias = "str | Iterable[str] | Callable[[str, Tensor], bool]"
 Model: TypeAlias = "nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]"
 
-# A parametrized module keeps its weight as `parametrizations.weight.original`, or as several of
-# them; the older hooks keep it as `weight_orig` (spectral norm, pruning) or `weight_v`.
+# A parametrized module keeps its weight as `parametrizations.weight.original`, or as several
+# originals. The older hooks keep it as `weight_orig` (spectral norm, pruning) or `weight_v`.
 _PARAMETRIZED = re.compile(r"^(?:(.*)\.)?parametrizations\.([^.]+)\.original\d*$")
 _REPARAMETRIZED = re.compile(r"_(orig|v)$")
 
 
-def choose(
+def choose_parameters(
     model: Model,
     include: Choice | None,
     exclude: Choice | None,
     layouts: Mapping[str, Layout | str] | None,
 ) -> tuple[dict[str, Tensor], dict[str, Layout]]:
-    """The parameters to regularize, each once, and their layouts.
+    """Return the parameters to regularize, each once, and their layouts.
 
     Raises
     ------
@@ -39,32 +37,35 @@ def choose(
         If a chosen parameter is not initialized yet.
     """
     known, candidates = _scan(model)
-    given = by_name(layouts or {}, candidates, "layouts")
-    if include is not None:
-        wanted = _matching(candidates, include, "include")
-    else:
-        wanted = {name for name in candidates if name in known or name in given}
-    if exclude is not None:
-        wanted -= _matching(candidates, exclude, "exclude")
-    # A tied weight has several names; the first one chosen stands for it.
-    once = {id(candidates[name]): name for name in reversed(candidates) if name in wanted}
-    chosen = {name: p for name, p in candidates.items() if once.get(id(p)) == name}
+    chosen = choose(
+        candidates,
+        known,
+        include=include,
+        exclude=exclude,
+        layouts=layouts,
+        default=_default,
+    )
     if not chosen:
         raise NamesError(
             "there is nothing to regularize: the model has no linear, convolution or recurrent "
             f"weight that include and exclude leave; parameters with two axes: {list(candidates)}"
         )
-    for name, parameter in chosen.items():
+    # A tied weight has several names: the first chosen name stands for it.
+    once = {id(candidates[name]): name for name in reversed(chosen)}
+    parameters = {name: candidates[name] for name in chosen if once[id(candidates[name])] == name}
+    for name, parameter in parameters.items():
         if isinstance(parameter, UninitializedParameter):
             raise ArgumentError(f"parameter {name!r} is lazy: run the model once before this")
-    return chosen, {
-        name: as_layout(given[name]) if name in given else known.get(name) or default_layout(p.ndim)
-        for name, p in chosen.items()
-    }
+    return parameters, {name: chosen[name] for name in parameters}
+
+
+def _default(parameter: Tensor) -> Layout:
+    lazy = isinstance(parameter, UninitializedParameter)  # it has no axes yet, and is refused later
+    return default_layout(2 if lazy else parameter.ndim)
 
 
 def _scan(model: Model) -> tuple[dict[str, Layout], dict[str, Tensor]]:
-    """The layouts of the weights that the model's modules tell, and all that could be weights."""
+    """Return the layouts that the model's modules define, and all parameters with two axes."""
     if not isinstance(model, nn.Module):
         pairs = model.items() if isinstance(model, Mapping) else model
         candidates = {name: p for name, p in pairs if _may_be_weight(p)}
@@ -106,7 +107,7 @@ def _layout_in(modules: Mapping[str, nn.Module], name: str, parameter: Tensor) -
 
 
 def _layout_of(module: nn.Module, attribute: str) -> Layout | None:
-    """The layout of a module's parameter, if that is the weight of a layer."""
+    """Return the layout of a module's parameter if it is the weight of a layer, else None."""
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)):
         return Layout("oi") if "weight" in attribute else None
     if attribute != "weight":
@@ -121,18 +122,3 @@ def _layout_of(module: nn.Module, attribute: str) -> Layout | None:
             return Layout(("(gi)o" if grouped else "io") + kernel, module.groups)
         return Layout(("(go)i" if grouped else "oi") + kernel, module.groups)
     return None
-
-
-def _matching(candidates: Mapping[str, Tensor], choice: Choice, what: str) -> set[str]:
-    if callable(choice):
-        return {name for name, parameter in candidates.items() if choice(name, parameter)}
-    names: set[str] = set()
-    for pattern in [choice] if isinstance(choice, str) else choice:
-        hits = {name for name in candidates if matches(pattern, name)}
-        if not hits:
-            raise NamesError(
-                f"{what}: {pattern!r} matches no parameter with two or more axes; there are "
-                f"{list(candidates)}"
-            )
-        names |= hits
-    return names
