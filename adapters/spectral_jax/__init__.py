@@ -6,8 +6,7 @@ try:
 except ImportError as error:
     raise ImportError("spectral_jax needs JAX and optax: pip install spectral-core[jax]") from error
 
-import spectral_core as _core
-from spectral_core import Layout
+from spectral_core import Layout, __version__
 
 from ._constrain import constrain_spectral_norm
 from ._engine import XlaEngine
@@ -16,13 +15,12 @@ from ._watch import Watch
 
 del _jax, _optax
 
-__version__ = _core.__version__
-
 __all__ = [
     "Layout",
     "SpectralNormState",
     "Watch",
     "XlaEngine",
+    "__version__",
     "add_spectral_norm_regularization",
     "constrain_spectral_norm",
     "sigmas",

@@ -650,9 +650,10 @@ def test_inject_hyperparams_schedules_the_target():
         assert float(updates["w"][0, 0]) == pytest.approx(3.0 - step)
 
 
-@pytest.mark.parametrize("every_n_steps", [1, 2])
-@pytest.mark.parametrize("n_iter", [1, 9])
-@pytest.mark.parametrize(("target", "power"), [(0.0, 1), (0.0, 2), (1.5, 1), (1.5, 2)])
+@pytest.mark.parametrize(
+    ("target", "power", "n_iter", "every_n_steps"),
+    [(0.0, 2, 1, 1), (0.0, 1, 9, 1), (1.5, 1, 1, 2), (1.5, 2, 9, 2)],
+)
 def test_options_that_inject_hyperparams_traces_give_the_same_updates(
     target, power, n_iter, every_n_steps
 ):
@@ -669,12 +670,12 @@ def test_options_that_inject_hyperparams_traces_give_the_same_updates(
         static_args=("target", "power", "n_iter", "every_n_steps"),
     )(**options)
     direct = add_spectral_norm_regularization(**options)
-    expected, state = run(direct, params_of())
-    for tx in (traced, known):
-        for jit in (True, False):
-            updates, found = run(tx, params_of(), jit=jit)
-            assert_trees_close(updates, expected, rtol=1e-5)
-            assert_trees_close(spectral_jax.sigmas(found), spectral_jax.sigmas(state))
+    params = {"w": params_of()["dense"]["kernel"]}
+    expected, state = run(direct, params)
+    for tx, jit in ((traced, True), (traced, False), (known, True)):
+        updates, found = run(tx, params, jit=jit)
+        assert_trees_close(updates, expected, rtol=1e-5)
+        assert_trees_close(spectral_jax.sigmas(found), spectral_jax.sigmas(state))
 
 
 @pytest.mark.parametrize("power", [0, 3, "2", True])

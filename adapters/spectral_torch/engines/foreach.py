@@ -158,9 +158,7 @@ def _iterate(
     return sigma, u, v
 
 
-def _products(
-    Ws: Sequence[Tensor], x: Tensor, sizes: list[int], out_sizes: list[int]
-) -> Tensor:
+def _products(Ws: Sequence[Tensor], x: Tensor, sizes: list[int], out_sizes: list[int]) -> Tensor:
     """Return the product of each matrix with its part of ``x``, all in one tensor."""
     products = x.new_empty(sum(out_sizes))
     parts = torch.split_with_sizes(x, sizes), torch.split_with_sizes(products, out_sizes)
