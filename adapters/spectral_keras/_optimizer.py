@@ -240,13 +240,12 @@ class SpectralNormRegularizer(keras.optimizers.Optimizer):  # type: ignore[misc]
         store : mapping of str to array
             The arrays of a saved model, by number.
         """
+        arrays = {key: store[key] for key in store.keys()}  # noqa: SIM118  (not always iterable)
         v = {id(variable) for variable in self._v.values()} if self.built else set()
-        ndims = {str(i): len(x.shape) for i, x in enumerate(self.variables) if id(x) in v}
-        arrays = {}
-        for key in store.keys():  # noqa: SIM118  (a group of an HDF5 file iterates differently)
-            array = np.asarray(store[key])
-            without_axis = array.ndim == ndims.get(key, 0) - 1
-            arrays[key] = np.expand_dims(array, -2) if without_axis else array
+        for i, variable in enumerate(self.variables):
+            array = arrays.get(str(i))
+            if array is not None and id(variable) in v and array.ndim == len(variable.shape) - 1:
+                arrays[str(i)] = np.expand_dims(array, -2)
         super().load_own_variables(arrays)
 
     def _own(self, grad: Any) -> Any:
