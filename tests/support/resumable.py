@@ -177,7 +177,9 @@ class Jax:
 
         self.jax = jax
         tx = optax.chain(
-            spectral_jax.add_spectral_norm_regularization(factor=FACTOR, every_n_steps=every_n_steps),
+            spectral_jax.add_spectral_norm_regularization(
+                factor=FACTOR, every_n_steps=every_n_steps
+            ),
             optax.adam(0.01),
         )
 

@@ -130,7 +130,9 @@ def test_a_training_run_with_the_hook_is_one_with_the_penalty_in_the_loss(target
 def test_a_line_search_sees_the_penalty_that_is_meant():
     model = nn.Linear(4, 3).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    SpectralNormRegularizer(model, factor=2.0, target=0.1, power=1, warmup_iters=300).attach(optimizer)
+    SpectralNormRegularizer(model, factor=2.0, target=0.1, power=1, warmup_iters=300).attach(
+        optimizer
+    )
 
     def closure():
         model.zero_grad()

@@ -114,7 +114,7 @@ def _add_terms_(
 
 
 def _forces(jobs: Sequence[Job], sigma: Tensor) -> Tensor:
-    """Return the slope of each job's penalty: in one call for all, where the penalties are equal."""
+    """Return the slope of each job's penalty, in one call for all where they are equal."""
     slopes = [job.slope for job in jobs]
     if all(slope is None for slope in slopes):
         return sigma
