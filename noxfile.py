@@ -23,7 +23,8 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 THOROUGH = {"SPECTRAL_PROFILE": "thorough"}
 # Sessions of their own run these, with the packages that they need.
 APART = tuple(
-    f"--ignore=tests/{name}" for name in ("integrations", "benchmarks", "test_readme.py", "test_docs.py")
+    f"--ignore=tests/{name}"
+    for name in ("integrations", "benchmarks", "test_readme.py", "test_docs.py")
 )
 
 # Triton has wheels for Linux alone. Without a GPU its kernels are interpreted.

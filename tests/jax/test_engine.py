@@ -16,7 +16,10 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize("layout", ["io", "oi", "sio", "hwio", "oihw"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
+@pytest.mark.parametrize(
+    "dtype",
+    [jnp.float32, jnp.bfloat16, pytest.param(jnp.complex64, marks=pytest.mark.thorough)],
+)
 def test_the_iteration_equals_the_core_s(layout, dtype):
     w = RNG.standard_normal((3, 4, 5, 2)[: len(layout)])
     w = w + 1j * RNG.standard_normal(w.shape) if dtype == jnp.complex64 else w
@@ -48,7 +51,7 @@ def test_the_iteration_equals_the_core_s(layout, dtype):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("n_vectors", [1, 3])
+@pytest.mark.parametrize("n_vectors", [1, pytest.param(3, marks=pytest.mark.thorough)])
 def test_every_layout_gives_the_cores_step(layout, shape, n_vectors):
     rng = np.random.default_rng(0)
     w, g = rng.standard_normal(shape), rng.standard_normal(shape)
