@@ -129,12 +129,19 @@ def to_host(x: Array) -> np.ndarray[Any, Any]:
 
 
 def address_of(x: Array) -> int | None:
-    """Return the address of the first element of ``x``, or None if the library has none."""
+    """Return the address of the first element of ``x``, or None if it has no memory of its own.
+
+    That is so for JAX, and for subclasses of a tensor that wrap others, such as a sharded tensor.
+    """
     data_ptr = getattr(x, "data_ptr", None)  # PyTorch
     if data_ptr is not None:
-        return int(data_ptr())
+        try:
+            # A wrapper has a storage without memory, and may have an offset into it.
+            return int(data_ptr()) if x.untyped_storage().data_ptr() else None
+        except (RuntimeError, NotImplementedError):
+            return None
     for protocol in ("__array_interface__", "__cuda_array_interface__"):  # NumPy; CuPy
         interface = getattr(x, protocol, None)
         if interface is not None:
-            return int(interface["data"][0])
+            return int(interface["data"][0]) or None
     return None
