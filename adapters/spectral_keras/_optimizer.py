@@ -387,7 +387,7 @@ def _full_precision() -> AbstractContextManager[Any]:
         return nullcontext()
     import jax
 
-    return jax.default_matmul_precision("highest")  # type: ignore[no-any-return]
+    return jax.default_matmul_precision("highest")
 
 
 def _outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -396,5 +396,5 @@ def _outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
         import torch
 
         if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)  # type: ignore[no-untyped-call, no-any-return]
+            return torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return function
