@@ -1,7 +1,19 @@
-"""Spectral norm regularization (Yoshida & Miyato, 2017) for every array framework."""
+"""Regularize, measure and bound spectral norms (Yoshida & Miyato, 2017), in any array library."""
 
-from .block import BlockIteration, block_iteration
-from .constraint import constrain, constrain_
+from ._algorithm import add_gradient, add_gradient_, init, iterate
+from ._constraint import constrain, constrain_
+from ._lanczos import SpectralNorm, spectral_norm
+from ._layout import Layout, as_matrix, from_matrix
+from ._logging import Watch
+from ._penalty import penalty, penalty_at, rank_one, slope
+from ._power import (
+    BlockIteration,
+    PowerIteration,
+    block_iteration,
+    power_iteration,
+    start_vector,
+)
+from ._state_dict import SpectralState, load_state_dict, state_dict
 from .errors import (
     ArgumentError,
     DeviceError,
@@ -10,13 +22,6 @@ from .errors import (
     ShapeError,
     SpectralError,
 )
-from .estimate import SpectralNorm, spectral_norm
-from .layout import Layout, as_matrix, from_matrix
-from .penalty import penalty, penalty_at, rank_one, slope
-from .power import PowerIteration, power_iteration, start_vector
-from .regularizer import SpectralState, add_gradient, add_gradient_, init, iterate
-from .saving import load_state_dict, state_dict
-from .watch import Watch
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""The few questions about arrays that the Array API standard leaves to its users."""
+"""Questions about arrays that the Array API standard leaves to its users."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Namespace: TypeAlias = Any
 
 
 def array_namespace(*arrays: Array, name: str = "the arguments") -> Namespace:
-    """The one namespace of all these arrays.
+    """Return the one namespace of all these arrays.
 
     Raises
     ------
     DTypeError
-        If one is not an array, or they are of two libraries.
+        If one is not an array, or two arrays come from different libraries.
     """
     try:
         return _array_namespace(*arrays)
@@ -31,17 +31,18 @@ def array_namespace(*arrays: Array, name: str = "the arguments") -> Namespace:
 
 
 class Traits(NamedTuple):
-    """What follows from a floating-point dtype."""
+    """The properties of a floating-point dtype that an iteration needs."""
 
     complex: bool
-    iteration_dtype: Any  # the same, but float32 for anything narrower
+    iteration_dtype: Any  # the same dtype, or float32 (complex64) for a narrower one
     tiny: float  # the smallest normal number of the iteration
     eps: float
+    guard: float  # added to a squared norm before it divides: `tiny`, unless the caller sets it
 
 
 @lru_cache(maxsize=64)
 def traits_of(dtype: Any, xp: Namespace) -> Traits | None:
-    """The traits of ``dtype``, or None if it is not floating-point, or foreign to ``xp``."""
+    """Return the traits of ``dtype``, or None if it is not floating-point or foreign to ``xp``."""
     try:
         if not xp.isdtype(dtype, ("real floating", "complex floating")):
             return None
@@ -51,16 +52,17 @@ def traits_of(dtype: Any, xp: Namespace) -> Traits | None:
     narrow = xp.complex64 if is_complex else xp.float32
     wide = narrow if xp.finfo(dtype).bits < 32 else dtype
     info = xp.finfo(wide)
-    return Traits(is_complex, wide, float(info.smallest_normal), float(info.eps))
+    tiny = float(info.smallest_normal)
+    return Traits(is_complex, wide, tiny, float(info.eps), guard=tiny)
 
 
 def traits(x: Array, xp: Namespace, name: str) -> Traits:
-    """The traits of the dtype of ``x``, which errors call ``name``.
+    """Return the traits of the dtype of ``x``; errors call the array ``name``.
 
     Raises
     ------
     DTypeError
-        If ``x`` is not of a floating-point dtype.
+        If the dtype of ``x`` is not floating-point.
     """
     found = traits_of(x.dtype, xp)
     if found is None:
@@ -72,23 +74,23 @@ def traits(x: Array, xp: Namespace, name: str) -> Traits:
 
 
 def is_complex(x: Array, xp: Namespace) -> bool:
-    """Whether the elements of ``x`` are complex."""
+    """Return True if the elements of ``x`` are complex."""
     found = traits_of(x.dtype, xp)
     return found is not None and found.complex
 
 
 def conj(x: Array, xp: Namespace) -> Array:
-    """Conjugate, without a copy where there is nothing to conjugate."""
+    """Conjugate ``x``; a real array is returned as it is, without a copy."""
     return xp.conj(x) if is_complex(x, xp) else x
 
 
 def cast(x: Array, dtype: Any, xp: Namespace) -> Array:
-    """``x`` in ``dtype``, itself if it is so already."""
+    """Return ``x`` in ``dtype``, or ``x`` itself if it has that dtype already."""
     return x if x.dtype == dtype else xp.astype(x, dtype)
 
 
 def squared(x: Array, xp: Namespace) -> Array:
-    """|x|², real."""
+    """Return |x|², real."""
     if is_complex(x, xp):
         re, im = xp.real(x), xp.imag(x)
         return re * re + im * im
@@ -96,23 +98,23 @@ def squared(x: Array, xp: Namespace) -> Array:
 
 
 def norm(x: Array, xp: Namespace) -> Array:
-    """Euclidean norm over the last axis, without the optional ``linalg`` extension."""
+    """Return the Euclidean norm over the last axis, without the optional ``linalg`` extension."""
     return xp.sqrt(xp.sum(squared(x, xp), axis=-1))
 
 
 def constant(x: Array) -> Array:
-    """Without the autograd graph that PyTorch hangs on a parameter: v would keep it for ever."""
+    """Detach ``x`` from PyTorch's autograd graph: v would keep the graph alive for ever."""
     detach = getattr(x, "detach", None)
     return x if detach is None else detach()
 
 
 def device_of(x: Array, xp: Namespace) -> Any:
-    """The device of ``x``, or None where the backend places arrays itself (JAX)."""
+    """Return the device of ``x``, or None where the backend places arrays itself (JAX)."""
     return None if is_jax_namespace(xp) else x.device
 
 
 def check_same_device(x: Array, y: Array, xp: Namespace, x_name: str, y_name: str) -> None:
-    """Raise `DeviceError` if the two arrays do not lie on one device."""
+    """Raise `DeviceError` unless the two arrays are on one device."""
     if is_jax_namespace(xp) or x.device == y.device:
         return
     raise DeviceError(
@@ -121,6 +123,18 @@ def check_same_device(x: Array, y: Array, xp: Namespace, x_name: str, y_name: st
 
 
 def to_host(x: Array) -> np.ndarray[Any, Any]:
-    """A small vector as a NumPy array: waits for the device."""
+    """Return a small vector as a NumPy array; waits for the device."""
     tolist = getattr(x, "tolist", None)
     return np.asarray([complex(e) for e in x] if tolist is None else tolist())
+
+
+def address_of(x: Array) -> int | None:
+    """Return the address of the first element of ``x``, or None if the library has none."""
+    data_ptr = getattr(x, "data_ptr", None)  # PyTorch
+    if data_ptr is not None:
+        return int(data_ptr())
+    for protocol in ("__array_interface__", "__cuda_array_interface__"):  # NumPy; CuPy
+        interface = getattr(x, protocol, None)
+        if interface is not None:
+            return int(interface["data"][0])
+    return None

@@ -1,4 +1,4 @@
-"""What can be wrong with an input, one class a kind of mistake."""
+"""Errors about inputs: one class for each kind of mistake."""
 
 from operator import index
 
@@ -12,11 +12,11 @@ class ShapeError(SpectralError, ValueError):
 
 
 class DTypeError(SpectralError, TypeError):
-    """A data type that singular vectors cannot be iterated in, or two that do not fit."""
+    """A dtype in which singular vectors cannot be iterated, or two dtypes that do not fit."""
 
 
 class DeviceError(SpectralError, ValueError):
-    """Arrays that must lie on one device lie on two, or are not writeable where they must be."""
+    """Arrays are on two devices where one is needed, or an array is not writeable."""
 
 
 class NamesError(SpectralError, ValueError):
@@ -24,11 +24,11 @@ class NamesError(SpectralError, ValueError):
 
 
 class ArgumentError(SpectralError, ValueError):
-    """A number out of its range: ``factor``, ``n_iter``, ``seed``, ``tol`` and the like."""
+    """A number is out of its range: ``factor``, ``n_iter``, ``seed``, ``tol`` and the like."""
 
 
-def checked_int(value: object, name: str, least: int = 1) -> int:
-    """``value`` as an int, or `ArgumentError` if it is not an integer ≥ ``least``."""
+def check_int(value: object, name: str, least: int = 1) -> int:
+    """Return ``value`` as an int; raise `ArgumentError` unless it is an integer ≥ ``least``."""
     try:
         number = index(value)  # type: ignore[arg-type]
     except TypeError:

@@ -1,9 +1,14 @@
 """Spectral norm regularization for PyTorch: an optimizer hook over `spectral_core`."""
 
-from spectral_core import Layout
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise ImportError("spectral_torch needs PyTorch: pip install spectral-core[torch]") from error
 
-from .constraint import SpectralNormConstraint
-from .regularizer import SpectralNormRegularizer
-from .watch import Watch
+from spectral_core import Layout, __version__
 
-__all__ = ["Layout", "SpectralNormConstraint", "SpectralNormRegularizer", "Watch"]
+from ._constraint import SpectralNormConstraint
+from ._regularizer import SpectralNormRegularizer
+from ._watch import Watch
+
+__all__ = ["Layout", "SpectralNormConstraint", "SpectralNormRegularizer", "Watch", "__version__"]

@@ -14,7 +14,7 @@ import pytest
 
 import spectral_core as sc
 
-SCRIPT = Path(__file__).parents[1] / "resumable.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "resumable.py"
 STEPS = 20
 NEEDS = {
     "numpy": ["numpy"],

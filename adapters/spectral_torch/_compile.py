@@ -1,0 +1,140 @@
+"""Put a step into a graph of `torch.compile` as one operation.
+
+The kernels are compiled already: there is nothing in them for `torch.compile` to trace. An operation
+can receive only tensors, numbers and text. The names and layouts of the weights are therefore text,
+and a number finds the engines that run the step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import count
+from math import isnan, nan
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+import spectral_core as sc
+from spectral_core.engine import (
+    Checks,
+    Number,
+    Triplet,
+    dispatch,
+    make_jobs,
+    matches,
+    slope_of,
+)
+
+from ._jobs import JobCache, write_back
+from .engines.dtensor import is_sharded
+
+# `torch.compile` cannot trace fnmatch, but the same text always gives the same answer. This is what
+# `torch.compiler.assume_constant_result` does, after a second of importing.
+matches._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+_SETS = 64  # cached sets of weights
+
+# The regularizers keep these alive, with the memory that captured graphs read.
+_caches: WeakValueDictionary[int, JobCache] = WeakValueDictionary()
+_numbers = count()
+
+
+def number_of(cache: JobCache) -> int:
+    """Return a number by which `run` finds the engines of ``cache``."""
+    number = next(_numbers)
+    _caches[number] = cache
+    return number
+
+
+def described(name: str, layout: sc.Layout) -> str:
+    """Return a weight's name and layout as one line of text."""
+    return json.dumps([name, layout.axes, layout.groups])
+
+
+def accepts(parameter: Tensor, V: Tensor) -> bool:
+    """Return True if the weight is whole, and V has its device and its dtype of iteration."""
+    dtype, half = parameter.dtype, parameter.dtype in (torch.float16, torch.bfloat16)
+    iterated = V.dtype == (torch.float32 if half else dtype)
+    return iterated and V.device == parameter.device and not is_sharded(parameter)
+
+
+def run(
+    lines: Sequence[str],
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    triplets: Sequence[Triplet],
+    factors: Sequence[Number],
+    targets: Sequence[Number],
+    *,
+    power: int,
+    n_iter: int,
+    engines: int,
+) -> None:
+    """Add the terms to the gradients, and write V, sigma and u in place."""
+    numbers, tensors = _divided(factors)
+    target_numbers, target_tensors = _divided(targets)
+    _step_(
+        *(list(weights), list(grads)),
+        *([t.V for t in triplets], [t.sigma for t in triplets], [t.u for t in triplets]),
+        *(numbers, tensors, target_numbers, target_tensors),
+        *("\n".join(lines), power, n_iter, engines),
+    )
+
+
+@lru_cache(_SETS)
+def _read(text: str) -> tuple[dict[str, sc.Layout], Checks]:
+    rows = map(json.loads, text.splitlines())
+    return {name: sc.Layout(axes, groups) for name, axes, groups in rows}, Checks()
+
+
+@torch.library.custom_op(
+    "spectral_torch::step_",
+    mutates_args=("grads", "v", "sigma", "u"),
+    schema="(Tensor[] weights, Tensor(a!)[] grads, Tensor(b!)[] v, Tensor(c!)[] sigma, "
+    "Tensor(d!)[] u, float[] factors, Tensor[] factor_tensors, float[] targets, "
+    "Tensor[] target_tensors, str text, int power, int n_iter, int engines) -> ()",
+)
+def _step_(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    v: list[Tensor],
+    sigma: list[Tensor],
+    u: list[Tensor],
+    factors: list[float],
+    factor_tensors: list[Tensor],
+    targets: list[float],
+    target_tensors: list[Tensor],
+    text: str,
+    power: int,
+    n_iter: int,
+    engines: int,
+) -> None:
+    layouts, checks = _read(text)
+
+    def named(values: Sequence[Number]) -> dict[str, Number]:
+        return dict(zip(layouts, values, strict=True))
+
+    state = sc.SpectralState(named(v), named(sigma), layouts, named(u), checks)
+    jobs = make_jobs(
+        layouts,
+        named(weights),
+        state,
+        grads=named(grads),
+        factors=named(_joined(factors, factor_tensors)),
+        slopes=slope_of(named(_joined(targets, target_tensors)), power, layouts),
+    )
+    write_back(jobs, dispatch(jobs, n_iter, _caches[engines].engines).triplets)
+
+
+def _divided(values: Sequence[Number]) -> tuple[list[float], list[Tensor]]:
+    """Return the numbers, with NaN where there is a tensor, and the tensors."""
+    numbers = [nan if isinstance(value, Tensor) else value for value in values]
+    return numbers, [value for value in values if isinstance(value, Tensor)]
+
+
+def _joined(numbers: Sequence[float], tensors: Sequence[Tensor]) -> list[Number]:
+    rest = iter(tensors)
+    return [next(rest) if isnan(number) else number for number in numbers]

@@ -1,0 +1,154 @@
+"""A bound on spectral norms beside a PyTorch optimizer, kept after each step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+import spectral_core as sc
+from spectral_core.engine import Choice, Factor, Plan, check_factors, scale_, select
+
+from ._hook import OptimizerHook
+from ._select import Model
+from .engines import dtensor
+
+
+class SpectralNormConstraint(OptimizerHook):
+    r"""Scale every weight matrix to a spectral norm of at most ``bound`` after each step.
+
+    .. math:: W ← W · \min(1, \text{bound}/σ)
+
+    This is the hard bound of `spectral_core.constrain`, or with ``normalize`` spectral
+    normalization of the weights themselves. Unlike
+    `torch.nn.utils.parametrizations.spectral_norm` it wraps no layer, and the saved weights are
+    those in use.
+
+    Parameters
+    ----------
+    model
+        As for `SpectralNormRegularizer`.
+    bound : float, tensor of shape (), or mapping of name or pattern to either
+        The largest spectral norm. It can be changed at any time.
+    normalize : bool
+        Whether to scale smaller matrices up to the bound too.
+    n_iter, n_vectors, warmup_iters, include, exclude, layouts, seed, kernels
+        As for `SpectralNormRegularizer`.
+
+    Raises
+    ------
+    spectral_core.NamesError, spectral_core.ArgumentError
+        As `SpectralNormRegularizer`.
+
+    Notes
+    -----
+    Nothing changes before the first step, or before `constrain_`. A step scales only the weights
+    that its optimizer holds and that require a gradient. Power iteration underestimates σ, so the
+    true norm can exceed the bound slightly: see `spectral_core.constrain`. The bound is on the
+    weight's matrix: a convolution as an operator can have a larger norm. Moments that an optimizer
+    keeps are not scaled.
+
+    Examples
+    --------
+    >>> import torch, spectral_torch
+    >>> model = torch.nn.Linear(4, 8)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+    >>> cap = spectral_torch.SpectralNormConstraint(model, bound=1.0, n_iter=20).attach(optimizer)
+    >>> model(torch.ones(1, 4)).sum().backward()
+    >>> optimizer.step()
+    >>> bool(torch.linalg.matrix_norm(model.weight, 2) < 1.01)
+    True
+    """
+
+    _by_hand = "call constrain_() after each step"
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        bound: Factor = 1.0,
+        normalize: bool = False,
+        n_iter: int = 1,
+        n_vectors: int = 1,
+        warmup_iters: int = 15,
+        include: Choice | None = None,
+        exclude: Choice | None = None,
+        layouts: Mapping[str, sc.Layout | str] | None = None,
+        seed: int = 0,
+        kernels: bool = True,
+    ) -> None:
+        super().__init__(
+            model,
+            n_iter=n_iter,
+            n_vectors=n_vectors,
+            warmup_iters=warmup_iters,
+            include=include,
+            exclude=exclude,
+            layouts=layouts,
+            seed=seed,
+            kernels=kernels,
+        )
+        self.bound = bound
+        self.normalize = normalize
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(bound={self.bound!r}, normalize={self.normalize}, "
+            f"n_iter={self.n_iter}, weights={list(self._parameters)})"
+        )
+
+    @property
+    def bound(self) -> Factor:
+        """The largest spectral norm; checked when it is set."""
+        return self._bound
+
+    @bound.setter
+    def bound(self, bound: Factor) -> None:
+        check_factors(bound, self._parameters, "bound")
+        self._bound = bound
+
+    def constrain_(self) -> None:
+        """Scale all weights now: before the first step, or where an optimizer runs no hooks."""
+        self._constrain_(None)
+
+    def _register(self, optimizer: Optimizer) -> RemovableHandle:
+        return optimizer.register_step_post_hook(self._after_step)
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._constrain_(optimizer)
+
+    @torch.no_grad()
+    def _constrain_(self, optimizer: Optimizer | None) -> None:
+        if torch.compiler.is_compiling():  # between two graphs
+            outside = torch.compiler.disable(self._constrain_)  # type: ignore[no-untyped-call]
+            outside(optimizer)
+            return
+        names = list(self._parameters)
+        if optimizer is not None:
+            held = self._held_by(optimizer)
+            names = [name for name in held if self._parameters[name].requires_grad]
+        if not names:
+            return
+        self._follow()
+        state = self._state
+        bounds = check_factors(self.bound, self._parameters, "bound")
+        with self._full_precision():
+            found = sc.constrain_(
+                {name: self._parameters[name] for name in names},
+                select(state, names),
+                bound={name: bounds[name] for name in names},
+                normalize=self.normalize,
+                n_iter=self.n_iter,
+                engines=self._jobs.engines,
+                scale=_scale_,
+            )
+        self._write_back(found)
+
+
+def _scale_(weight: Tensor, scale: Tensor, plan: Plan, xp: Any) -> Tensor:
+    scale_of_kind = dtensor.scale_ if dtensor.is_sharded(weight) else scale_
+    return scale_of_kind(weight, scale, plan, xp)

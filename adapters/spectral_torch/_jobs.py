@@ -1,0 +1,287 @@
+"""The jobs of a regularizer, validated once and kept from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from spectral_core import DTypeError, SpectralState
+from spectral_core.engine import (
+    Engine,
+    Factor,
+    Job,
+    JobList,
+    Number,
+    Triplet,
+    check_factors,
+    make_jobs,
+    same_slope,
+    slope_of,
+)
+
+_PLAIN = (Tensor, Parameter)
+
+
+class Penalty:
+    """λ, target and power of a regularizer, checked when they are set."""
+
+    def __init__(self, factor: Factor, target: Factor, power: int) -> None:
+        self.factor = factor
+        self.target = target
+        self.power = power
+
+
+class JobCache:
+    """Keep the jobs of each optimizer, and rebuild them only where something has changed.
+
+    Validation is skipped while nothing it depends on has changed: the same parameters at the same
+    addresses, gradients of the same dtype, shape and strides. On a CPU the checks of a small network
+    would otherwise cost more than its step.
+
+    Parameters
+    ----------
+    engines : sequence of Engine
+        The engines that run the jobs. What they accepted stays accepted while a list is kept.
+    """
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        self.engines = engines
+        self._kept: WeakKeyDictionary[object, dict[int, _Kept]] = WeakKeyDictionary()
+
+    def clear(self) -> None:
+        """Forget every list: the state's tensors have moved."""
+        self._kept.clear()
+
+    def forget(self, owner: object) -> None:
+        """Forget the lists of one optimizer."""
+        self._kept.pop(owner, None)
+
+    def current(
+        self,
+        owner: object,
+        names: Collection[str],
+        parameters: Mapping[str, Tensor],
+        penalty: Penalty,
+        scaled: Mapping[str, Number] | None,
+        n_iter: int,
+    ) -> JobList | None:
+        """Return the jobs of the last step with this step's gradients, or None if they do not fit.
+
+        Parameters
+        ----------
+        owner : object
+            The optimizer. Several optimizers keep lists of their own.
+        names : collection of str
+            The parameters of this step.
+        parameters : mapping of name to tensor
+            All parameters.
+        penalty : Penalty
+        scaled : mapping of name to number, optional
+            λ times the scale of gradients that are still scaled, in place of ``penalty.factor``.
+        n_iter : int
+            Power iterations. Steps with another number keep lists of their own.
+        """
+        kept = self._kept.get(owner, {}).get(n_iter)
+        if kept is None or not kept.refresh(names, parameters):
+            return None
+        if not kept.has_slopes(penalty, parameters):
+            return None
+        kept.set_factors(penalty, scaled, parameters)
+        return kept.jobs
+
+    def build(
+        self,
+        owner: object,
+        names: Collection[str],
+        parameters: Mapping[str, Tensor],
+        penalty: Penalty,
+        scaled: Mapping[str, Number] | None,
+        n_iter: int,
+        state: SpectralState,
+    ) -> JobList:
+        """Return new jobs of the parameters that have a gradient, and keep them for `current`.
+
+        Raises
+        ------
+        spectral_core.SpectralError
+            If a gradient does not fit, before any gradient changes.
+        """
+        kept = _Kept(_build(names, parameters, state, penalty, scaled), penalty)
+        lists = self._kept.setdefault(owner, {})
+        lists.pop(n_iter, None)
+        if kept.cacheable:
+            lists[n_iter] = kept
+        return kept.jobs
+
+
+class _Kept:
+    """A `JobList`, and the kind and place of everything when it was validated."""
+
+    def __init__(self, jobs: JobList, penalty: Penalty) -> None:
+        self.jobs = jobs
+        self.cacheable = bool(jobs) and all(map(_is_cacheable, jobs))
+        known = jobs if self.cacheable else []
+        self._places = [_place(job) for job in known]
+        self._contiguous = [job.grad.is_contiguous() for job in known]  # type: ignore[union-attr]
+        self._strides = [job.grad.stride() for job in known]  # type: ignore[union-attr]
+        self._factor: Any = None  # the number that the jobs' factors are; None: ask again
+        self._slope = penalty.target, penalty.power
+
+    def refresh(self, names: Collection[str], parameters: Mapping[str, Tensor]) -> bool:
+        """Give each job the gradient of this step; return False if anything else has changed."""
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            return False
+        jobs, places, addresses, count = self.jobs, self._places, [], 0
+        for name in names:
+            parameter = parameters[name]
+            grad = parameter.grad
+            if grad is None or not parameter.requires_grad:
+                continue
+            if count == len(jobs) or places[count] != (
+                name,
+                parameter.data_ptr(),
+                parameter.dtype,
+                parameter.shape,
+                parameter.stride(),
+                grad.dtype,
+                grad.shape,
+            ):
+                return False
+            if (
+                grad.layout is not torch.strided
+                or grad.requires_grad
+                or parameter.is_conj()
+                or parameter.is_neg()
+                or grad.is_conj()
+                or grad.is_neg()
+                or grad.is_contiguous() != self._contiguous[count]
+                or (not self._contiguous[count] and grad.stride() != self._strides[count])
+                or type(grad) not in _PLAIN
+            ):
+                return False
+            jobs[count].grad = grad
+            addresses.append(grad.data_ptr())
+            count += 1
+        jobs.addresses = addresses
+        return count == len(jobs) > 0
+
+    def has_slopes(self, penalty: Penalty, names: Mapping[str, Any]) -> bool:
+        """Return True if target and power are those of the jobs."""
+        target, power = self._slope
+        # The entries of a mapping may have changed unseen.
+        if penalty.target is target and penalty.power == power and not isinstance(target, Mapping):
+            return True
+        slopes = slope_of(penalty.target, penalty.power, names)
+        self._slope = penalty.target, penalty.power
+        return all(same_slope(job.slope, slopes[job.name]) for job in self.jobs)
+
+    def set_factors(
+        self, penalty: Penalty, scaled: Mapping[str, Number] | None, names: Collection[str]
+    ) -> None:
+        """Give each job its factor, and divide again where it is another kind of number."""
+        if scaled is None and self._factor is penalty.factor:
+            return
+        factors = check_factors(penalty.factor, names) if scaled is None else scaled
+        for job in self.jobs:
+            factor = factors[job.name]
+            if _kind(factor) != _kind(job.factor):
+                self.jobs.divide_again()
+            job.factor = factor
+        # The entries of a mapping may change unseen.
+        asks = scaled is not None or isinstance(penalty.factor, Mapping)
+        self._factor = None if asks else penalty.factor
+
+
+def release(jobs: JobList) -> None:
+    """Drop the gradients: a list that is kept must not keep them alive until the next step."""
+    for job in jobs:
+        job.grad = None
+
+
+def _build(
+    names: Collection[str],
+    parameters: Mapping[str, Tensor],
+    state: SpectralState,
+    penalty: Penalty,
+    scaled: Mapping[str, Number] | None,
+) -> JobList:
+    grads: dict[str, Tensor] = {}
+    for name in names:
+        parameter = parameters[name]
+        grad = parameter.grad
+        # In this order: `torch.compile` guards an optimizer's gradients, not its `requires_grad`.
+        if grad is None or not parameter.requires_grad:
+            continue
+        if grad.layout != torch.strided:
+            raise DTypeError(
+                f"the gradient of {name!r} is {grad.layout}: a rank-1 term has no sparse form, so "
+                "exclude the weight or make its gradient dense (sparse=False)"
+            )
+        grads[name] = grad
+    jobs = JobList(
+        make_jobs(
+            grads,
+            parameters,
+            state,
+            grads=grads,
+            factors=check_factors(penalty.factor, parameters) if scaled is None else scaled,
+            slopes=slope_of(penalty.target, penalty.power, parameters),
+        )
+    )
+    for job in jobs:
+        if type(job.weight) in _PLAIN:
+            # The parameter itself, not a view of its memory: a model that is moved to another
+            # device must not keep its old memory until the next step.
+            job.weight = parameters[job.name]
+    return jobs
+
+
+def _is_cacheable(job: Job) -> bool:
+    """Return True if addresses say all: a subclass, or another device, may have none."""
+    return (
+        type(job.weight) in _PLAIN
+        and type(job.grad) in _PLAIN
+        and job.weight.device.type in ("cpu", "cuda")
+        and not job.grad.requires_grad
+        # A lazy conjugation or negation changes the numbers, but not the address.
+        and not any(x.is_conj() or x.is_neg() for x in (job.weight, job.grad))
+    )
+
+
+def _place(job: Job) -> tuple[Any, ...]:
+    weight, grad = job.weight, job.grad
+    return (
+        job.name,
+        weight.data_ptr(),
+        weight.dtype,
+        weight.shape,
+        weight.stride(),
+        grad.dtype,
+        grad.shape,
+    )
+
+
+def _kind(factor: Number) -> Any:
+    return (factor.device, factor.dtype) if isinstance(factor, Tensor) else float
+
+
+def write_back(jobs: Sequence[Job], triplets: Sequence[Triplet]) -> None:
+    """Write new triplets into the state's own tensors.
+
+    Results are written into the existing v, sigma and u tensors, because captured CUDA graphs (and
+    anyone holding the state) refer to them by address.
+    """
+    pairs = [
+        (old, new)
+        for job, triplet in zip(jobs, triplets, strict=True)
+        if job.last is not None and triplet is not job.last
+        for old, new in zip(job.last, triplet, strict=True)
+        if old is not new
+    ]
+    if pairs:
+        torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])

@@ -1,0 +1,424 @@
+"""Algorithm 1 beside a PyTorch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+import spectral_core as sc
+from spectral_core.engine import (
+    Choice,
+    Factor,
+    JobList,
+    Triplet,
+    array_namespace,
+    check_factors,
+    check_power,
+    dispatch,
+    plan_of,
+)
+from spectral_core.errors import check_int
+
+from . import _compile
+from ._hook import PURE_ENGINES, OptimizerHook
+from ._jobs import Penalty, release, write_back
+from ._select import Model
+from .engines.dtensor import is_sharded, penalty_at
+
+
+class SpectralNormRegularizer(OptimizerHook):
+    r"""Add λσuvᵀ to the gradient of every weight matrix before the optimizer steps.
+
+    This minimizes :math:`L + \frac{λ}{2} \sum_ℓ σ(W^ℓ)^2` by Algorithm 1 of Yoshida & Miyato (2017).
+
+    Parameters
+    ----------
+    model : torch.nn.Module, mapping or iterable of (name, parameter)
+        The weights to regularize. Of a module, the weights of its linear, bilinear, convolution,
+        recurrent and attention layers; not embeddings, norms and biases. Of a parametrized layer,
+        the original. Of names and parameters, every one with two axes or more.
+    factor : float, tensor of shape (), or mapping of name or pattern to either
+        λ. It can be changed at any time, as a schedule does: ``reg.factor = 0.02``. A tensor can be
+        written into, and then `torch.compile` compiles no step again.
+    target : float, tensor of shape (), or mapping of name or pattern to either
+        The σ below which the penalty is zero: the penalty is the hinge
+        (λ/2)·Σ max(0, σ − target)². It can be changed at any time.
+    power : int
+        2, or 1 for the penalty λ·Σ max(0, σ − target).
+    n_iter : int
+        Power iterations in a step.
+    n_vectors : int
+        Number of vectors for each matrix. Several vectors follow σ where σ₂ comes close to it or
+        overtakes it. They cost many small operations (`spectral_core.block_iteration`).
+    every_n_steps : int
+        Iterate only in every n-th step of a weight. The steps between add the term of the last
+        iteration again: they read no weight, and σ, u and v are up to n − 1 steps old. A step that a
+        GradScaler makes a fused optimizer skip counts, although its iteration is undone.
+    warmup_iters : int
+        Power iterations at construction, so that the first steps have good vectors. The paper has
+        none: 0.
+    include : str, iterable of str, or callable, optional
+        Names or shell patterns (``"encoder.*"``) of the parameters to regularize instead of the
+        default ones, or ``include(name, parameter) -> bool``.
+    exclude : str, iterable of str, or callable, optional
+        Parameters to skip, in the same forms as ``include``.
+    layouts : mapping of name or pattern to `spectral_core.Layout` or str, optional
+        The meaning of a parameter's axes, where its module does not define it or defines it
+        otherwise. A parameter named here is regularized even if the default would skip it.
+    seed : int
+        Seed of the random start vectors. They depend only on the seed and the parameter's name, so
+        all ranks draw the same ones.
+    kernels : bool
+        Whether to use compiled kernels: Triton's for weights on a GPU, and Numba's on the CPU if it
+        is installed. The kernels need real, contiguous weights and gradients and ``n_vectors=1``.
+        Everything else falls back to ordinary PyTorch operations: the same result, slower. False
+        forces the fallback.
+
+    Raises
+    ------
+    spectral_core.NamesError
+        If a pattern matches nothing, or nothing is left to regularize.
+    spectral_core.ArgumentError
+        If a number is out of its range, or a parameter is lazy.
+
+    Notes
+    -----
+    A weight without a gradient, or one that does not require a gradient, is left out of a step.
+    Within `torch.compile`, set the gradient of a weight that you freeze to None: a compiled step
+    does not notice that the weight requires no gradient.
+
+    A tied weight counts once. A grouped convolution is a stack of matrices, each with its own σ. A
+    weight that is sharded over processes (DTensor) stays sharded, and the processes must step
+    together. Nothing in a step waits for the device. Results are written into the existing v, σ and
+    u tensors, because captured CUDA graphs refer to them by address.
+
+    If ``optimizer.step`` gets a closure, the term is added after each call of the closure, and the
+    penalty is added to the loss it returns, as a line search needs. A `torch.amp.GradScaler` may be
+    in use, also with optimizers that unscale within their step.
+
+    Gradients are clipped before the optimizer steps, and so before the term is added. To clip with
+    the term, clip in a step pre-hook of the optimizer that is registered after `attach`.
+
+    Construct the regularizer once the parameters are final: it keeps a reference to each parameter,
+    and does not see one that replaces it in the model later. The names are those of the module it
+    gets, so pass the module that checkpoints are made of, not the wrapper of ``torch.compile``. A
+    weight-normalized layer does not depend on the length of its directions, so the regularizer has
+    no effect on it.
+
+    Examples
+    --------
+    >>> import torch, spectral_torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    >>> reg = spectral_torch.SpectralNormRegularizer(model, factor=0.01).attach(optimizer)
+    >>> model(torch.ones(1, 4)).sum().backward()
+    >>> optimizer.step()  # with the regularizer's term
+    >>> sorted(reg.sigmas())
+    ['0.weight', '2.weight']
+    """
+
+    _by_hand = "call add_gradients_() before each step"
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        factor: Factor = 0.01,
+        target: Factor = 0.0,
+        power: int = 2,
+        n_iter: int = 1,
+        n_vectors: int = 1,
+        every_n_steps: int = 1,
+        warmup_iters: int = 15,
+        include: Choice | None = None,
+        exclude: Choice | None = None,
+        layouts: Mapping[str, sc.Layout | str] | None = None,
+        seed: int = 0,
+        kernels: bool = True,
+    ) -> None:
+        super().__init__(
+            model,
+            n_iter=n_iter,
+            n_vectors=n_vectors,
+            warmup_iters=warmup_iters,
+            include=include,
+            exclude=exclude,
+            layouts=layouts,
+            seed=seed,
+            kernels=kernels,
+        )
+        self._penalty = Penalty(factor, target, check_power(power))
+        self.factor = factor
+        self.target = target
+        self.every_n_steps = check_int(every_n_steps, "every_n_steps")
+        self._steps_taken = dict.fromkeys(self._parameters, 0)
+        self._number = _compile.number_of(self._jobs)
+        self._lines = {
+            name: _compile.described(name, layout) for name, layout in self._state.layouts.items()
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = _compile.number_of(self._jobs)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(factor={self.factor!r}, n_iter={self.n_iter}, "
+            f"weights={list(self._parameters)})"
+        )
+
+    @property
+    def factor(self) -> Factor:
+        """λ; checked when it is set."""
+        return self._penalty.factor
+
+    @factor.setter
+    def factor(self, factor: Factor) -> None:
+        check_factors(factor, self._parameters)
+        self._penalty.factor = factor
+
+    @property
+    def target(self) -> Factor:
+        """The σ below which the penalty is zero; checked when it is set."""
+        return self._penalty.target
+
+    @target.setter
+    def target(self, target: Factor) -> None:
+        check_factors(target, self._parameters, "target")
+        self._penalty.target = target
+
+    @property
+    def power(self) -> int:
+        """The exponent of the penalty, 1 or 2; checked when it is set."""
+        return self._penalty.power
+
+    @power.setter
+    def power(self, power: int) -> None:
+        self._penalty.power = check_power(power)
+
+    def add_gradients_(self, *, scale: float | Tensor | None = None) -> None:
+        """Run one step of Algorithm 1, for a loop whose optimizer runs no hooks.
+
+        Parameters
+        ----------
+        scale : float or tensor of one element, optional
+            The scale of the gradients, where they have not been unscaled yet.
+        """
+        self._add_terms_(self._parameters, self, scale)
+
+    def penalty(self, *, differentiable: bool = False) -> Tensor:
+        """Return (λ/2)·Σσ² of the weights as they are now (paper, equation 1).
+
+        With ``target`` and ``power`` it is (λ/power)·Σ max(0, σ − target)^power.
+
+        Parameters
+        ----------
+        differentiable : bool
+            Whether to build a graph. The gradient of the value is then the term of a step. To train
+            with the value in the loss instead of the hook, call `iterate_` in each step.
+
+        Returns
+        -------
+        torch.Tensor, shape ()
+        """
+        self._follow()
+        with self._full_precision():
+            with torch.no_grad():
+                found = sc.iterate(self._parameters, self._state, engines=PURE_ENGINES)
+            with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+                prices = self._prices()
+                terms = [self._penalty_at(name, found, prices[name]) for name in self._parameters]
+                return _sum(terms)
+
+    def _prices(self) -> dict[str, dict[str, Any]]:
+        """Return the keywords of each weight's penalty."""
+        factors = check_factors(self.factor, self._parameters)
+        targets = check_factors(self.target, self._parameters, "target")
+        return {
+            name: {"factor": factors[name], "target": targets[name], "power": self.power}
+            for name in self._parameters
+        }
+
+    def _penalty_at(self, name: str, found: sc.SpectralState, price: dict[str, Any]) -> Tensor:
+        parameter, layout = self._parameters[name], self._state.layouts[name]
+        triplet = Triplet(found.sigma[name], found.u[name], found.v[name])
+        if is_sharded(parameter):
+            plan = plan_of(layout, parameter.shape, name)
+            return penalty_at(parameter, triplet, plan, array_namespace(parameter), **price)
+        W = sc.as_matrix(parameter, layout, name=name)
+        return sc.penalty_at(W, triplet.u, **price)
+
+    def _register(self, optimizer: Optimizer) -> RemovableHandle:
+        return optimizer.register_step_pre_hook(self._before_step)
+
+    def _between_iterations(self) -> dict[str, Tensor]:
+        if self.every_n_steps == 1:
+            return {}
+        found = {f"{name}.u": self._state.u[name] for name in self._parameters}
+        for name, steps in self._steps_taken.items():
+            found[f"{name}.steps"] = torch.tensor(steps % self.every_n_steps)
+        return found
+
+    def _load_between(self, between: Mapping[str, Tensor]) -> None:
+        for name in self._parameters:
+            # Without its u, a weight has to iterate in its next step.
+            steps = between.get(f"{name}.steps")
+            self._steps_taken[name] = 0 if steps is None else int(steps)
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if kwargs.get("grad_scaler") is not None:
+            raise sc.ArgumentError(
+                f"{type(optimizer).__name__} takes the GradScaler itself: detach the regularizer, "
+                "and between scaler.unscale_(optimizer) and the step call add_gradients_()"
+            )
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._with_term(kwargs["closure"], optimizer)}
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._with_term(args[1], optimizer), *args[2:]), kwargs
+        self._add_terms_(self._held_by(optimizer), optimizer)
+        return None
+
+    def _with_term(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
+        def closure_with_term() -> Any:
+            loss = closure()
+            held = self._held_by(optimizer)
+            self._add_terms_(held, optimizer)
+            held = [name for name in held if self._has_gradient(name)]
+            prices, sigma = self._prices(), self._state.sigma
+            terms = [sc.penalty(sigma[name], **prices[name]) for name in held]
+            if not terms or not isinstance(loss, (Tensor, float, int)):
+                return loss
+            total = _sum(terms)
+            return loss + (total.to(loss.device) if isinstance(loss, Tensor) else float(total))
+
+        return closure_with_term
+
+    def _add_terms_(
+        self, names: Collection[str], owner: object, scale: float | Tensor | None = None
+    ) -> None:
+        """Make a step on these parameters; each optimizer, the ``owner``, has jobs of its own."""
+        found_inf = None
+        if owner is not self:
+            # What a GradScaler does to the term: an optimizer that unscales within its step gets
+            # gradients that are still scaled, so the term is multiplied by the same scale. Where a
+            # gradient is not finite, that step changes no weight, so the iteration is undone too.
+            # Both numbers stay on the device: nothing waits for them.
+            scale = getattr(owner, "grad_scale", None)
+            found_inf = getattr(owner, "found_inf", None)
+        before = None if found_inf is None else [x.clone() for x in self._buffers(names)]
+        if torch.compiler.is_compiling():
+            self._add_compiled_(names, owner, scale)
+        else:
+            with torch.no_grad(), self._full_precision():
+                for n_iter, due in self._phases(names):
+                    jobs = self._current_jobs(owner, due, scale, n_iter)
+                    result = dispatch(jobs, n_iter, self._jobs.engines)
+                    write_back(jobs, result.triplets)
+                    self._count(jobs)
+                    release(jobs)
+        if found_inf is not None and before is not None:
+            _undo_where(found_inf, self._buffers(names), before)
+
+    def _current_jobs(
+        self, owner: object, names: Collection[str], scale: float | Tensor | None, n_iter: int
+    ) -> JobList:
+        scaled = None if scale is None else self._scaled(scale)
+        arguments = (owner, names, self._parameters, self._penalty, scaled, n_iter)
+        jobs = self._jobs.current(*arguments)
+        if jobs is None:
+            self._follow()
+            jobs = self._jobs.build(*arguments, self._state)
+        return jobs
+
+    def _count(self, jobs: JobList) -> None:
+        if self.every_n_steps != 1:
+            for job in jobs:
+                self._steps_taken[job.name] += 1
+
+    def _phases(self, names: Collection[str]) -> list[tuple[int, Collection[str]]]:
+        """Return how often to iterate in this step, and for which parameters."""
+        if self.every_n_steps == 1:
+            return [(self.n_iter, names)]
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise sc.ArgumentError(
+                f"every_n_steps is {self.every_n_steps}: a CUDA graph repeats the captured step, "
+                "either with an iteration or without one; use 1, and replay the graph as often as "
+                "you like"
+            )
+        phases: dict[int, list[str]] = {}
+        for name in filter(self._has_gradient, names):
+            due = self._steps_taken[name] % self.every_n_steps == 0
+            phases.setdefault(self.n_iter if due else 0, []).append(name)
+        return list(phases.items())
+
+    def _add_compiled_(
+        self, names: Collection[str], owner: object, scale: float | Tensor | None
+    ) -> None:
+        """Make a step within `torch.compile`: as one operation, or between two graphs."""
+        if self.every_n_steps != 1 or not all(map(self._is_operation, names)):
+            outside = torch.compiler.disable(self._add_terms_)  # type: ignore[no-untyped-call]
+            outside(names, owner, scale)
+            return
+        present = [name for name in names if self._has_gradient(name)]
+        if not present:
+            return
+        parameters, state = self._parameters, self._state
+        prices, scaled = self._prices(), None if scale is None else self._scaled(scale)
+        with torch.no_grad():
+            _compile.run(
+                [self._lines[name] for name in present],
+                [parameters[name] for name in present],
+                [parameters[name].grad for name in present],  # type: ignore[misc]
+                [Triplet(state.sigma[n], state.u[n], state.v[n]) for n in present],
+                [prices[n]["factor"] if scaled is None else scaled[n] for n in present],
+                [prices[n]["target"] for n in present],
+                power=self.power,
+                n_iter=self.n_iter,
+                engines=self._number,
+            )
+
+    def _is_operation(self, name: str) -> bool:
+        return _compile.accepts(self._parameters[name], self._state.v[name])
+
+    def _has_gradient(self, name: str) -> bool:
+        parameter = self._parameters[name]
+        # In this order: `torch.compile` guards an optimizer's gradients, not its `requires_grad`.
+        return parameter.grad is not None and parameter.requires_grad
+
+    def _buffers(self, names: Collection[str]) -> list[Tensor]:
+        state = self._state
+        return [field[name] for field in (state.v, state.sigma, state.u) for name in names]
+
+    def _scaled(self, scale: float | Tensor) -> dict[str, Any]:
+        factors = check_factors(self.factor, self._parameters)
+        if not isinstance(scale, Tensor):
+            return {name: factor * scale for name, factor in factors.items()}
+        # One product for all weights with the same factor and device: each is an operation there.
+        products: dict[tuple[Any, torch.device], Tensor] = {}
+        scaled = {}
+        for name, factor in factors.items():
+            device = self._parameters[name].device
+            key = (factor if isinstance(factor, float) else id(factor), device)
+            if key not in products:
+                products[key] = factor * scale.reshape(()).to(device, non_blocking=True)
+            scaled[name] = products[key]
+        return scaled
+
+
+def _undo_where(found_inf: Tensor, buffers: list[Tensor], before: list[Tensor]) -> None:
+    """Restore ``buffers`` where the optimizer skips its step: the device decides."""
+    for now, then in zip(buffers, before, strict=True):
+        skipped = found_inf.reshape(()).to(now.device, non_blocking=True) > 0
+        now.copy_(torch.where(skipped, then, now))
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    """Return the sum of scalars, which may be on several devices, on the first device."""
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum()

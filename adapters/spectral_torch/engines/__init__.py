@@ -1,0 +1,58 @@
+"""Engines for PyTorch tensors, in order of preference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from spectral_core.engine import Engine, Job, ReferenceEngine
+from spectral_core.numba import Memory, NumbaEngine
+
+from .dtensor import DTensorEngine
+from .foreach import ForeachEngine
+from .triton import TritonEngine
+
+__all__ = ["CpuEngine", "DTensorEngine", "ForeachEngine", "TritonEngine", "engines"]
+
+MEMORY = Memory(
+    address=Tensor.data_ptr,
+    # A subclass of Tensor may have no memory of its own.
+    plain=lambda x: (
+        type(x) in (Tensor, Parameter) and x.is_cpu and x.is_contiguous() and not x.is_neg()
+    ),
+    dtypes={torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "uint16"},
+    threads=torch.get_num_threads,
+)
+
+
+class CpuEngine(NumbaEngine):
+    """`NumbaEngine` for tensors. It writes v, sigma and u where the state keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__(MEMORY, owned=True)
+
+    def accepts(self, job: Job) -> bool:
+        """Return True for a job of contiguous CPU tensors whose gradient needs no graph."""
+        # Autograd must see what is written into a gradient that requires a gradient itself.
+        return not (job.grad is not None and job.grad.requires_grad) and super().accepts(job)
+
+
+def engines(*, kernels: bool = True) -> tuple[Engine, ...]:
+    """Return new engines in order of preference; the last one accepts every job.
+
+    Parameters
+    ----------
+    kernels : bool
+        Whether to use the kernels that Numba and Triton compile, where they are installed.
+    """
+    foreach = ForeachEngine()
+    compiled = [*_cpu_engine(), TritonEngine(fallback=foreach)] if kernels else []
+    return DTensorEngine(), *compiled, foreach, ReferenceEngine(in_place=True)
+
+
+def _cpu_engine() -> list[Engine]:
+    try:
+        return [CpuEngine()]
+    except ImportError:  # Numba is not installed
+        return []

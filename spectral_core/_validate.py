@@ -1,0 +1,262 @@
+"""Check every input once: numbers, names, shapes, dtypes and devices."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from math import inf
+from numbers import Real
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from array_api_compat import is_jax_namespace, is_writeable_array
+
+from ._arrays import (
+    Array,
+    Namespace,
+    Traits,
+    array_namespace,
+    cast,
+    check_same_device,
+    is_complex,
+    traits,
+)
+from ._layout import Layout, plan_of
+from ._plan import Plan
+from ._select import by_name
+from .errors import ArgumentError, DeviceError, DTypeError, NamesError, ShapeError
+
+Number: TypeAlias = "float | Array"
+Factor: TypeAlias = "Number | Mapping[str, Number]"
+
+
+def check_factor(factor: Factor, name: str = "factor") -> Number:
+    """Return ``factor`` if it is a finite number ≥ 0 or an array of shape ().
+
+    The value of an array is not read: that would wait for the device, or fail in a trace. A NumPy
+    scalar is a number like any other.
+
+    Raises
+    ------
+    ArgumentError
+        If ``factor`` is anything else.
+    """
+    if isinstance(factor, (np.ndarray, np.generic)) and factor.shape == ():
+        factor = factor.item()
+    if isinstance(factor, Real) and not isinstance(factor, bool):
+        if 0 <= (value := float(factor)) < inf:
+            return value
+    elif getattr(factor, "shape", None) == ():
+        return factor
+    raise ArgumentError(
+        f"{name} must be a finite number ≥ 0 or an array of shape (), not {factor!r}"
+    )
+
+
+def check_factors(
+    factor: Factor, names: Collection[str], what: str = "factor"
+) -> dict[str, Number]:
+    """Return the factor of each name, checked. Errors call the factor ``what``.
+
+    Raises
+    ------
+    ArgumentError
+        If a factor is negative or not finite.
+    NamesError
+        If a mapping does not cover the names, or an entry matches none of them.
+    """
+    if not isinstance(factor, Mapping):
+        return dict.fromkeys(names, check_factor(factor, what))
+    own = by_name(factor, names, what)
+    missing = [name for name in names if name not in own]
+    if missing:
+        raise NamesError(f"{what} has no entry for {missing}: add one, or a '*' for all others")
+    return {name: check_factor(value, f"{what}[{name!r}]") for name, value in own.items()}
+
+
+def check_limit(value: Factor, what: str, dtype: Any, xp: Namespace) -> Number:
+    """Return a checked number to compare sigma with; an array is cast to the dtype of sigma."""
+    limit = check_factor(value, what)
+    return limit if isinstance(limit, float) else cast(limit, dtype, xp)
+
+
+def check_power(power: int) -> int:
+    """Return ``power`` if it is 1 or 2, else raise `ArgumentError`."""
+    if isinstance(power, bool) or power not in (1, 2):
+        raise ArgumentError(f"power must be 1 or 2, not {power!r}")
+    return power
+
+
+def check_writeable(x: Array, what: str, instead: str) -> None:
+    """Raise `DeviceError` unless ``x`` can be written in place."""
+    if not is_writeable_array(x):
+        raise DeviceError(
+            f"{what} cannot be written in place ({type(x).__name__}): use {instead}, which returns "
+            "new arrays"
+        )
+
+
+def check_weights(weights: Mapping[str, Array], names: Collection[str]) -> None:
+    """Raise `NamesError` unless ``weights`` is a mapping with exactly these names."""
+    if not isinstance(weights, Mapping):
+        raise NamesError(f"weights must be a mapping of name to array, not {type(weights)}")
+    if weights.keys() != set(names):
+        missing = [name for name in names if name not in weights]
+        unexpected = [name for name in weights if name not in names]
+        raise NamesError(
+            f"the weights are not those of the state: missing {missing}, unexpected {unexpected}; "
+            "call init again for other weights"
+        )
+
+
+def check_grads(grads: Mapping[str, Array | None], names: Collection[str]) -> None:
+    """Raise `NamesError` unless ``grads`` is a mapping with an entry for each of these names."""
+    if not isinstance(grads, Mapping):
+        raise NamesError(f"grads must be a mapping of name to array, not {type(grads)}")
+    missing = [name for name in names if name not in grads]
+    if missing:
+        raise NamesError(f"grads has no entry for {missing}: give None to leave a weight out")
+
+
+def check_matrix(W: Array, V: Array, xp: Namespace, *, rows: bool) -> Traits:
+    """Return the traits of a matrix, or a stack of matrices, that its vectors fit.
+
+    Parameters
+    ----------
+    W : array, shape (..., m, n)
+    V : array, shape (..., n), or (..., k, n) with ``rows``
+
+    Raises
+    ------
+    ShapeError
+        If W has fewer than two axes or an empty one, or V does not fit.
+    DTypeError
+        If W or V is not floating-point, or V is complex and W real.
+    """
+    shape, given, what = tuple(W.shape), tuple(V.shape), "V" if rows else "v"
+    if len(shape) < 2 or 0 in shape:
+        raise ShapeError(
+            f"W has shape {shape}: it must be a matrix or a stack of matrices with no empty axis "
+            "(as_matrix makes one of a weight tensor)"
+        )
+    k = given[-2:-1] if rows else ()
+    if given != (*shape[:-2], *k, shape[-1]) or 0 in k or len(k) < rows:
+        expected = ", ".join(map(str, (*shape[:-2], *(["k"] if rows else []), shape[-1])))
+        raise ShapeError(
+            f"{what} has shape {given}, but W of shape {shape} needs "
+            + (f"({expected}) with k ≥ 1: one vector a row" if rows else f"{shape[:-2] + shape[-1:]}")
+        )
+    kind = traits(W, xp, "W")
+    if traits(V, xp, what).complex and not kind.complex:
+        raise DTypeError(
+            f"{what} has dtype {V.dtype}, but W is real ({W.dtype}): start from a real {what}"
+        )
+    return kind
+
+
+class Fitting(NamedTuple):
+    """Everything that must fit one weight."""
+
+    V: Array
+    grad: Array | None
+    factor: Number
+    sigma: Array | None
+    u: Array | None
+
+
+class _Checked(NamedTuple):
+    kinds: tuple[Any, ...]
+    plan: Plan
+    xp: Namespace
+
+
+class Checks:
+    """Remember what was checked to fit each weight: types, shapes, dtypes and devices.
+
+    A step whose arrays have the same types, shapes, dtypes and devices as in the step before is
+    not checked again.
+    """
+
+    def __init__(self) -> None:
+        self._checked: dict[str, _Checked] = {}
+
+    def __reduce__(self) -> tuple[type[Checks], tuple[()]]:
+        return Checks, ()
+
+    def fit(
+        self, name: str, weight: Array, layout: Layout, fitting: Fitting
+    ) -> tuple[Plan, Namespace]:
+        """Return the plan and the namespace of a weight, after checking that all fits it.
+
+        Raises
+        ------
+        ShapeError, DTypeError, DeviceError
+            If an array does not fit.
+        """
+        known = self._checked.get(name)
+        kinds = _kinds(layout, weight, fitting)
+        if known is None or not kinds or known.kinds != kinds:
+            plan, xp = _check_fit(name, weight, layout, fitting)
+            if is_jax_namespace(xp):  # in a trace, arrays have no device
+                return plan, xp
+            known = _Checked(_kinds(layout, weight, fitting), plan, xp)
+            self._checked[name] = known
+        return known.plan, known.xp
+
+
+def _kinds(layout: Layout, weight: Array, fitting: Fitting) -> tuple[Any, ...]:
+    kinds = [layout, type(weight)]
+    try:
+        kinds += (weight.shape, weight.dtype, weight.device)
+        for x in fitting:
+            kinds.append(type(x))
+            if not (x is None or type(x) is float):
+                kinds += (x.shape, x.dtype, x.device)
+    except AttributeError:  # not an array: the full check explains what it is instead
+        return ()
+    return tuple(kinds)
+
+
+def _check_fit(
+    name: str, weight: Array, layout: Layout, fitting: Fitting
+) -> tuple[Plan, Namespace]:
+    V, grad, factor, sigma, u = fitting
+    arrays = [x for x in (V, grad, factor) if x is not None and not isinstance(x, float)]
+    xp = array_namespace(weight, *arrays, name=f"weight {name!r}, its v, its gradient and factor")
+    if grad is not None:
+        _check_grad(name, weight, grad, xp)
+    plan = plan_of(layout, weight.shape, f"weight {name!r}")
+    shape, k = tuple(V.shape), V.shape[-2] if V.ndim > 1 else 0
+    expected = ", ".join(map(str, plan.rows("k")))  # type: ignore[arg-type]
+    _check_shape(name, weight, "v", V, plan.rows(k) if k else None, f"({expected})")
+    check_same_device(weight, V, xp, f"weight {name!r}", "its v")
+    if not isinstance(factor, float) and not xp.isdtype(factor.dtype, "real floating"):
+        raise DTypeError(f"factor of {name!r} has dtype {factor.dtype}: it must be a real float")
+    for what, x, shape in (("sigma", sigma, plan.stack), ("u", u, plan.left)):
+        if x is not None:
+            _check_shape(name, weight, what, x, shape, str(shape))
+            check_same_device(weight, x, xp, f"weight {name!r}", f"its {what}")
+    return plan, xp
+
+
+def _check_shape(
+    name: str, weight: Array, what: str, x: Array, shape: tuple[int, ...] | None, expected: str
+) -> None:
+    if tuple(x.shape) != shape:
+        raise ShapeError(
+            f"weight {name!r} of shape {tuple(weight.shape)} needs a {what} of shape {expected}, "
+            f"but the state's has {tuple(x.shape)}: call init again for other weights"
+        )
+
+
+def _check_grad(name: str, weight: Array, grad: Array, xp: Namespace) -> None:
+    if tuple(grad.shape) != tuple(weight.shape):
+        raise ShapeError(
+            f"the gradient of {name!r} has shape {tuple(grad.shape)}, the weight "
+            f"{tuple(weight.shape)}"
+        )
+    if traits(grad, xp, f"the gradient of {name!r}").complex != is_complex(weight, xp):
+        raise DTypeError(
+            f"the gradient of {name!r} has dtype {grad.dtype}, the weight {weight.dtype}: both "
+            "must be real or both complex"
+        )
+    check_same_device(weight, grad, xp, f"weight {name!r}", "its gradient")

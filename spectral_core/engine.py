@@ -1,0 +1,358 @@
+"""One step of Algorithm 1 over many weights: the boundary between the core and its adapters.
+
+A `Job` is one weight with all that belongs to it, checked to fit. An `Engine` runs jobs.
+`dispatch` gives each job to the first engine that accepts it. `ReferenceEngine` accepts every job:
+it is the arithmetic, written once, and every other engine is tested to be equal to it.
+
+An adapter imports from the core its public names, this module and `spectral_core.errors`, and
+nothing else. ``__all__`` lists what this module offers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+from ._arrays import (
+    Array,
+    Namespace,
+    Traits,
+    address_of,
+    array_namespace,
+    cast,
+    conj,
+    constant,
+    traits,
+    traits_of,
+)
+from ._layout import as_layout, default_layout, plan_of
+from ._logging import AsyncCopy, Log, Snapshot
+from ._penalty import Slope, add_outer, add_outer_, is_paper, outer_factors, same_slope, slope_of
+from ._plan import (
+    Plan,
+    Shape,
+    broadcast_outer,
+    from_memory_order,
+    matrix_in_memory_order,
+    reshaped,
+    scale_,
+    scaled,
+    to_memory_order,
+)
+from ._power import (
+    Triplet,
+    adjoint_times_rows,
+    iterate_rows,
+    left_rows,
+    right_rows,
+    times_rows,
+)
+from ._select import Choice, by_name, choose, matches
+from ._shard import Shard, clipped, ordered, shards_of
+from ._state_dict import SpectralState, check_fits, like_own, merge, select
+from ._validate import (
+    Checks,
+    Factor,
+    Fitting,
+    Number,
+    check_factor,
+    check_factors,
+    check_grads,
+    check_power,
+    check_weights,
+    check_writeable,
+)
+from .errors import ArgumentError, ShapeError, check_int
+
+Add: TypeAlias = Callable[[Array, Array, Array], Array]
+"""``add(grad, u, v)`` returns ``grad + u * v``; u and v broadcast to grad."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One weight in one step, and all that belongs to it, checked to fit.
+
+    Attributes
+    ----------
+    name : str
+    weight : array
+    grad : array or None
+        None where there is no gradient to add to. The only field that changes from step to step.
+    V : array, shape (*stack, k, n)
+        The rows to start from, in the order of `as_matrix`'s columns. The first row is v.
+    factor : float or array of shape ()
+        λ.
+    slope : Slope or None
+        The penalty's target and power. None is the paper's penalty, whose slope is sigma.
+    plan : Plan
+        How the weight becomes a matrix.
+    xp : namespace
+    last : Triplet or None
+        The result of the step before. None if the state does not keep u.
+    """
+
+    name: str
+    weight: Array
+    grad: Array | None
+    V: Array
+    factor: Number
+    slope: Slope | None
+    plan: Plan
+    xp: Namespace
+    last: Triplet | None
+
+
+class Result(NamedTuple):
+    """Result of an engine: one entry for each job, in the order of the jobs."""
+
+    grads: list[Array | None]
+    triplets: list[Triplet]
+
+
+class Engine(Protocol):
+    """A way to run jobs."""
+
+    @property
+    def in_place(self) -> bool:
+        """True if the engine writes into the gradients."""
+
+    def accepts(self, job: Job) -> bool:
+        """Return True if the engine can run this job."""
+
+    def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
+        """Run lines 5–9 of Algorithm 1 for jobs that the engine accepts.
+
+        With ``n_iter=0`` the term is that of each job's ``last``.
+        """
+
+
+class Share(NamedTuple):
+    """The jobs of one engine, and their places among all jobs."""
+
+    engine: Engine
+    jobs: Sequence[Job]
+    places: list[int]
+
+
+class JobList(list[Job]):
+    """Jobs that are validated once and used in many steps: only their gradients change.
+
+    Attributes
+    ----------
+    addresses : list of int, or None
+        Addresses of the gradients in this step. The owner of the list sets them.
+    memo : dict
+        What an engine derived from everything but the gradients, under the engine.
+    """
+
+    def __init__(self, jobs: Iterable[Job] = ()) -> None:
+        super().__init__(jobs)
+        self.addresses: list[int] | None = None
+        self.memo: dict[Any, Any] = {}
+        self._shares: list[Share] = []
+        self._overlaps: set[int] = set()
+        self._divided_at: list[int] | None = None  # the addresses that `_overlaps` belongs to
+
+    def divide_again(self) -> None:
+        """Forget the division among engines, and what the engines derived."""
+        self._shares = []
+        self.memo.clear()
+
+    def shares(self, engines: Sequence[Engine]) -> list[Share]:
+        """Return the division among engines; divide again only where overlaps have changed."""
+        if not self._shares or self.addresses != self._divided_at:
+            overlaps = _overlaps(self, self.addresses)
+            if not self._shares or overlaps != self._overlaps:
+                self._shares = _divide(self, engines, overlaps)
+                self._overlaps = overlaps
+            self._divided_at = self.addresses
+        if len(self._shares) > 1 and self.addresses is not None:
+            for share in self._shares:
+                share.jobs.addresses = [self.addresses[i] for i in share.places]  # type: ignore[attr-defined]
+        return self._shares
+
+
+def dispatch(jobs: Sequence[Job], n_iter: int, engines: Sequence[Engine]) -> Result:
+    """Run each job by the first engine that accepts it.
+
+    A job whose gradient shares memory with the gradient of a job before it, as tied weights can
+    have it, goes to the last engine, the reference. An engine that writes many gradients at once
+    would lose one of the two sums.
+
+    Parameters
+    ----------
+    jobs : sequence of Job, or JobList
+    n_iter : int
+        Power iterations. With 0 the term is that of each job's ``last``.
+    engines : sequence of Engine
+        In order of preference. The last one must accept every job.
+
+    Returns
+    -------
+    Result
+        In the order of ``jobs``.
+
+    Examples
+    --------
+    >>> dispatch([], 1, [ReferenceEngine()])
+    Result(grads=[], triplets=[])
+    """
+    if isinstance(jobs, JobList):
+        shares = jobs.shares(engines)
+    else:
+        shares = _divide(jobs, engines, _overlaps(jobs, None) if len(engines) > 1 else set())
+    if len(shares) == 1:
+        return shares[0].engine.run(jobs, n_iter)
+    grads: list[Array | None] = [None] * len(jobs)
+    triplets: list[Any] = [None] * len(jobs)
+    for engine, share, places in shares:
+        result = engine.run(share, n_iter)
+        for place, grad, triplet in zip(places, *result, strict=True):
+            grads[place], triplets[place] = grad, triplet
+    return Result(grads, triplets)
+
+
+class ReferenceEngine:
+    """Lines 5–9 of Algorithm 1, one weight after the other: the arithmetic, written once.
+
+    Parameters
+    ----------
+    in_place : bool
+        Whether to write into the gradients. Otherwise they stay as they are.
+    add : callable, optional
+        ``add(grad, u, v)`` returns ``grad + u * v``: a framework's own way to add the term.
+
+    Examples
+    --------
+    >>> ReferenceEngine(in_place=True).in_place
+    True
+    """
+
+    def __init__(self, *, in_place: bool = False, add: Add | None = None) -> None:
+        self.in_place = in_place
+        self._add = add or (add_outer_ if in_place else add_outer)
+
+    def accepts(self, job: Job) -> bool:  # noqa: ARG002
+        """Return True: every job can be run."""
+        return True
+
+    def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
+        """Iterate each weight, then add each term."""
+        triplets = []
+        for job in jobs:  # no comprehension: each is one more frame between the user and W @ v
+            if n_iter == 0:
+                triplets.append(last_of(job))
+                continue
+            W, V, kind = iteration_arrays(job)
+            products = partial(times_rows, W, xp=job.xp), partial(adjoint_times_rows, W, xp=job.xp)
+            sigma, u, V = iterate_rows(*products, V, n_iter, kind, job.xp)
+            triplets.append(Triplet(sigma, u, from_memory_order(V, job.plan, job.xp)))
+        return Result(add_terms(jobs, triplets, self._add), triplets)
+
+
+def iteration_arrays(job: Job) -> tuple[Array, Array, Traits]:
+    """Return W and V of a job in memory order and in the dtype of the iteration."""
+    kind = traits(job.weight, job.xp, f"weight {job.name!r}")
+    W = matrix_in_memory_order(job.weight, job.plan, job.xp)
+    V = to_memory_order(job.V, job.plan, job.xp)
+    dtype = kind.iteration_dtype
+    return cast(W, dtype, job.xp), cast(V, dtype, job.xp), kind
+
+
+def add_terms(jobs: Sequence[Job], triplets: Sequence[Triplet], add: Add) -> list[Array | None]:
+    """Return each job's gradient with its term, or None where the job has no gradient."""
+    # All terms are computed before the first gradient changes: an error leaves every one whole.
+    terms = [
+        None
+        if job.grad is None
+        else outer_factors(triplet, job.plan, job.factor, job.slope, job.xp)
+        for job, triplet in zip(jobs, triplets, strict=True)
+    ]
+    grads: list[Array | None] = []
+    for job, term in zip(jobs, terms, strict=True):
+        if term is None:
+            grads.append(None)
+            continue
+        # Splitting an axis in two never copies: in place, this is the caller's memory.
+        total = add(reshaped(job.grad, job.plan.split, job.xp), *term)
+        grads.append(reshaped(total, job.weight.shape, job.xp))
+    return grads
+
+
+def last_of(job: Job) -> Triplet:
+    """Return the result of the step before; raise `ArgumentError` if the state does not keep it."""
+    if job.last is None:
+        raise ArgumentError(
+            f"n_iter is 0, but the state holds no u of {job.name!r}: iterate at least once"
+        )
+    return job.last
+
+
+def make_jobs(
+    names: Iterable[str],
+    weights: Mapping[str, Array],
+    state: SpectralState,
+    *,
+    grads: Mapping[str, Array | None] | None = None,
+    factors: Mapping[str, Number] | None = None,
+    slopes: Mapping[str, Slope | None] | None = None,
+) -> list[Job]:
+    """Return the jobs of these weights, checked to fit their state and gradients.
+
+    Raises
+    ------
+    ShapeError
+        If shapes do not fit: one message names every weight concerned.
+    DTypeError, DeviceError
+        If a dtype or a device does not fit.
+    """
+    jobs, misfits = [], []
+    for name in names:
+        grad = None if grads is None else grads[name]
+        factor = 0.0 if factors is None else factors[name]
+        slope = None if slopes is None else slopes[name]
+        weight, V, u = weights[name], state.v[name], state.u.get(name)
+        last = None if u is None else Triplet(state.sigma[name], u, V)
+        fitting = Fitting(V, grad, factor, None if last is None else last.sigma, u)
+        try:
+            plan, xp = state.checks.fit(name, weight, state.layouts[name], fitting)
+        except ShapeError as error:
+            misfits.append(str(error))
+            continue
+        jobs.append(Job(name, constant(weight), grad, V, factor, slope, plan, xp, last))
+    if misfits:
+        raise ShapeError("\n".join(misfits))
+    return jobs
+
+
+def _divide(jobs: Sequence[Job], engines: Sequence[Engine], overlaps: set[int]) -> list[Share]:
+    places: dict[int, list[int]] = {}
+    for place, job in enumerate(jobs):
+        first = len(engines) - 1
+        if place not in overlaps:
+            first = next((i for i, engine in enumerate(engines) if engine.accepts(job)), first)
+        places.setdefault(first, []).append(place)
+    if len(places) <= 1:
+        return [Share(engines[next(iter(places), -1)], jobs, list(range(len(jobs))))]
+    return [
+        Share(engines[i], JobList(jobs[place] for place in mine), mine)
+        for i, mine in places.items()
+    ]
+
+
+def _overlaps(jobs: Sequence[Job], addresses: Sequence[int] | None) -> set[int]:
+    """Return the places of jobs whose gradient shares memory with that of a job before it."""
+    ranges = []
+    for place, job in enumerate(jobs):
+        if job.grad is not None:
+            start = address_of(job.grad) if addresses is None else addresses[place]
+            if start is not None:
+                ranges.append((start, place, job.grad.nbytes))
+    shared, end = set(), 0
+    for start, place, size in sorted(ranges):
+        if start < end:
+            shared.add(place)
+        end = max(end, start + size)
+    return shared

@@ -1,0 +1,287 @@
+"""An engine compiled by Numba, for arrays in the memory of the CPU.
+
+It reads a weight once where the reference reads it twice, and runs all weights of a model in one
+call. NumPy and PyTorch cannot do that: their matrix–vector products fall short of the memory's
+speed, and a small layer costs a dozen of their calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from math import prod
+from threading import Lock
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._arrays import Array
+from .._power import Triplet
+from ..engine import Job, JobList, Result, last_of
+
+# Waking a thread costs a few microseconds: not worth it for fewer elements than this.
+_GRAIN = 65536
+
+# Number of sets of shapes that are kept: several optimizers take turns.
+_DIVISIONS = 16
+
+_VECTORS = {"float32": "float32", "float64": "float64", "uint16": "float32"}
+
+
+class Memory(NamedTuple):
+    """How to find the arrays of a library in memory."""
+
+    address: Callable[[Array], int]
+    plain: Callable[[Array], bool]  # True if the elements are contiguous, and stored as they are
+    dtypes: Mapping[Any, str]  # NumPy's name of a dtype; uint16 stands for bfloat16
+    threads: Callable[[], int | None]  # largest number of threads; None: Numba's own setting
+
+
+NUMPY = Memory(
+    address=lambda x: x.__array_interface__["data"][0],
+    plain=lambda x: x.flags.c_contiguous and x.flags.aligned,
+    dtypes={np.dtype(name): name for name in ("float32", "float64")},
+    threads=lambda: None,
+)
+
+
+class NumbaEngine:
+    """Run jobs in place, in one compiled call for all weights of a dtype.
+
+    The engine accepts real weights and gradients that are contiguous and whose matrix is the tensor
+    reshaped, with one vector for each matrix.
+
+    Parameters
+    ----------
+    memory : Memory
+        How to find the library's arrays in memory.
+    owned : bool
+        True if V, and the last sigma and u of every job, may be written into. Otherwise they stay
+        as they are, and the engine makes new arrays.
+
+    Raises
+    ------
+    ImportError
+        If Numba is not installed.
+
+    Notes
+    -----
+    Several threads may call the engine. Its calls then run one after the other.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import spectral_core as sc
+    >>> from spectral_core.numba import NumbaEngine
+    >>> weights, grads = {"w": np.array([[3.0, 4.0]])}, {"w": np.zeros((1, 2))}
+    >>> state, engines = sc.init(weights), [NumbaEngine()]
+    >>> state = sc.add_gradient_(weights, grads, state, factor=0.1, engines=engines)
+    >>> np.round(grads["w"], 4)
+    array([[0.3, 0.4]])
+    """
+
+    in_place = True
+
+    def __init__(self, memory: Memory = NUMPY, *, owned: bool = False) -> None:
+        try:
+            from . import kernels
+        except ImportError as error:
+            raise ImportError(
+                "NumbaEngine needs Numba: pip install spectral-core[numba]"
+            ) from error
+        self._kernels = kernels
+        self._memory = memory
+        self._owned = owned
+        self._division_of = lru_cache(_DIVISIONS)(Division)
+        self._lock = Lock()  # for tables and scratch: the kernel lets other threads run
+
+    def accepts(self, job: Job) -> bool:
+        """Return True for a contiguous, real job with one vector and numbers as factors."""
+        return self._kind(job) is not None
+
+    def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
+        """Run all jobs, those of one dtype in one call."""
+        if n_iter == 0:
+            for job in jobs:
+                last_of(job)  # or the error that names the weight without one
+        if not self._owned:
+            jobs = [_with_own_vectors(job) for job in jobs]
+        with self._lock:
+            for launch in self._launches(jobs):
+                launch.place_grads(jobs, self._memory)
+                self._kernels.run(
+                    launch.division.threads,
+                    *(launch.matrices, launch.division.chunks, launch.division.parts),
+                    *(launch.factors(jobs), launch.slopes(jobs)),
+                    *(launch.division.like, launch.division.scratch, n_iter),
+                )
+        return Result([job.grad for job in jobs], [last_of(job) for job in jobs])
+
+    def _launches(self, jobs: Sequence[Job]) -> list[_Launch]:
+        """Return the launches of these jobs: of a `JobList`, those of the step before."""
+        most = self._memory.threads()
+        if isinstance(jobs, JobList):
+            known = jobs.memo.get(self)
+            if known is not None and known[0] == most:
+                launches: list[_Launch] = known[1]
+                return launches
+        kinds: dict[str, list[int]] = {}
+        for place, job in enumerate(jobs):
+            kinds.setdefault(self._memory.dtypes[job.weight.dtype], []).append(place)
+        launches = [self._launch(kind, jobs, places, most) for kind, places in kinds.items()]
+        if isinstance(jobs, JobList):
+            jobs.memo[self] = most, launches
+        return launches
+
+    def _launch(
+        self, kind: str, jobs: Sequence[Job], places: list[int], most: int | None
+    ) -> _Launch:
+        shapes = tuple(jobs[place].plan.matrix for place in places)
+        # Asking Numba for its number of threads starts them: a step for one thread does not ask.
+        few = sum(map(prod, shapes)) < 2 * _GRAIN
+        threads = 1 if few else self._kernels.threads(most)
+        division = self._division_of(kind, shapes, threads)
+        address = self._memory.address
+        addresses = []
+        for place in places:
+            job = jobs[place]
+            last = last_of(job)
+            arrays = (job.V, last.u, last.sigma)
+            addresses.append((address(job.weight), 0, *map(address, arrays)))
+        return _Launch(places, division, division.matrices(addresses), len(jobs) == len(places))
+
+    def _kind(self, job: Job) -> str | None:
+        """Return the name of the job's dtype, or None for a job that the engine cannot run."""
+        weight, grad, memory = job.weight, job.grad, self._memory
+        kind = memory.dtypes.get(weight.dtype)
+        if kind is None or not job.plan.reshapes or not memory.plain(weight):
+            return None
+        if job.V.shape[-2] != 1:
+            return None
+        if not (grad is None or (grad.dtype == weight.dtype and memory.plain(grad))):
+            return None
+        vectors = (job.V,) if job.last is None else (job.V, job.last.u, job.last.sigma)
+        for x in vectors:
+            if memory.dtypes.get(x.dtype) != _VECTORS[kind] or not memory.plain(x):
+                return None
+        return kind
+
+
+class _Launch(NamedTuple):
+    """One call of the kernels: which jobs, and the table of where their arrays are."""
+
+    places: list[int]
+    division: Division
+    matrices: np.ndarray[Any, Any]
+    every: bool  # True if the places are those of all jobs
+
+    def place_grads(self, jobs: Sequence[Job], memory: Memory) -> None:
+        """Write the addresses of this step's gradients into the table."""
+        addresses = jobs.addresses if isinstance(jobs, JobList) else None
+        if addresses is None:
+            addresses = [0 if job.grad is None else memory.address(job.grad) for job in jobs]
+        if not self.every:
+            addresses = [addresses[place] for place in self.places]
+        self.division.place_grads(self.matrices, addresses)
+
+    def factors(self, jobs: Sequence[Job]) -> np.ndarray[Any, Any]:
+        """Return λ of each matrix."""
+        values = [float(jobs[place].factor) for place in self.places]
+        return self.division.of_each(np.asarray(values, np.float64))
+
+    def slopes(self, jobs: Sequence[Job]) -> np.ndarray[Any, Any]:
+        """Return target and power of each matrix; power 0 stands for the paper's penalty."""
+        if all(jobs[place].slope is None for place in self.places):
+            return self.division.paper
+        rows = []
+        for place in self.places:
+            slope = jobs[place].slope
+            rows.append((0.0, 0.0) if slope is None else (float(slope.target), slope.power))
+        return self.division.of_each(np.asarray(rows, np.float64))
+
+
+class Division:
+    """Divide the rows of some matrices among threads: an equal number of elements for each.
+
+    Parameters
+    ----------
+    kind : str
+        Dtype of the elements.
+    shapes : sequence of tuple of int
+        (*stack, m, n) of each job.
+    threads : int
+        Largest number of threads.
+    """
+
+    def __init__(self, kind: str, shapes: Sequence[tuple[int, ...]], threads: int) -> None:
+        counts = [prod(shape[:-2]) for shape in shapes]
+        self._job = np.repeat(np.arange(len(shapes)), counts)
+        self._stacked = len(self._job) > len(shapes)
+        m, n = np.asarray([shape[-2:] for shape in shapes])[self._job].T
+        total = int(m @ n)
+        threads = max(1, min(threads, total // _GRAIN))
+        chunks = list(_chunks(m.tolist(), n.tolist(), -(-total // threads)))
+        columns = n[[chunk[1] for chunk in chunks]]
+        place = np.cumsum(columns) - columns
+        self.chunks = np.asarray([(*chunk[1:], p) for chunk, p in zip(chunks, place, strict=True)])
+        thread = [chunk[0] for chunk in chunks]
+        self.threads = threads
+        self.parts = np.searchsorted(thread, np.arange(threads + 1))
+        self.scratch = np.empty(int(columns.sum()), _VECTORS[kind])
+        self.like = np.empty(0, kind)
+        self._table = np.zeros((len(m) + 1, 8), np.int64)
+        self._table[:-1, 0], self._table[:-1, 1] = m, n
+        self._table[:, 7] = np.searchsorted(self.chunks[:, 0], np.arange(len(m) + 1))
+        within = np.concatenate([np.arange(count) for count in counts])
+        element, vector = self.like.itemsize, self.scratch.itemsize
+        strides = [element * m * n, element * m * n, vector * n, vector * m, vector + 0 * m]
+        self._offsets = within[:, None] * np.stack(strides, axis=1)
+
+        self.paper = np.zeros((len(m), 2))
+
+    def of_each(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Return the value of each job for each of its matrices."""
+        return values[self._job] if self._stacked else values
+
+    def matrices(self, addresses: Sequence[tuple[int, ...]]) -> np.ndarray[Any, Any]:
+        """Return the kernel's table for jobs whose arrays are at these addresses."""
+        start = self.of_each(np.asarray(addresses, np.int64))
+        if self._stacked:
+            start = np.where(start > 0, start + self._offsets, 0)
+        table = self._table.copy()
+        table[:-1, 2:7] = start
+        return table
+
+    def place_grads(self, matrices: np.ndarray[Any, Any], addresses: Sequence[int]) -> None:
+        """Write the gradients' addresses into a table of matrices; 0 is no gradient."""
+        if self._stacked:
+            start = np.asarray(addresses, np.int64)[self._job]
+            matrices[:-1, 3] = np.where(start > 0, start + self._offsets[:, 1], 0)
+        else:
+            matrices[:-1, 3] = addresses
+
+
+def _chunks(ms: list[int], ns: list[int], share: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (thread, matrix, first row, end) in order, about ``share`` elements for a thread."""
+    thread, room = 0, share
+    for k, (m, n) in enumerate(zip(ms, ns, strict=True)):
+        row = 0
+        while row < m:
+            end = min(m, row + max(1, -(-room // n)))
+            yield thread, k, row, end
+            room -= (end - row) * n
+            row = end
+            if room <= 0:
+                thread, room = thread + 1, share
+
+
+def _with_own_vectors(job: Job) -> Job:
+    """Return the job with a V, sigma and u of its own to be written into."""
+    xp, plan = job.xp, job.plan
+    V = xp.asarray(job.V, copy=True)
+    if job.last is not None:
+        u, sigma = (xp.asarray(x, copy=True) for x in (job.last.u, job.last.sigma))
+    else:
+        u, sigma = (xp.zeros(s, dtype=V.dtype, device=V.device) for s in (plan.left, plan.stack))
+    return replace(job, V=V, last=Triplet(sigma, u, V))

@@ -1,0 +1,303 @@
+"""The loops of `NumbaEngine`, compiled at first use and kept on disk."""
+
+from functools import partial
+from threading import Lock
+
+import numba
+import numpy as np
+from numba import carray, njit, prange, types
+from numba.extending import intrinsic, overload
+
+# Sums may be reordered and products contracted. NaN and Inf keep their meaning.
+_FAST = {"reassoc", "contract", "nsz"}
+# Normalizing fewer elements than this is faster than waking the threads for it.
+_WORTH_THREADS = 65536
+
+
+def _compiled(function=None, **options):
+    """Compile with ``njit``, and keep the result on disk where a folder is writeable."""
+    if function is None:
+        return partial(_compiled, **options)
+    options = {"fastmath": _FAST, "nogil": True, **options}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # "no locator available": a read-only installation
+        return njit(**options)(function)
+
+
+@intrinsic
+def _pointer(_, address):
+    def codegen(__, builder, ___, args):
+        from llvmlite import ir
+
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(address), codegen
+
+
+def _wide(x):
+    """Return an element as a number to calculate with."""
+
+
+@overload(_wide, inline="always")
+def _wide_of(x):
+    if x == types.uint16:  # bfloat16: the upper half of a float32
+        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+    return lambda x: x
+
+
+def _store(x, i, value):
+    """Assign ``x[i] = value``, rounded to the nearest."""
+
+
+@overload(_store, inline="always")
+def _store_in(x, i, value):  # noqa: ARG001
+    if x.dtype == types.uint16:
+
+        def store(x, i, value):
+            bits = np.float32(value).view(np.uint32)
+            odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+            rounded = np.uint32(bits + np.uint32(0x7FFF) + odd)
+            quiet = np.uint32(bits | np.uint32(0x400000))  # a NaN must not round to Inf
+            x[i] = np.uint16(np.uint32(quiet if value != value else rounded) >> np.uint32(16))
+
+        return store
+
+    def assign(x, i, value):
+        x[i] = value
+
+    return assign
+
+
+@_compiled
+def _read(W, v, u, w, lo, hi):
+    """Compute ``u[lo:hi] = W v`` and ``w = Wᵀu`` of these rows, reading them once.
+
+    Why four rows at a time: one loop computes the first product of four rows and the second product
+    of the four rows before, which are still in the cache. Memory is never idle.
+    """
+    zero = v.dtype.type(0)
+    for j in range(v.size):
+        w[j] = zero
+    a = b = c = d = zero
+    i = h = lo
+    while i + 4 <= hi:
+        p = q = r = s = zero
+        for j in range(v.size):
+            x = v[j]
+            p += _wide(W[i, j]) * x
+            q += _wide(W[i + 1, j]) * x
+            r += _wide(W[i + 2, j]) * x
+            s += _wide(W[i + 3, j]) * x
+            w[j] += (
+                a * _wide(W[h, j])
+                + b * _wide(W[h + 1, j])
+                + c * _wide(W[h + 2, j])
+                + d * _wide(W[h + 3, j])
+            )
+        a, b, c, d = p, q, r, s
+        u[i], u[i + 1], u[i + 2], u[i + 3] = p, q, r, s
+        h = i
+        i += 4
+    if i > lo:
+        for j in range(v.size):
+            w[j] += (
+                a * _wide(W[h, j])
+                + b * _wide(W[h + 1, j])
+                + c * _wide(W[h + 2, j])
+                + d * _wide(W[h + 3, j])
+            )
+    while i < hi:
+        p = zero
+        for j in range(v.size):
+            p += _wide(W[i, j]) * v[j]
+        u[i] = p
+        for j in range(v.size):
+            w[j] += p * _wide(W[i, j])
+        i += 1
+
+
+@_compiled
+def _length(x):
+    """Return ‖x‖, summed in float64: in float32 the square overflows before x does."""
+    square = 0.0
+    for j in range(x.size):
+        square += np.float64(x[j]) * np.float64(x[j])
+    return np.sqrt(square)
+
+
+@_compiled
+def _inverse(length):
+    """Return 1/length: zero for zero, NaN where the length is not finite."""
+    if length == 0.0:
+        return 0.0
+    return 1.0 / length if length < np.inf else np.nan
+
+
+@_compiled
+def _normalize(parts, n, v, u):
+    """Normalize u = Wv and the sum of the ``parts`` of Wᵀu, and return σ.
+
+    v stays as it was where σ is zero or not finite.
+    """
+    w = parts[:n]
+    for start in range(n, parts.size, n):
+        for j in range(n):
+            w[j] += parts[start + j]
+    inverse = _inverse(_length(u))
+    for i in range(u.size):
+        u[i] *= inverse
+    for j in range(n):
+        w[j] *= inverse
+    sigma = _length(w)
+    inverse = _inverse(sigma)
+    if inverse > 0.0:
+        for j in range(n):
+            v[j] = w[j] * inverse
+    return sigma
+
+
+@_compiled
+def _add(G, u, v, weight, lo, hi):
+    """Add ``weight * u vᵀ`` to these rows of G."""
+    for i in range(lo, hi):
+        row, scaled = G[i], v.dtype.type(weight * u[i])
+        if scaled == 0:
+            continue
+        for j in range(v.size):
+            _store(row, j, _wide(row[j]) + scaled * v[j])
+
+
+@_compiled
+def _read_part(t, parts, chunks, matrices, like, scratch):
+    """Compute both products of the chunks of thread t."""
+    for p in range(parts[t], parts[t + 1]):
+        k, lo, hi, place = chunks[p, 0], chunks[p, 1], chunks[p, 2], chunks[p, 3]
+        m, n = matrices[k, 0], matrices[k, 1]
+        _read(
+            carray(_pointer(matrices[k, 2]), (m, n), like.dtype),
+            carray(_pointer(matrices[k, 4]), (n,), scratch.dtype),
+            carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
+            scratch[place : place + n],
+            lo,
+            hi,
+        )
+
+
+@_compiled
+def _force(sigma, target, power):
+    """Return the slope of the penalty at sigma; power 0 stands for the paper's, sigma itself."""
+    if power == 0.0:
+        return sigma
+    if sigma <= target:
+        return sigma * 0  # not 0.0: the result keeps its type
+    if power == 1.0:
+        return sigma * 0 + 1
+    return sigma - target
+
+
+@_compiled
+def _add_part(t, parts, chunks, matrices, factors, slopes, like, scratch):
+    """Add the terms to the gradients in the chunks of thread t."""
+    for p in range(parts[t], parts[t + 1]):
+        k, lo, hi = chunks[p, 0], chunks[p, 1], chunks[p, 2]
+        if matrices[k, 3] != 0:
+            m, n = matrices[k, 0], matrices[k, 1]
+            sigma = carray(_pointer(matrices[k, 6]), (1,), scratch.dtype)[0]
+            _add(
+                carray(_pointer(matrices[k, 3]), (m, n), like.dtype),
+                carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
+                carray(_pointer(matrices[k, 4]), (n,), scratch.dtype),
+                factors[k] * _force(sigma, scratch.dtype.type(slopes[k, 0]), slopes[k, 1]),
+                lo,
+                hi,
+            )
+
+
+@_compiled
+def _finish(k, matrices, chunks, scratch):
+    """Normalize the vectors of one matrix, all of whose chunks are read."""
+    m, n, first, end = matrices[k, 0], matrices[k, 1], matrices[k, 7], matrices[k + 1, 7]
+    place = chunks[first, 3]
+    sigma = carray(_pointer(matrices[k, 6]), (1,), scratch.dtype)
+    sigma[0] = _normalize(
+        scratch[place : place + (end - first) * n],
+        n,
+        carray(_pointer(matrices[k, 4]), (n,), scratch.dtype),
+        carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
+    )
+
+
+@_compiled
+def _alone(matrices, chunks, parts, factors, slopes, like, scratch, n_iter):
+    """Run `_together` in this thread alone, without starting others."""
+    for _ in range(n_iter):
+        _read_part(0, parts, chunks, matrices, like, scratch)
+        for k in range(factors.size):
+            _finish(k, matrices, chunks, scratch)
+    _add_part(0, parts, chunks, matrices, factors, slopes, like, scratch)
+
+
+@_compiled(parallel=True)
+def _together(matrices, chunks, parts, factors, slopes, like, scratch, n_iter):
+    """Run lines 5–9 of Algorithm 1 for many matrices.
+
+    Parameters
+    ----------
+    matrices : int64, (K + 1, 8)
+        m, n; addresses of W, G, v, u, σ; the first of the matrix's chunks. The last row ends the
+        chunks of the row before.
+    chunks : int64, (P, 4)
+        Rows of one matrix for one thread: matrix, first row, end, place in scratch.
+    parts : int64, (T + 1,)
+        The first chunk of each thread.
+    factors : float64, (K,)
+        λ of each matrix.
+    slopes : float64, (K, 2)
+        Target and power of each matrix; power 0 is the paper's penalty.
+    like : array
+        An array with the dtype of W and G.
+    scratch : array
+        Room for Wᵀu of each chunk, in the dtype of the vectors.
+    n_iter : int
+        Power iterations. The update follows them, where G has an address.
+    """
+    count, threads = factors.size, parts.size - 1
+    for _ in range(n_iter):
+        for t in prange(threads):
+            _read_part(t, parts, chunks, matrices, like, scratch)
+        if scratch.size < _WORTH_THREADS:
+            for k in range(count):
+                _finish(k, matrices, chunks, scratch)
+        else:
+            for k in prange(count):
+                _finish(k, matrices, chunks, scratch)
+    for t in prange(threads):
+        _add_part(t, parts, chunks, matrices, factors, slopes, like, scratch)
+
+
+# Numba's simplest threading layer ends the process when two threads enter it at once.
+_POOL = Lock()
+
+
+def threads(most: int | None) -> int:
+    """Return the number of threads to use, at most ``most`` if it is not None."""
+    if most is None:
+        return numba.get_num_threads()
+    return max(1, min(most, numba.config.NUMBA_NUM_THREADS))
+
+
+def run(count: int, *arguments: object) -> None:
+    """Run the step in ``count`` threads."""
+    if count == 1:
+        _alone(*arguments)
+        return
+    with _POOL:
+        before = numba.get_num_threads()
+        if count != before:
+            numba.set_num_threads(count)
+        try:
+            _together(*arguments)
+        finally:
+            if count != before:
+                numba.set_num_threads(before)
