@@ -47,7 +47,7 @@ def main(epochs=10, factor=0.01, batch_size=64):
     )
     model = network(jax.random.key(0))
     tx = optax.chain(
-        spectral_jax.add_spectral_norm_regularization(factor),
+        spectral_jax.add_spectral_norm_regularization(factor=factor),
         optax.sgd(0.1, momentum=0.9, nesterov=True),
     )
     state = tx.init(eqx.filter(model, eqx.is_array))

@@ -46,7 +46,7 @@ def main(epochs=10, factor=0.01, batch_size=64):
     optimizer = nnx.Optimizer(
         model,
         optax.chain(
-            spectral_jax.add_spectral_norm_regularization(factor),
+            spectral_jax.add_spectral_norm_regularization(factor=factor),
             optax.sgd(0.1, momentum=0.9, nesterov=True),
         ),
         wrt=nnx.Param,

@@ -145,15 +145,28 @@ class JobList(list[Job]):
         Addresses of the gradients in this step. The owner of the list sets them.
     memo : dict
         What an engine derived from everything but the gradients, under the engine.
+    numbers : object
+        A new object whenever a factor has changed.
+    lasts : list of Triplet or None
+        Each job's ``last``. An engine that writes results there returns this very list.
     """
 
     def __init__(self, jobs: Iterable[Job] = ()) -> None:
         super().__init__(jobs)
         self.addresses: list[int] | None = None
         self.memo: dict[Any, Any] = {}
+        self.numbers = object()
+        self.lasts = [job.last for job in self]
         self._shares: list[Share] = []
         self._overlaps: set[int] = set()
         self._divided_at: list[int] | None = None  # the addresses that `_overlaps` belongs to
+
+    def renew(self) -> None:
+        """Announce that factors have changed."""
+        self.numbers = object()
+        for share in self._shares:
+            if share.jobs is not self and isinstance(share.jobs, JobList):
+                share.jobs.numbers = self.numbers
 
     def divide_again(self) -> None:
         """Forget the division among engines, and what the engines derived."""

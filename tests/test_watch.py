@@ -51,7 +51,7 @@ class Torch:
             for name, weight in backend.tree(weights_at(0), "float32").items()
         }
         factor = backend.asarray(np.array(0.1), "float32")
-        self.reg = spectral_torch.SpectralNormRegularizer(self.weights.items(), factor)
+        self.reg = spectral_torch.SpectralNormRegularizer(self.weights.items(), factor=factor)
         self.watch = spectral_torch.Watch(log, every_n_steps=2)
 
     def step(self, number):
@@ -92,7 +92,7 @@ class Jax:
 
         self.jax, self.backend = jax, backend
         self.tx = spectral_jax.add_spectral_norm_regularization(
-            lambda count: 0.1 + 0 * count, n_iter=15
+            factor=lambda count: 0.1 + 0 * count, n_iter=15
         )
         self.state = self.tx.init(backend.tree(weights_at(0), "float32"))
         self.watch = spectral_jax.Watch(log, factor=lambda count: 0.1 + 0 * count, every_n_steps=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -87,7 +87,7 @@ class JobCache:
             Power iterations. Steps with another number keep lists of their own.
         """
         kept = self._kept.get(owner, {}).get(n_iter)
-        if kept is None or not kept.refresh(names, parameters):
+        if kept is None or not kept.refresh(names):
             return None
         if not kept.has_slopes(penalty, parameters):
             return None
@@ -111,7 +111,8 @@ class JobCache:
         spectral_core.SpectralError
             If a gradient does not fit, before any gradient changes.
         """
-        kept = _Kept(_build(names, parameters, state, penalty, scaled), penalty)
+        jobs = _build(names, parameters, state, penalty, scaled)
+        kept = _Kept(jobs, names, parameters, penalty)
         lists = self._kept.setdefault(owner, {})
         lists.pop(n_iter, None)
         if kept.cacheable:
@@ -119,62 +120,82 @@ class JobCache:
         return kept.jobs
 
 
+class _Place(NamedTuple):
+    """The kind and place of a parameter and its gradient when they were validated."""
+
+    address: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    grad_dtype: torch.dtype
+    grad_stride: tuple[int, ...] | None  # None: contiguous
+
+
 class _Kept:
     """A `JobList`, and the kind and place of everything when it was validated."""
 
-    def __init__(self, jobs: JobList, penalty: Penalty) -> None:
+    def __init__(
+        self,
+        jobs: JobList,
+        names: Collection[str],
+        parameters: Mapping[str, Tensor],
+        penalty: Penalty,
+    ) -> None:
         self.jobs = jobs
         self.cacheable = bool(jobs) and all(map(_is_cacheable, jobs))
-        known = jobs if self.cacheable else []
-        self._places = [_place(job) for job in known]
-        self._contiguous = [job.grad.is_contiguous() for job in known]  # type: ignore[union-attr]
-        self._strides = [job.grad.stride() for job in known]  # type: ignore[union-attr]
+        self._names = list(names)
+        self._parameters = [parameters[name] for name in self._names]
+        by_name = {job.name: job for job in jobs} if self.cacheable else {}
+        self._jobs = [by_name.get(name) for name in self._names]
+        self._places = [None if job is None else _place(job) for job in self._jobs]
+        self._lazy = any(job.weight.is_complex() for job in by_name.values())
         self._factor: Any = None  # the number that the jobs' factors are; None: ask again
         self._slope = penalty.target, penalty.power
 
-    def refresh(self, names: Collection[str], parameters: Mapping[str, Tensor]) -> bool:
+    def refresh(self, names: Collection[str]) -> bool:
         """Give each job the gradient of this step; return False if anything else has changed."""
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        if [*names] != self._names or torch.is_autocast_enabled("cpu"):
             return False
-        jobs, places, addresses, count = self.jobs, self._places, [], 0
-        for name in names:
-            parameter = parameters[name]
+        if torch.is_autocast_enabled("cuda"):
+            return False
+        addresses: list[int] = []
+        for parameter, job, place in zip(self._parameters, self._jobs, self._places, strict=True):
             grad = parameter.grad
             if grad is None or not parameter.requires_grad:
-                continue
-            if count == len(jobs) or places[count] != (
-                name,
-                parameter.data_ptr(),
-                parameter.dtype,
-                parameter.shape,
-                parameter.stride(),
-                grad.dtype,
-                grad.shape,
-            ):
+                if job is None:
+                    continue
                 return False
+            if job is None or place is None:
+                return False
+            address, dtype, shape, stride, grad_dtype, grad_stride = place
             if (
-                grad.layout is not torch.strided
-                or grad.requires_grad
-                or parameter.is_conj()
+                parameter.data_ptr() != address
+                or parameter.dtype is not dtype
+                or parameter.shape != shape
+                or parameter.stride() != stride
                 or parameter.is_neg()
-                or grad.is_conj()
-                or grad.is_neg()
-                or grad.is_contiguous() != self._contiguous[count]
-                or (not self._contiguous[count] and grad.stride() != self._strides[count])
                 or type(grad) not in _PLAIN
+                or grad.dtype is not grad_dtype
+                or grad.shape != shape
+                or grad.layout is not torch.strided
+                or grad.requires_grad
+                or grad.is_neg()
+                or grad.is_contiguous() is not (grad_stride is None)
+                or (grad_stride is not None and grad.stride() != grad_stride)
             ):
                 return False
-            jobs[count].grad = grad
+            job.grad = grad
             addresses.append(grad.data_ptr())
-            count += 1
-        jobs.addresses = addresses
-        return count == len(jobs) > 0
+        # A lazy conjugation changes the numbers, but not the address.
+        if self._lazy and any(x.is_conj() for job in self.jobs for x in (job.weight, job.grad)):
+            return False
+        self.jobs.addresses = addresses
+        return True
 
     def has_slopes(self, penalty: Penalty, names: Mapping[str, Any]) -> bool:
         """Return True if target and power are those of the jobs."""
         target, power = self._slope
-        # The entries of a mapping may have changed unseen.
-        if penalty.target is target and penalty.power == power and not isinstance(target, Mapping):
+        if penalty.target is target and penalty.power == power and _is_constant(target):
             return True
         slopes = slope_of(penalty.target, penalty.power, names)
         self._slope = penalty.target, penalty.power
@@ -192,9 +213,9 @@ class _Kept:
             if _kind(factor) != _kind(job.factor):
                 self.jobs.divide_again()
             job.factor = factor
-        # The entries of a mapping may change unseen.
-        asks = scaled is not None or isinstance(penalty.factor, Mapping)
-        self._factor = None if asks else penalty.factor
+        self.jobs.renew()
+        constant = scaled is None and _is_constant(penalty.factor)
+        self._factor = penalty.factor if constant else None
 
 
 def release(jobs: JobList) -> None:
@@ -253,17 +274,20 @@ def _is_cacheable(job: Job) -> bool:
     )
 
 
-def _place(job: Job) -> tuple[Any, ...]:
+def _place(job: Job) -> _Place:
     weight, grad = job.weight, job.grad
-    return (
-        job.name,
-        weight.data_ptr(),
-        weight.dtype,
-        weight.shape,
-        weight.stride(),
-        grad.dtype,
-        grad.shape,
+    stride = None if grad.is_contiguous() else grad.stride()
+    return _Place(
+        weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), grad.dtype, stride
     )
+
+
+def _is_constant(number: Factor) -> bool:
+    """Return True if a number changes only where an attribute is set, or on the device.
+
+    The entries of a mapping and the value of a NumPy array can change unseen.
+    """
+    return isinstance(number, (int, float, Tensor))
 
 
 def _kind(factor: Number) -> Any:
@@ -276,6 +300,8 @@ def write_back(jobs: Sequence[Job], triplets: Sequence[Triplet]) -> None:
     Results are written into the existing v, sigma and u tensors, because captured CUDA graphs (and
     anyone holding the state) refer to them by address.
     """
+    if isinstance(jobs, JobList) and triplets is jobs.lasts:
+        return  # the engine has written them there already
     pairs = [
         (old, new)
         for job, triplet in zip(jobs, triplets, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ from ._hook import PURE_ENGINES, OptimizerHook
 from ._jobs import Penalty, release, write_back
 from ._select import Model
 from .engines.dtensor import is_sharded, penalty_at
+
+
+_AS_IT_IS: AbstractContextManager[object] = nullcontext()
 
 
 class SpectralNormRegularizer(OptimizerHook):
@@ -316,26 +320,21 @@ class SpectralNormRegularizer(OptimizerHook):
         if torch.compiler.is_compiling():
             self._add_compiled_(names, owner, scale)
         else:
-            with torch.no_grad(), self._full_precision():
-                for n_iter, due in self._phases(names):
-                    jobs = self._current_jobs(owner, due, scale, n_iter)
-                    result = dispatch(jobs, n_iter, self._jobs.engines)
-                    write_back(jobs, result.triplets)
-                    self._count(jobs)
-                    release(jobs)
+            for n_iter, due in self._phases(names):
+                scaled = None if scale is None else self._scaled(scale)
+                arguments = (owner, due, self._parameters, self._penalty, scaled, n_iter)
+                with torch.no_grad():
+                    jobs, context = self._jobs.current(*arguments), _AS_IT_IS
+                    if jobs is None:
+                        self._follow()
+                        jobs = self._jobs.build(*arguments, self._state)
+                        context = self._full_precision()
+                    with context:
+                        write_back(jobs, dispatch(jobs, n_iter, self._jobs.engines).triplets)
+                self._count(jobs)
+                release(jobs)
         if found_inf is not None and before is not None:
             _undo_where(found_inf, self._buffers(names), before)
-
-    def _current_jobs(
-        self, owner: object, names: Collection[str], scale: float | Tensor | None, n_iter: int
-    ) -> JobList:
-        scaled = None if scale is None else self._scaled(scale)
-        arguments = (owner, names, self._parameters, self._penalty, scaled, n_iter)
-        jobs = self._jobs.current(*arguments)
-        if jobs is None:
-            self._follow()
-            jobs = self._jobs.build(*arguments, self._state)
-        return jobs
 
     def _count(self, jobs: JobList) -> None:
         if self.every_n_steps != 1:

@@ -113,10 +113,11 @@ class NumbaEngine:
                 self._kernels.run(
                     launch.division.threads,
                     *(launch.matrices, launch.division.chunks, launch.division.parts),
-                    *(launch.factors(jobs), launch.slopes(jobs)),
+                    *launch.numbers(jobs),
                     *(launch.division.like, launch.division.scratch, n_iter),
                 )
-        return Result([job.grad for job in jobs], [last_of(job) for job in jobs])
+        lasts: Any = jobs.lasts if isinstance(jobs, JobList) else [job.last for job in jobs]
+        return Result([job.grad for job in jobs], lasts)
 
     def _launches(self, jobs: Sequence[Job]) -> list[_Launch]:
         """Return the launches of these jobs: of a `JobList`, those of the step before."""
@@ -168,37 +169,62 @@ class NumbaEngine:
         return kind
 
 
-class _Launch(NamedTuple):
-    """One call of the kernels: which jobs, and the table of where their arrays are."""
+class _Launch:
+    """One call of the kernels: which jobs, and the table of where their arrays are.
 
-    places: list[int]
-    division: Division
-    matrices: np.ndarray[Any, Any]
-    every: bool  # True if the places are those of all jobs
+    Parameters
+    ----------
+    places : list of int
+        The places of these jobs among all jobs.
+    division : Division
+    matrices : array
+        The kernel's table of matrices.
+    every : bool
+        True if the places are those of all jobs.
+    """
+
+    def __init__(
+        self, places: list[int], division: Division, matrices: np.ndarray[Any, Any], every: bool
+    ) -> None:
+        self.places = places
+        self.division = division
+        self.matrices = matrices
+        self._every = every
+        self._numbers: Any = None
 
     def place_grads(self, jobs: Sequence[Job], memory: Memory) -> None:
         """Write the addresses of this step's gradients into the table."""
         addresses = jobs.addresses if isinstance(jobs, JobList) else None
         if addresses is None:
             addresses = [0 if job.grad is None else memory.address(job.grad) for job in jobs]
-        if not self.every:
+        if not self._every:
             addresses = [addresses[place] for place in self.places]
         self.division.place_grads(self.matrices, addresses)
 
-    def factors(self, jobs: Sequence[Job]) -> np.ndarray[Any, Any]:
-        """Return λ of each matrix."""
-        values = [float(jobs[place].factor) for place in self.places]
-        return self.division.of_each(np.asarray(values, np.float64))
+    def numbers(
+        self, jobs: Sequence[Job]
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Return λ of each matrix, and target and power: power 0 stands for the paper's penalty.
 
-    def slopes(self, jobs: Sequence[Job]) -> np.ndarray[Any, Any]:
-        """Return target and power of each matrix; power 0 stands for the paper's penalty."""
-        if all(jobs[place].slope is None for place in self.places):
-            return self.division.paper
-        rows = []
-        for place in self.places:
-            slope = jobs[place].slope
-            rows.append((0.0, 0.0) if slope is None else (float(slope.target), slope.power))
-        return self.division.of_each(np.asarray(rows, np.float64))
+        They are kept while the numbers of a `JobList` are the same, and none is a tensor.
+        """
+        current = jobs.numbers if isinstance(jobs, JobList) else None
+        if self._numbers is not None and self._numbers[0] is current:
+            kept: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] = self._numbers[1]
+            return kept
+        mine = [jobs[place] for place in self.places]
+        factors = np.asarray([float(job.factor) for job in mine], np.float64)
+        rows = [
+            (0.0, 0.0) if job.slope is None else (float(job.slope.target), job.slope.power)
+            for job in mine
+        ]
+        arrays = self.division.of_each(factors), self.division.of_each(np.asarray(rows, np.float64))
+        constant = all(isinstance(job.factor, float) for job in mine) and all(
+            job.slope is None or isinstance(job.slope.target, float) for job in mine
+        )
+        if current is not None and constant:
+            self._numbers = current, arrays
+        return arrays
 
 
 class Division:
@@ -238,7 +264,6 @@ class Division:
         strides = [element * m * n, element * m * n, vector * n, vector * m, vector + 0 * m]
         self._offsets = within[:, None] * np.stack(strides, axis=1)
 
-        self.paper = np.zeros((len(m), 2))
 
     def of_each(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Return the value of each job for each of its matrices."""

@@ -140,7 +140,7 @@ def test_a_jax_state_of_another_model_is_refused(shapes, error, message, jit):
         return {name: {"w": jax.numpy.ones(shape)} for name, shape in shapes.items()}
 
     tx = optax.chain(
-        spectral_jax.add_spectral_norm_regularization(0.1, every_n_steps=2), optax.adam(0.01)
+        spectral_jax.add_spectral_norm_regularization(factor=0.1, every_n_steps=2), optax.adam(0.01)
     )
     model = params({"in": (12, 8), "out": (8, 4)})
     update = jax.jit(tx.update) if jit else tx.update

@@ -17,9 +17,10 @@ import spectral_core as sc  # noqa: E402
 from spectral_torch import (  # noqa: E402
     SpectralNormConstraint,
     SpectralNormRegularizer,
-    operation,
+    _compile,
 )
-from spectral_torch.steps import Steps  # noqa: E402
+from spectral_torch._jobs import JobCache  # noqa: E402
+from spectral_torch.engines import engines  # noqa: E402
 
 STEPS = 5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -186,7 +187,7 @@ def test_the_bound_is_kept_after_a_compiled_step():
     models = net(), net()
     for model, compiled in zip(models, (False, True), strict=True):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        SpectralNormConstraint(model, 0.5).attach(optimizer)
+        SpectralNormConstraint(model, bound=0.5).attach(optimizer)
         step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
         for i in range(STEPS):
             optimizer.zero_grad()
@@ -236,14 +237,14 @@ def test_a_weight_that_was_frozen_takes_part_again():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pytorch_finds_the_operation_well_formed(dtype):
     W = torch.randn(4, 3, dtype=dtype)
-    layout, step = sc.Layout("oi"), Steps(kernels=False)
+    layout, cache = sc.Layout("oi"), JobCache(engines(kernels=False))
     state = sc.init({"w": W})
     empty = [[], [0.0], []]
     torch.library.opcheck(
-        operation._step_,
+        _compile._step_,
         (
             *([W], [torch.zeros_like(W)], [state.v["w"]], [state.sigma["w"]], [state.u["w"]]),
-            *([0.3], *empty, operation.described("w", layout), 2, 1, operation.number_of(step)),
+            *([0.3], *empty, _compile.described("w", layout), 2, 1, _compile.number_of(cache)),
         ),
         test_utils=("test_schema", "test_faketensor"),
     )

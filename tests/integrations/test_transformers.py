@@ -116,7 +116,7 @@ class Attach(TrainerCallback):
 class Attached(Trainer):
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)
-        self.reg = SpectralNormRegularizer(self.model, plain_loop.FACTOR).attach(optimizer)
+        self.reg = SpectralNormRegularizer(self.model, factor=plain_loop.FACTOR).attach(optimizer)
         return optimizer
 
 

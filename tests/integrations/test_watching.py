@@ -93,7 +93,7 @@ def train(torch, model, optimizer, n_steps):
 def regularized(torch, spectral_torch, **options):
     model = torch_net(torch)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    reg = spectral_torch.SpectralNormRegularizer(model, FACTOR, **options).attach(optimizer)
+    reg = spectral_torch.SpectralNormRegularizer(model, factor=FACTOR, **options).attach(optimizer)
     return model, optimizer, reg
 
 
@@ -241,7 +241,7 @@ def test_a_lightning_run(torch, tmp_path, how):
 
         def configure_optimizers(self):
             optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-            reg = spectral_torch.SpectralNormRegularizer(self.model, FACTOR, n_iter=N_ITER)
+            reg = spectral_torch.SpectralNormRegularizer(self.model, factor=FACTOR, n_iter=N_ITER)
             reg.attach(optimizer)
             log = {
                 "logger.log_metrics": logger.log_metrics,
@@ -291,7 +291,7 @@ def test_a_jax_run_in_tensorboard(tmp_path):
     images, labels = digits()
     x, y = jnp.asarray(images.reshape(256, 64), jnp.float32), jnp.asarray(labels)
     tx = optax.chain(
-        spectral_jax.add_spectral_norm_regularization(FACTOR, n_iter=12),
+        spectral_jax.add_spectral_norm_regularization(factor=FACTOR, n_iter=12),
         optax.sgd(0.5, momentum=0.9),
     )
 

@@ -98,7 +98,7 @@ class Torch:
         )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
         self.reg = spectral_torch.SpectralNormRegularizer(
-            self.model, FACTOR, every_n_steps=every_n_steps
+            self.model, factor=FACTOR, every_n_steps=every_n_steps
         ).attach(self.optimizer)
 
     def step(self, step):
@@ -177,7 +177,7 @@ class Jax:
 
         self.jax = jax
         tx = optax.chain(
-            spectral_jax.add_spectral_norm_regularization(FACTOR, every_n_steps=every_n_steps),
+            spectral_jax.add_spectral_norm_regularization(factor=FACTOR, every_n_steps=every_n_steps),
             optax.adam(0.01),
         )
 

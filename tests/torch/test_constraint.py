@@ -78,7 +78,7 @@ def value(s, target, power):
 def test_the_term_and_the_penalty(target, power, options, device):
     model = zoo(device=device)
     reg = SpectralNormRegularizer(
-        model, 0.3, target=target, power=power, warmup_iters=600, **options
+        model, factor=0.3, target=target, power=power, warmup_iters=600, **options
     )
     model.requires_grad_(True)
     for p in model.parameters():
@@ -109,7 +109,7 @@ def test_a_training_run_with_the_hook_is_one_with_the_penalty_in_the_loss(target
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        reg = SpectralNormRegularizer(model, 0.3, target=target, power=power)
+        reg = SpectralNormRegularizer(model, factor=0.3, target=target, power=power)
         if not in_loss:
             reg.attach(optimizer)
         for _ in range(5):
@@ -130,7 +130,7 @@ def test_a_training_run_with_the_hook_is_one_with_the_penalty_in_the_loss(target
 def test_a_line_search_sees_the_penalty_that_is_meant():
     model = nn.Linear(4, 3).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    SpectralNormRegularizer(model, 2.0, target=0.1, power=1, warmup_iters=300).attach(optimizer)
+    SpectralNormRegularizer(model, factor=2.0, target=0.1, power=1, warmup_iters=300).attach(optimizer)
 
     def closure():
         model.zero_grad()
@@ -144,7 +144,7 @@ def test_a_line_search_sees_the_penalty_that_is_meant():
 
 def test_a_schedule_of_targets():
     model = nn.Linear(4, 3).double()
-    reg = SpectralNormRegularizer(model, 1.0, target={"weight": 1e6}, warmup_iters=300)
+    reg = SpectralNormRegularizer(model, factor=1.0, target={"weight": 1e6}, warmup_iters=300)
     model.weight.grad = torch.zeros_like(model.weight)
     reg.add_gradients_()
     assert not model.weight.grad.any()
@@ -181,7 +181,7 @@ def test_a_hook_registered_after_clips_with_the_term_and_clipping_before_does_no
     def lengths(after):
         model = nn.Linear(4, 3, bias=False).double()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        SpectralNormRegularizer(model, 100.0).attach(optimizer)
+        SpectralNormRegularizer(model, factor=100.0).attach(optimizer)
 
         def clip(*_):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -221,7 +221,7 @@ def test_each_step_ends_with_the_projection(normalize, device):
     model, plain = zoo(device=device), zoo(device=device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     bound = {"linear.weight": 0.8, "*": 1.2}
-    SpectralNormConstraint(model, bound, normalize=normalize, n_iter=300).attach(optimizer)
+    SpectralNormConstraint(model, bound=bound, normalize=normalize, n_iter=300).attach(optimizer)
     train(model, optimizer)
     for step in range(4):
         generator = torch.Generator().manual_seed(step)
@@ -245,7 +245,7 @@ def test_each_step_ends_with_the_projection(normalize, device):
 def test_one_iteration_a_step_keeps_the_bound_nearly():
     model = zoo()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    cap = SpectralNormConstraint(model, 0.5).attach(optimizer)
+    cap = SpectralNormConstraint(model, bound=0.5).attach(optimizer)
     train(model, optimizer, steps=30)
     for name, s in norms(model).items():
         assert np.all(s < 0.5 * 1.1), (name, s)
@@ -255,7 +255,7 @@ def test_one_iteration_a_step_keeps_the_bound_nearly():
 def test_before_the_first_step_nothing_changes_until_told():
     model = zoo()
     before = norms(model)
-    cap = SpectralNormConstraint(model, 0.1, warmup_iters=300)
+    cap = SpectralNormConstraint(model, bound=0.1, warmup_iters=300)
     np.testing.assert_equal(norms(model), before)
     cap.constrain_()
     for s in norms(model).values():
@@ -265,7 +265,7 @@ def test_before_the_first_step_nothing_changes_until_told():
 def test_optimizers_scale_what_they_hold():
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
     first, second = (torch.optim.SGD(layer.parameters(), lr=0.1) for layer in model)
-    cap = SpectralNormConstraint(model, 0.1, warmup_iters=300).attach(first, second)
+    cap = SpectralNormConstraint(model, bound=0.1, warmup_iters=300).attach(first, second)
     before = model[1].weight.detach().clone()
     train(model, first, steps=1)
     assert torch.linalg.matrix_norm(model[0].weight.detach(), 2) < 0.11
@@ -290,7 +290,7 @@ def test_attach_takes_one_optimizer_for_each_parameter():
 def test_a_frozen_weight_stays_as_it_is():
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    SpectralNormConstraint(model, 0.1, warmup_iters=300).attach(optimizer)
+    SpectralNormConstraint(model, bound=0.1, warmup_iters=300).attach(optimizer)
     before = model[0].weight.requires_grad_(False).clone()
     model(torch.ones(1, 5, dtype=torch.float64)).sum().backward()
     optimizer.step()
@@ -302,7 +302,7 @@ def test_a_constrained_run_goes_on_bit_for_bit_and_copies():
     def make():
         model = zoo()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        return model, optimizer, SpectralNormConstraint(model, 0.5, seed=3).attach(optimizer)
+        return model, optimizer, SpectralNormConstraint(model, bound=0.5, seed=3).attach(optimizer)
 
     model, optimizer, cap = make()
     train(model, optimizer)
@@ -320,7 +320,7 @@ def test_a_constrained_run_goes_on_bit_for_bit_and_copies():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_are_bounded_to_their_rounding(dtype):
     model = zoo(dtype)
-    SpectralNormConstraint(model, 0.5, warmup_iters=300).constrain_()
+    SpectralNormConstraint(model, bound=0.5, warmup_iters=300).constrain_()
     for s in norms(model).values():
         np.testing.assert_allclose(s, 0.5, rtol=4 * torch.finfo(dtype).eps)
 
@@ -328,10 +328,10 @@ def test_half_precision_weights_are_bounded_to_their_rounding(dtype):
 def test_errors_of_the_bound():
     model = nn.Linear(4, 3)
     with pytest.raises(sc.ArgumentError, match="bound must be a finite number"):
-        SpectralNormConstraint(model, -1.0)
+        SpectralNormConstraint(model, bound=-1.0)
     with pytest.raises(sc.NamesError, match="bound has no entry for"):
-        SpectralNormConstraint(model, {})
-    cap = SpectralNormConstraint(model, 1.0)
+        SpectralNormConstraint(model, bound={})
+    cap = SpectralNormConstraint(model, bound=1.0)
     with pytest.raises(sc.ArgumentError, match="bound must be"):
         cap.bound = float("nan")
     assert "bound=1.0" in repr(cap)
@@ -349,7 +349,7 @@ def test_normalized_weights_are_those_of_pytorchs_parametrization(kind, n_iter):
     layout = "oi" if kind == "linear" else "oikk"
     original = layer.parametrizations.weight.original
     state = sc.init({"w": original.detach()}, layouts=layout)
-    v = layer.parametrizations.weight[0]._v.clone()
+    v = layer.parametrizations.weight[0]._v.clone()[None]
     state = sc.SpectralState(v={"w": v}, sigma=state.sigma, layouts=state.layouts)
     for _ in range(5):
         weights, state = sc.constrain(

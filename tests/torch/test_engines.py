@@ -1,4 +1,4 @@
-"""How a step of the PyTorch adapter is made: kernels or not, in place, and not each time."""
+"""Test the engines of a step of the PyTorch adapter: kernels or not, in place, not each time."""
 
 import gc
 import importlib.util
@@ -13,9 +13,7 @@ import spectral_core as sc
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from torch import nn  # noqa: E402
 
-from spectral_core.step import plain_step_  # noqa: E402
 from spectral_torch import SpectralNormRegularizer  # noqa: E402
-from spectral_torch.steps import Steps  # noqa: E402
 
 needs_numba = pytest.mark.skipif(
     importlib.util.find_spec("numba") is None, reason="Numba is not installed"
@@ -61,22 +59,23 @@ def test_kernels_change_nothing_but_the_time(dtype, device):
             reg.add_gradients_()
         found, expected = (gradients(model) for model in (with_kernels, without))
         torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol)
-        rtol = min(rtol, 1e-4)  # vectors are at least in float32
-        torch.testing.assert_close(*(reg.state_dict() for reg in regs), rtol=rtol, atol=rtol)
+        narrow = min(rtol, 1e-4)  # vectors are at least in float32
+        torch.testing.assert_close(*(reg.state_dict() for reg in regs), rtol=narrow, atol=narrow)
 
 
 @needs_numba
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_usual_layers_take_the_compiled_step(dtype, monkeypatch):
-    def refuse(tasks, n_iter):
-        raise AssertionError([task.name for task in tasks])
+def test_the_usual_layers_run_in_the_compiled_engine(dtype, monkeypatch):
+    def refuse(jobs, n_iter):
+        raise AssertionError([job.name for job in jobs])
 
     model = nn.Sequential(nn.Linear(7, 5), nn.Conv2d(3, 4, 3), nn.Conv1d(4, 8, 3, groups=2))
     model.to(dtype)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     reg = SpectralNormRegularizer(model)
-    monkeypatch.setitem(reg._step._cpu._steps, None, refuse)
+    for engine in reg._jobs.engines[2:]:
+        monkeypatch.setattr(engine, "run", refuse)
     reg.add_gradients_()
     assert all(p.grad.any() for p in model.parameters() if p.ndim > 1)
 
@@ -183,7 +182,7 @@ def test_a_repeated_step_notices_what_changes(change, include, device):
                 if step == 3:
                     change(model, reg)
                 if reg is regs[1]:
-                    reg._last.clear()  # it checks all, each time
+                    reg._jobs.clear()  # everything is checked, each time
                 reg.add_gradients_()
             found, expected = (
                 {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -191,7 +190,8 @@ def test_a_repeated_step_notices_what_changes(change, include, device):
             )
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
             if step == 2 and include and device == "cpu" and importlib.util.find_spec("numba"):
-                assert regs[0]._last[regs[0]]._compiled is not None  # all in one call
+                (kept,) = regs[0]._jobs._kept[regs[0]].values()
+                assert len(kept.jobs.shares(regs[0]._jobs.engines)) == 1  # all in one call
     finally:
         torch.set_num_threads(threads)
 
@@ -205,13 +205,13 @@ def test_optimizers_that_take_turns_repeat_their_own_steps():
             other_gradients(model, seed=step)
             for optimizer, names in turns:
                 if reg is regs[1]:
-                    reg._last.clear()
-                reg._add_gradients_(names, None, turn=optimizer)
-    assert len(regs[0]._last) == 2
+                    reg._jobs.clear()
+                reg._add_terms_(names, optimizer)
+    assert len(regs[0]._jobs._kept) == 2
     turns.clear()
     del optimizer
     gc.collect()
-    assert len(regs[0]._last) == 0
+    assert len(regs[0]._jobs._kept) == 0
     torch.testing.assert_close(*(gradients(model) for model in models), rtol=0, atol=0)
 
 
@@ -300,61 +300,12 @@ def test_no_gradient_is_kept_alive(kernels):
         assert not any(ref() is not None for ref in kept)
 
 
-# Where Triton fails
-
-
-class Failing:
-    def __init__(self, error):
-        self.error = error
-
-    def __call__(self, tasks, n_iter):
-        if self.error is not None:
-            raise self.error
-        return plain_step_(tasks, n_iter)
-
-
-def tasks_of(model):
-    made = []
-    state = sc.init({"w": model.weight.detach()})
-    sc.add_gradient_(
-        {"w": model.weight.detach()},
-        {"w": model.weight.grad.clone()},
-        state,
-        step=lambda tasks, n_iter: (made.extend(tasks), plain_step_(tasks, n_iter))[1],
-    )
-    return [task._replace(grad=model.weight.grad) for task in made]
-
-
-def test_a_kernel_that_cannot_be_compiled_is_said_once_and_done_without(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    model, other = zoo()["linear"], zoo()["linear"]
-    steps = Steps(kernels=True)
-    steps._gpu = Failing(RuntimeError("no C compiler"))
-    with pytest.warns(RuntimeWarning, match="Triton's kernels cannot be used here.*no C compiler"):
-        steps._on_gpu("kind", tasks_of(model), 1)
-    steps._on_gpu("another", tasks_of(model), 1)  # and not again
-    for _ in range(2):
-        plain_step_(tasks_of(other), 1)
-    torch.testing.assert_close(model.weight.grad, other.weight.grad)
-
-
-@pytest.mark.parametrize("error", [RuntimeError("illegal address"), torch.OutOfMemoryError()])
-def test_a_kernel_that_fails_later_is_an_error(error, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    steps, model = Steps(kernels=True), zoo()["linear"]
-    steps._gpu = Failing(None)
-    steps._on_gpu("kind", tasks_of(model), 1)
-    steps._gpu = Failing(error)
-    with pytest.raises(type(error)):
-        steps._on_gpu("kind", tasks_of(model), 1)
-
-
 # In place
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kernels", [True, False])
-def test_the_state_stays_where_it_lies(kernels, device):
+def test_the_state_keeps_its_tensors(kernels, device):
     model = zoo(device=device)
     reg = SpectralNormRegularizer(model, kernels=kernels, every_n_steps=2, warmup_iters=0)
     before = reg.state_dict()
@@ -369,7 +320,7 @@ def test_the_state_stays_where_it_lies(kernels, device):
             assert not torch.equal(tensor, values[key])
 
 
-def test_sigmas_are_of_their_time():
+def test_sigmas_do_not_change_afterwards():
     model = zoo()
     reg = SpectralNormRegularizer(model)
     before = reg.sigmas()
@@ -433,7 +384,7 @@ def test_several_vectors_follow_a_crossing(kernels):
         weight = nn.Parameter(torch.diag(values))
         optimizer = torch.optim.SGD([weight], lr=0.2)
         reg = SpectralNormRegularizer(
-            {"w": weight}, 1.0, n_vectors=n_vectors, warmup_iters=50, kernels=kernels
+            {"w": weight}, factor=1.0, n_vectors=n_vectors, warmup_iters=50, kernels=kernels
         ).attach(optimizer)
         for _ in range(4):
             weight.grad = torch.zeros_like(weight)
@@ -466,7 +417,7 @@ def test_every_n_steps_iterates_then_and_adds_always(kernels):
     weight = nn.Parameter(torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)))
     weights = {"w": weight.detach()}
     reg = SpectralNormRegularizer(
-        {"w": weight}, 0.1, every_n_steps=3, warmup_iters=0, kernels=kernels
+        {"w": weight}, factor=0.1, every_n_steps=3, warmup_iters=0, kernels=kernels
     )
     state = sc.init(weights)
     for step in range(8):

@@ -1,16 +1,23 @@
-"""The many-at-once step gives what the plain step gives, one by one."""
+"""Test that ForeachEngine equals the reference engine."""
+
+from dataclasses import replace
 
 import pytest
 
-from spectral_core import Layout
-from spectral_core._arrays import array_namespace
-from spectral_core.layout import plan_of
-from spectral_core.power import PowerIteration, start_vector
-from spectral_core.step import Task, plain_step_
+from spectral_core import Layout, start_vector
+from spectral_core.engine import (
+    Job,
+    ReferenceEngine,
+    Slope,
+    Triplet,
+    array_namespace,
+    dispatch,
+    plan_of,
+)
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from spectral_torch.multi_tensor import MultiTensorStep  # noqa: E402
+from spectral_torch.engines import ForeachEngine  # noqa: E402
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
@@ -29,7 +36,7 @@ WEIGHTS = [
     (weight(6, 5, dtype=torch.bfloat16), "oi"),
     (weight(6, 5, dtype=torch.float16), "oi"),
     (weight(3, 4, dtype=torch.complex64), "oi"),
-    (weight(2, 3, 4, 5), "hwio"),  # its columns lie in another order
+    (weight(2, 3, 4, 5), "hwio"),  # its columns have another order in memory
     (weight(4, 3, 2, 2), "iohw"),
     (weight(8, 3, 3), Layout("(go)ik", groups=2)),
     (torch.zeros(3, 5), "oi"),
@@ -40,66 +47,95 @@ WEIGHTS = [
 ]
 
 
-def tasks(device, factor=0.3, *, n_vectors=None):
+REFERENCE = ReferenceEngine(in_place=True)
+
+
+def foreach(jobs, n_iter):
+    return dispatch(jobs, n_iter, [ForeachEngine(), REFERENCE])
+
+
+def jobs_on(device, factor=0.3, *, n_vectors=1):
     made = []
     for i, (W, layout) in enumerate(WEIGHTS):
         W = W.to(device)
         plan = plan_of(layout, W.shape, "w")
-        right = plan.right if n_vectors is None else (*plan.right[:-1], n_vectors, plan.right[-1])
-        v = start_vector(right, W, name=str(i))
-        u, sigma = (torch.ones(plan.matrix[:-k], device=device).to(v) for k in (1, 2))
+        V = start_vector(plan.rows(n_vectors), W, name=str(i))
+        u, sigma = (torch.ones(shape, device=device).to(V) for shape in (plan.left, plan.stack))
         grad = None if i == 1 else torch.ones_like(W)
-        last = PowerIteration(sigma.real.contiguous(), u, v)
+        last = Triplet(sigma.real.contiguous(), u, V)
         each = torch.tensor(factor, device=device) if i == 2 else factor
-        made.append(Task(str(i), W, grad, v, each, plan, array_namespace(W), last))
+        xp = array_namespace(W)
+        made.append(Job(str(i), W, grad, V, each, None, plan, xp, last))
     return made
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("n_iter", [0, 1, 3])
-@pytest.mark.parametrize("n_vectors", [None, 2])
-def test_equals_the_plain_step(n_iter, n_vectors, device):
-    found = MultiTensorStep()(tasks(device, n_vectors=n_vectors), n_iter)
-    expected = plain_step_(tasks(device, n_vectors=n_vectors), n_iter)
-    for i, (triple, other) in enumerate(zip(found.triples, expected.triples, strict=True)):
-        assert triple.sigma.dtype == other.sigma.dtype
-        torch.testing.assert_close(triple.v, other.v, rtol=1e-4, atol=1e-4)
-        if not other.sigma.isfinite().all():  # said by a NaN or by an Inf
-            assert not triple.sigma.isfinite().any()
+@pytest.mark.parametrize("n_vectors", [1, 2])
+def test_equals_the_reference(n_iter, n_vectors, device):
+    found = foreach(jobs_on(device, n_vectors=n_vectors), n_iter)
+    expected = REFERENCE.run(jobs_on(device, n_vectors=n_vectors), n_iter)
+    for i, (triplet, other) in enumerate(zip(found.triplets, expected.triplets, strict=True)):
+        assert triplet.sigma.dtype == other.sigma.dtype
+        torch.testing.assert_close(triplet.V, other.V, rtol=1e-4, atol=1e-4)
+        if not other.sigma.isfinite().all():  # NaN or Inf, in either
+            assert not triplet.sigma.isfinite().any()
             assert not found.grads[i].isfinite().all()
             continue
-        torch.testing.assert_close(triple.sigma, other.sigma, rtol=1e-5, atol=0)
-        torch.testing.assert_close(triple.u, other.u, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(triplet.sigma, other.sigma, rtol=1e-5, atol=0)
+        torch.testing.assert_close(triplet.u, other.u, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.grads[i], expected.grads[i], rtol=1e-2, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_each_weight_has_its_factor(device):
-    mine, theirs = tasks(device)[:6], tasks(device)[:6]
+    mine, theirs = jobs_on(device)[:6], jobs_on(device)[:6]
     for group in (mine, theirs):
         for i in range(6):
             number = 0.1 * (i + 1)
             factor = torch.tensor(number, device=device) if i % 2 else number
-            group[i] = group[i]._replace(factor=factor)
-    found, expected = MultiTensorStep()(mine, 1), plain_step_(theirs, 1)
+            group[i] = replace(group[i], factor=factor)
+    found, expected = foreach(mine, 1), REFERENCE.run(theirs, 1)
     for grad, other in zip(found.grads, expected.grads, strict=True):
         torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-5)
 
 
-def test_one_object_serves_other_shapes():
-    step = MultiTensorStep()
+def test_one_engine_serves_other_shapes():
+    engine = ForeachEngine()
     for chosen in (slice(0, 1), slice(3, 6), slice(0, 1), slice(4, 5)):
-        found, expected = step(tasks("cpu")[chosen], 1), plain_step_(tasks("cpu")[chosen], 1)
-        for triple, other in zip(found.triples, expected.triples, strict=True):
-            torch.testing.assert_close(tuple(triple), tuple(other), rtol=1e-5, atol=1e-5)
+        found = engine.run(jobs_on("cpu")[chosen], 1)
+        expected = REFERENCE.run(jobs_on("cpu")[chosen], 1)
+        for triplet, other in zip(found.triplets, expected.triplets, strict=True):
+            torch.testing.assert_close(tuple(triplet), tuple(other), rtol=1e-5, atol=1e-5)
 
 
-def test_of_nothing_is_nothing():
-    assert MultiTensorStep()([], 1) == ([], [])
+@pytest.mark.parametrize("n_iter", [0, 2])
+@pytest.mark.parametrize(
+    "slopes",
+    [
+        [Slope(0.5, 2)] * 4,
+        [Slope(0.0, 1)] * 4,
+        [None, Slope(2.0, 2), Slope(2.0, 1), Slope(torch.tensor(1.0), 2)],
+    ],
+    ids=["hinge", "linear", "mixed"],
+)
+def test_slopes_equal_the_reference(slopes, n_iter):
+    engine, found = ForeachEngine(), []
+    for run in (engine.run, REFERENCE.run):
+        jobs = [jobs_on("cpu")[i] for i in (0, 3, 4, 5)]
+        jobs = [replace(job, slope=slope) for job, slope in zip(jobs, slopes, strict=True)]
+        assert all(map(engine.accepts, jobs))
+        found.append(run(jobs, n_iter))
+    for grad, other in zip(found[0].grads, found[1].grads, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-5)
 
 
-def test_what_it_keeps_is_bounded():
-    step, everything = MultiTensorStep(), tasks("cpu")
+def test_no_jobs_give_an_empty_result():
+    assert ForeachEngine().run([], 1) == ([], [])
+
+
+def test_the_cache_of_index_tensors_is_bounded():
+    engine, first = ForeachEngine(), jobs_on("cpu")[0]
     for i in range(40):
-        step([task._replace(name=str(k)) for k, task in enumerate(everything[:1] * (i + 1))], 1)
-    assert step._owners.cache_info().currsize <= 16
+        engine.run([replace(first, name=str(k)) for k in range(i + 1)], 1)
+    assert engine._owners.cache_info().currsize <= 16

@@ -489,7 +489,7 @@ def test_embeddings_norms_and_loose_parameters_are_left_out():
     assert "loose" not in by_predicate.sigmas()
     with pytest.raises(sc.NamesError, match="nothing to regularize"):
         SpectralNormRegularizer(model, exclude="linear.*")
-    with pytest.raises(sc.NamesError, match=r"'conv.\*' matches no parameter"):
+    with pytest.raises(sc.NamesError, match=r"include: 'conv.\*' matches none of the names"):
         SpectralNormRegularizer(model, include="conv.*")
     with pytest.raises(sc.NamesError, match="nothing to regularize"):
         SpectralNormRegularizer(nn.LayerNorm(3))
@@ -655,7 +655,7 @@ def test_the_state_of_another_model_is_refused_whole():
     other["2.weight.v"] = torch.ones(3)
     with pytest.raises(sc.NamesError) as error:
         reg.load_state_dict(other)
-    for part in ("2.weight.sigma", "1.weight.v", r"2.weight.v ((3,), not (8,))"):
+    for part in ("2.weight.sigma", "1.weight.v", r"2.weight.v ((3,), not (1, 8))"):
         assert part in str(error.value)
     assert all(value is before[key] for key, value in reg.state_dict().items())
 
