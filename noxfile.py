@@ -1,7 +1,8 @@
-"""Sessions: tests by backend, lint, doctests, the demo, benchmarks. `nox -l` lists them."""
+"""Sessions: tests, lint, documentation, the demonstration, benchmarks. `nox -l` lists them."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,21 +16,26 @@ nox.options.error_on_missing_interpreters = False
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHONS = ["3.11", "3.12", "3.13"]
 PYTEST = ("python", "-m", "pytest", "--durations=5")
-PLAIN = ("numpy", "numpy-readonly")
-STRICT = ("array-api-strict", "array-api-strictest")
+# One process a core. More than four compile the same JAX programs more often than they help.
+PARALLEL = ("-n", "auto", "--maxprocesses=4", "--dist=worksteal")
+# Each process has one core: threads of its own would only wait for each other.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+THOROUGH = {"SPECTRAL_PROFILE": "thorough"}
+# Sessions of their own run these, with the packages that they need.
+APART = ("--ignore=tests/integrations", "--ignore=tests/benchmarks")
 
 # Triton has wheels for Linux alone. Without a GPU its kernels are interpreted.
 TORCH = ["torch", "numba", *(["triton"] if sys.platform == "linux" else [])]
 
-# backend: what it installs, and the entries of tests/backends.py that it runs
+# backend: the packages it installs, and the entries of the backend table that it runs
 BACKENDS = {
-    "numpy": (["numba"], PLAIN),
-    "strict": (["array-api-strict"], STRICT),
+    "numpy": (["numba"], ("numpy", "numpy-readonly")),
+    "strict": (["array-api-strict"], ("array-api-strict", "array-api-strictest")),
     "torch": (TORCH, ("torch-cpu", "torch-cuda")),
     "jax": (["jax", "optax", "flax", "equinox", "dm-haiku"], ("jax-cpu", "jax-gpu")),
     "cupy": (["cupy-cuda13x"], ("cupy",)),
 }
-# CuPy's wheel is of no use without a GPU; its tests say so where they are skipped.
+# CuPy's wheel is of no use without a GPU; its tests are skipped with that reason.
 HERE = [name for name in BACKENDS if name != "cupy"]
 
 TEN_STEPS = """
@@ -49,7 +55,7 @@ print("sigma", state.sigma["w"], "of", np.linalg.norm(weights["w"], 2), "from", 
 
 
 def install(session: nox.Session, *packages: str) -> None:
-    """Install tested versions: the library's own ranges are wide."""
+    """Install the tested versions: the library's own ranges are wide."""
     session.install("-c", "constraints.txt", *packages)
 
 
@@ -58,34 +64,64 @@ def group(name: str) -> tuple[str, ...]:
     return nox.project.dependency_groups(PYPROJECT, name)
 
 
-def run_tests(session: nox.Session, names: list[str], *, restrict: bool) -> None:
+def lowest(extra: str | None = None) -> list[str]:
+    """The library's dependencies, or those of an extra, each at the lowest version it admits."""
+    project = PYPROJECT["project"]
+    needed = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    return [requirement.replace(">=", "==") for requirement in needed]
+
+
+def run_tests(
+    session: nox.Session, names: list[str], *options: str, env: dict[str, str] | None = None
+) -> None:
+    """Run the suite with the packages of these backends installed."""
     packages = [package for name in names for package in BACKENDS[name][0]]
     install(session, "-e", ".", *group("test"), *packages)
-    chosen = ",".join(entry for name in names for entry in BACKENDS[name][1])
-    apart = "--ignore=tests/integrations"  # a session of its own
-    session.run(
-        *PYTEST, apart, *session.posargs, env={"SPECTRAL_BACKENDS": chosen} if restrict else {}
-    )
-
-
-@nox.session(python=PYTHONS)
-@nox.parametrize("backend", list(BACKENDS))
-def tests(session: nox.Session, backend: str) -> None:
-    """The suite with one backend installed, on each interpreter there is."""
-    run_tests(session, [backend], restrict=True)
+    options = (*PARALLEL, *APART, *options, *session.posargs)
+    session.run(*PYTEST, *options, env={**ONE_THREAD, **(env or {})})
 
 
 @nox.session(name="tests-all")
 def tests_all(session: nox.Session) -> None:
-    """The suite with every backend that installs without a GPU, in this interpreter."""
-    run_tests(session, HERE, restrict=False)
+    """The suite on every backend that installs without a GPU: minutes."""
+    run_tests(session, HERE)
+
+
+@nox.session(name="tests-thorough")
+def tests_thorough(session: nox.Session) -> None:
+    """tests-all, the slow tests, and more examples of each property."""
+    # `integrations` runs the examples of README and docs/, with all that they import.
+    examples = ("--ignore=tests/test_readme.py", "--ignore=tests/test_docs.py")
+    run_tests(session, HERE, *examples, env=THOROUGH)
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("backend", list(BACKENDS), ids=list(BACKENDS))
+def tests(session: nox.Session, backend: str) -> None:
+    """The suite with one backend alone installed."""
+    run_tests(session, [backend], env={"SPECTRAL_BACKENDS": ",".join(BACKENDS[backend][1])})
+
+
+@nox.session(name="tests-lowest", python="3.11")
+def tests_lowest(session: nox.Session) -> None:
+    """The suite with the lowest versions that pyproject.toml admits, but for PyTorch and CuPy."""
+    # PyTorch before the tested version has no Linux wheel on PyPI without gigabytes of CUDA. Its
+    # lowest version, 2.6.0, passed the one-process tests of its adapter, run by hand.
+    session.install("-e", ".", *lowest(), *lowest("numba"), *lowest("jax"), *lowest("keras"))
+    install(session, *group("test"))
+    session.run(*PYTEST, *PARALLEL, *APART, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
 def integrations(session: nox.Session) -> None:
-    """Real training stacks: many processes, meshes, trainers, the examples; kill and resume."""
+    """Real training stacks: trainers, many processes, meshes; kill and resume; the examples."""
     install(session, "-e", ".[torch,jax]", *group("test"), *group("integrations"))
-    session.run(*PYTEST, "tests/integrations", "tests/test_readme.py", *session.posargs)
+    examples = (
+        name for name in ("tests/test_readme.py", "tests/test_docs.py") if Path(name).exists()
+    )
+    # One process a file: processes that talk to each other start once a file.
+    options = (*PARALLEL[:-1], "--dist=loadfile", "tests/integrations", *examples)
+    session.run(*PYTEST, *options, *session.posargs, env={**ONE_THREAD, **THOROUGH})
 
 
 @nox.session(venv_backend="none")
@@ -100,7 +136,7 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff, and mypy: strict on the core and the adapters."""
+    """Ruff, mypy (strict on the core and the adapters), and the form of CITATION.cff."""
     install(session, "-e", ".", *group("lint"), "torch", "jax", "optax")
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
@@ -108,30 +144,50 @@ def lint(session: nox.Session) -> None:
     session.run(
         "mypy", *(f"adapters/spectral_{name}" for name in ("torch", "jax", "cupy", "keras"))
     )
+    session.run("cffconvert", "--validate")
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Run the examples of the docstrings and of README."""
-    install(session, "-e", ".[torch,jax,numba]", *group("test"))
+    """Run the examples of the docstrings, and build the site: docs/_build/html/index.html."""
+    install(session, "-e", ".[torch,jax,keras,numba]", *group("test"), *group("docs"))
     session.run(
         *PYTEST[:3],
         "--doctest-modules",
-        "--ignore=adapters/spectral_torch/triton_kernels.py",  # needs Triton
+        *(
+            f"--ignore={path}" for path in Path("adapters").rglob("triton_kernels.py")
+        ),  # needs Triton
         "spectral_core",
         "adapters/spectral_torch",
         "adapters/spectral_jax",
-        "tests/test_readme.py",
+        env=ONE_THREAD,
+    )
+    site = Path("docs/_build")
+    shutil.rmtree(site, ignore_errors=True)
+    session.run(
+        "python",
+        "-m",
+        "sphinx",
+        "-W",
+        "-b",
+        "html",
+        "-d",
+        f"{site}/doctrees",
+        "docs",
+        f"{site}/html",
     )
 
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """Build the wheel, install it alone, and run Algorithm 1 from it."""
-    session.run("python", "-m", "pip", "wheel", "--no-deps", "-w", session.create_tmp(), ".")
-    built = max(Path(session.create_tmp()).glob("*.whl"), key=lambda path: path.stat().st_mtime)
-    install(session, str(built))
-    with session.chdir(session.create_tmp()):
+    """Build the sdist, the wheel from it, install that alone, and run Algorithm 1 from it."""
+    install(session, "build")
+    built = Path(session.create_tmp())
+    shutil.rmtree(built)
+    session.run("python", "-m", "build", "--outdir", str(built), ".")
+    (one,) = built.glob("*.whl")
+    install(session, str(one))
+    with session.chdir(built):
         session.run("python", "-c", TEN_STEPS)
 
 
@@ -143,19 +199,19 @@ def demo(session: nox.Session) -> None:
         backend = session.posargs[session.posargs.index("--backend") + 1]
     extra = {"torch": ["torch", "numba"], "jax": ["jax", "optax"]}.get(backend, [])
     install(session, "-e", ".", *group("demo"), *extra)
-    session.run("python", "-m", "benchmarks.demo", *session.posargs)
+    session.run("python", "examples/digits.py", *session.posargs)
 
 
 @nox.session
 def paper(session: nox.Session) -> None:
-    """The tests of the paper's experiments, and a small setting of them from end to end."""
+    """The tests of the benchmarks, and a small setting of the paper's experiments end to end."""
     install(session, "-e", ".[torch,jax,numba]", *group("test"), *group("paper"))
-    session.run(*PYTEST, "-n", "2", "tests/benchmarks")
+    session.run(*PYTEST, *PARALLEL, "tests/benchmarks", env=ONE_THREAD)
     session.run("python", "-m", "benchmarks.paper", *(session.posargs or ("run", "quick")))
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """What a step costs beside its peers: `nox -s bench -- --quick` is the short one."""
+    """The cost of a step, and of other libraries' steps: `nox -s bench -- --quick` is short."""
     install(session, "-e", ".[torch,jax,numba]", *group("bench"))
     session.run("python", "-m", "benchmarks.speed", *session.posargs)

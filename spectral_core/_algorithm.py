@@ -1,4 +1,4 @@
-"""Algorithm 1 over named weights: its start and its step."""
+"""Run Algorithm 1 over named weights: its start and its step."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def init(
     Parameters
     ----------
     weights : mapping of name to array
-        The weights to regularize, and no others: each with two axes or more.
+        The weights to regularize. Each has two axes or more.
     seed : int
-        With a weight's name, it decides that weight's v: the same on every backend, whatever
-        the other weights are.
+        Seed of the start vectors. Each v depends only on the seed and the weight's name, so all
+        backends draw the same one.
     layouts : mapping of name or pattern to Layout or str, or one for all, optional
-        What the axes are. By default, and for names that the mapping leaves out, output, input,
-        kernel: `default_layout`.
+        The meaning of the axes. The default is output, input, kernel, also for names that the
+        mapping does not cover.
     n_vectors : int
-        How many vectors to iterate with for each matrix: with more than one, `block_iteration`.
+        Number of vectors for each matrix. With more than one, a step runs `block_iteration`.
     engines : sequence of Engine
-        As for `add_gradient`. They find the first sigma.
+        Faster ways to compute the first sigma (see `add_gradient`).
 
     Returns
     -------
     SpectralState
-        With unit v on each weight's device, in the dtype of its iteration, and sigma as that v
-        estimates it.
+        A unit v for each matrix, on the weight's device and in the dtype of the iteration. Each
+        sigma is the estimate of one iteration from that v.
 
     Raises
     ------
@@ -53,7 +53,9 @@ def init(
         If a weight has fewer than two axes or an empty one, does not fit its layout, or is not
         floating-point.
     NamesError
-        If there is no weight, or a layout for none of them.
+        If there is no weight, or a layout's name or pattern matches none.
+    ArgumentError
+        If ``seed``, ``n_vectors`` or a layout is not valid.
 
     Examples
     --------
@@ -89,21 +91,23 @@ def init(
 def iterate(
     weights: Arrays, state: SpectralState, *, n_iter: int = 1, engines: Sequence[Engine] = ()
 ) -> SpectralState:
-    """Improve v and sigma without a gradient: a warm-up, or a look at the weights as they are.
+    """Improve v and sigma without a gradient, to warm up or to measure σ.
 
     Parameters
     ----------
     weights : mapping of name to array
-        The weights that `init` saw.
+        The weights that were passed to `init`, with their current values.
     state : SpectralState
+        The state from `init` or from the step before.
     n_iter : int
         Power iterations.
     engines : sequence of Engine
-        As for `add_gradient`.
+        Faster ways to iterate (see `add_gradient`).
 
     Returns
     -------
     SpectralState
+        The state with the new v, sigma and u.
 
     Raises
     ------
@@ -141,21 +145,21 @@ def add_gradient(
     Parameters
     ----------
     weights : mapping of name to array
-        The weights that `init` saw, as they are now.
+        The weights that were passed to `init`, with their current values.
     grads : mapping of name to array or None
-        Their gradients. Where one is None, the weight is left out of this step, its v and sigma
-        as they were. Other names pass through.
+        Gradients of the loss. A weight whose gradient is None is left out of this step: its v and
+        sigma do not change. Entries with other names are returned unchanged.
     state : SpectralState
-        From `init` or the step before.
+        The state from `init` or from the step before.
     factor : float, array of shape (), or mapping of name or pattern to either
-        λ. The value of an array is not checked.
+        λ. The values of arrays are not checked, because reading them would wait for the device.
     target : float, array of shape (), or mapping of name or pattern to either
-        The σ below which a matrix is left alone: with it the term is factor·(σ − target)·u·vᴴ,
+        The σ below which a matrix gets no gradient. The term is then factor·(σ − target)·u·vᴴ,
         the gradient of the hinge (factor/2)·max(0, σ − target)².
     power : int
         2, or 1 for the gradient factor·u·vᴴ of factor·max(0, σ − target).
     n_iter : int
-        Power iterations in this step. With 0, the term of the step before is added anew.
+        Power iterations in this step. With 0, the term of the step before is added again.
     engines : sequence of Engine
         Faster ways to run a step, in order of preference. `ReferenceEngine` runs the weights that
         none of them accepts. No engine may write into the gradients.
@@ -163,9 +167,9 @@ def add_gradient(
     Returns
     -------
     grads : dict of name to array or None
-        New arrays, each in the dtype of its gradient; those that came in are as they were.
+        New arrays, each in the dtype of its gradient. The arrays that were passed in do not change.
     state : SpectralState
-        For the next step.
+        The state for the next step.
 
     Raises
     ------
@@ -174,12 +178,14 @@ def add_gradient(
     ShapeError, DTypeError, DeviceError
         If a gradient or a v does not fit its weight.
     ArgumentError
-        If ``factor`` or ``target`` is negative or not finite, ``power`` neither 1 nor 2,
-        ``n_iter`` is negative, or it is 0 and the state holds no u, or an engine works in place.
+        If ``factor`` or ``target`` is negative or not finite, ``power`` is neither 1 nor 2, or
+        ``n_iter`` is negative. Also if ``n_iter`` is 0 and the state holds no u, or if an engine
+        writes into the gradients.
 
     Notes
     -----
-    A weight that is not finite makes its own term and sigma NaN or infinite, and nothing else.
+    A weight that is not finite makes its own term and sigma NaN or infinite. It affects no other
+    weight.
 
     Examples
     --------
@@ -213,12 +219,12 @@ def add_gradient_(
     n_iter: int = 1,
     engines: Sequence[Engine] = (),
 ) -> SpectralState:
-    """`add_gradient` in place: the gradients are changed where they lie.
+    """Add the term to the gradients in place, as `add_gradient` does.
 
     Parameters
     ----------
     weights, grads, state, factor, target, power, n_iter
-        As for `add_gradient`; gradients must be writeable.
+        See `add_gradient`. The gradients must be writeable.
     engines : sequence of Engine
         Faster ways to run a step, in order of preference, such as
         `spectral_core.numba.NumbaEngine`.
@@ -226,12 +232,12 @@ def add_gradient_(
     Returns
     -------
     SpectralState
-        For the next step. It is a new one: the state that came in is as it was.
+        The state for the next step. The state that was passed in does not change.
 
     Raises
     ------
     NamesError, ShapeError, DTypeError, ArgumentError
-        As `add_gradient`, before any gradient is changed.
+        For the same reasons as in `add_gradient`, before any gradient changes.
     DeviceError
         Also if a gradient is immutable (JAX) or read-only.
 

@@ -1,4 +1,4 @@
-"""A hard bound on spectral norms, in place of a penalty.
+"""Bound spectral norms after each step, in place of a penalty.
 
 After a step of the optimizer a weight is scaled to σ ≤ bound. That is the projection of Gouk et
 al., *Regularisation of Neural Networks by Enforcing Lipschitz Continuity* (2021), applied to the
@@ -32,7 +32,7 @@ def scale_to(sigma: Array, bound: Number, *, normalize: bool = False) -> Array:
     sigma : array, shape (...)
     bound : float or array of shape ()
     normalize : bool
-        Whether to scale smaller matrices up to the bound too.
+        If True, smaller matrices are scaled up to the bound too.
 
     Returns
     -------
@@ -77,30 +77,34 @@ def constrain(
     Parameters
     ----------
     weights : mapping of name to array
-        The weights passed to `init`, after the optimizer has changed them.
+        The weights that were passed to `init`, after the optimizer has changed them.
     state : SpectralState
+        The state from `init` or from the step before.
     bound : float, array of shape (), or mapping of name or pattern to either
+        Largest spectral norm of each matrix. The values of arrays are not checked.
     normalize : bool
-        Whether smaller matrices grow to the bound too: W ← W · bound/σ.
+        If True, smaller matrices are scaled up to the bound too: W ← W · bound/σ.
     n_iter : int
-        Power iterations.
+        Power iterations before the scaling.
     engines : sequence of Engine
-        As for `iterate`.
+        Faster ways to iterate (see `add_gradient`).
     scale : callable
-        ``scale(weight, scale, plan, xp)`` returns the scaled weight: a framework's own way.
+        ``scale(weight, scale, plan, xp)`` returns the scaled weight. An adapter passes the function
+        of its framework.
 
     Returns
     -------
     weights : dict of name to array
+        New arrays. The arrays that were passed in do not change.
     state : SpectralState
-        Its sigma belongs to the returned weights.
+        The state for the next step. Its sigma belongs to the returned weights.
 
     Raises
     ------
     NamesError, ShapeError, DTypeError, DeviceError
         If the weights are not those of the state.
     ArgumentError
-        If ``bound`` is negative or not finite, or ``n_iter`` less than 1.
+        If ``bound`` is negative or not finite, or ``n_iter`` is less than 1.
 
     Notes
     -----
@@ -146,19 +150,19 @@ def constrain_(
     Parameters
     ----------
     weights, state, bound, normalize, n_iter, engines
-        As for `constrain`. The weights must be writeable.
+        See `constrain`. The weights must be writeable.
     scale : callable
-        As for `constrain`, but it writes into the weight.
+        See `constrain`. It writes into the weight, and returns it.
 
     Returns
     -------
     SpectralState
-        For the next step. The state that was passed in stays as it is.
+        The state for the next step. The state that was passed in does not change.
 
     Raises
     ------
     NamesError, ShapeError, DTypeError, ArgumentError
-        As `constrain`, before any weight is changed.
+        For the same reasons as in `constrain`, before any weight changes.
     DeviceError
         Also if a weight is immutable (JAX) or read-only.
 
@@ -173,6 +177,13 @@ def constrain_(
     """
     for name, weight in weights.items():
         check_writeable(weight, f"weight {name!r}", "constrain")
-    return constrain(
-        weights, state, bound=bound, normalize=normalize, n_iter=n_iter, engines=engines, scale=scale
-    )[1]
+    _, state = constrain(
+        weights,
+        state,
+        bound=bound,
+        normalize=normalize,
+        n_iter=n_iter,
+        engines=engines,
+        scale=scale,
+    )
+    return state

@@ -52,7 +52,8 @@ def spectral_norm(
     Parameters
     ----------
     W : array, shape (..., m, n)
-        A matrix or a stack of them. float16 and bfloat16 are computed in float32.
+        A matrix or a stack of them, real or complex floating-point. float16 and bfloat16 are
+        computed in float32.
     tol : float, optional
         Stop when the residual bounds the relative error of sigma by this. The default is
         ε^(2/3): 4e-11 in float64, 2e-5 in float32.
@@ -66,8 +67,9 @@ def spectral_norm(
     sigma : array, shape (...)
         A lower bound of σ₁, up to rounding. NaN where W is not finite.
     u : array, shape (..., m)
+        Unit vector: Wᴴu = σv. Zeros for a zero matrix.
     v : array, shape (..., n)
-        Unit vectors with Wᴴu = σv.
+        Unit vector, or zeros.
     error_bound : array, shape (...)
         ‖Wv − σu‖/√2 and an allowance for rounding. It proves that some singular value of W is this
         close to ``sigma``. It is the largest one unless the random start vector is orthogonal to
@@ -84,7 +86,7 @@ def spectral_norm(
     DTypeError
         If W is not floating-point.
     ArgumentError
-        If ``tol`` is negative or not finite, ``max_iter`` < 1 or ``seed`` < 0.
+        If ``tol`` is negative or not finite, ``max_iter`` is less than 1, or ``seed`` is negative.
 
     Notes
     -----
@@ -143,7 +145,7 @@ def _spectral_norm(W: Array, tol: float, max_iter: int, seed: int, xp: Namespace
     limit = frexp(float(xp.finfo(W.dtype).max))[1] - 4
     scale = 2.0 ** max(-limit, min(limit, frexp(largest)[1] - 1))
     W = W / scale
-    # Iterate on the shorter side: a 1×n matrix then needs one step, an m×n matrix at most m.
+    # Iterate on the shorter side: a 1 × n matrix then needs one step, an m × n matrix at most m.
     if n <= m:
         v, steps = _top_ritz(
             lambda x: rmatvec(W, matvec(W, x, xp), xp),

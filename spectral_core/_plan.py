@@ -1,4 +1,4 @@
-"""How a weight tensor becomes a matrix and back without a copy: the private half of layouts.
+"""Make a matrix of a weight tensor and back without a copy: the private half of layouts.
 
 A product must not copy a weight only because its kernel axes come first. The weight therefore
 stays in its memory order, and the vector, which is short, is reordered instead.
@@ -20,7 +20,7 @@ _TOKEN = re.compile(r"\(g[oi]\)|[oiskdhw]")
 
 
 class Plan(NamedTuple):
-    """The shapes and permutations of one layout and one shape. Axes count in ``split``."""
+    """Shapes and permutations for one layout and one shape. Axes count in ``split``."""
 
     axes: str  # the layout's letters
     groups: int

@@ -44,10 +44,10 @@ def shards_of(layout: Layout, shape: Shape, offset: Shape, block: Shape) -> tupl
     Rows 3 to 6 of a grouped convolution with groups of two rows:
 
     >>> shards = shards_of(Layout("(go)i", groups=4), (8, 5), (3, 0), (4, 5))
-    >>> [(shard.ranges[:2], shard.plan.matrix) for shard in shards]  # doctest: +NORMALIZE_WHITESPACE
-    [((slice(1, 2, None), slice(1, 2, None)), (1, 1, 5)),
-     ((slice(2, 3, None), slice(0, 2, None)), (1, 2, 5)),
-     ((slice(3, 4, None), slice(0, 1, None)), (1, 1, 5))]
+    >>> [shard.plan.matrix for shard in shards]
+    [(1, 1, 5), (1, 2, 5), (1, 1, 5)]
+    >>> shards[1].ranges[:2]
+    (slice(2, 3, None), slice(0, 2, None))
     """
     if 0 in block:
         return ()

@@ -32,7 +32,7 @@ class SpectralState:
         The left singular vectors that belong to sigma. A step with ``n_iter=0`` needs them. Other
         steps do not, and keep none where there were none.
     checks : Checks
-        What was checked to fit. Not part of the computation.
+        Record of the checks that passed. Not part of the computation.
 
     Notes
     -----

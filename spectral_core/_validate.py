@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from math import inf
 from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
@@ -140,11 +140,11 @@ def check_matrix(W: Array, V: Array, xp: Namespace, *, rows: bool) -> Traits:
         )
     k = given[-2:-1] if rows else ()
     if given != (*shape[:-2], *k, shape[-1]) or 0 in k or len(k) < rows:
-        expected = ", ".join(map(str, (*shape[:-2], *(["k"] if rows else []), shape[-1])))
-        raise ShapeError(
-            f"{what} has shape {given}, but W of shape {shape} needs "
-            + (f"({expected}) with k ≥ 1: one vector a row" if rows else f"{shape[:-2] + shape[-1:]}")
-        )
+        expected = str((*shape[:-2], shape[-1]))
+        if rows:
+            sizes = ", ".join(map(str, (*shape[:-2], "k", shape[-1])))
+            expected = f"({sizes}) with k ≥ 1: one vector a row"
+        raise ShapeError(f"{what} has shape {given}, but W of shape {shape} needs {expected}")
     kind = traits(W, xp, "W")
     if traits(V, xp, what).complex and not kind.complex:
         raise DTypeError(
@@ -203,13 +203,13 @@ class Checks:
         return known.plan, known.xp
 
 
-def _kinds(layout: Layout, weight: Array, fitting: Fitting) -> tuple[Any, ...]:
+def _kinds(layout: Layout, weight: Array, fitting: Sequence[Any]) -> tuple[Any, ...]:
     kinds = [layout, type(weight)]
     try:
         kinds += (weight.shape, weight.dtype, weight.device)
         for x in fitting:
             kinds.append(type(x))
-            if not (x is None or type(x) is float):
+            if not (x is None or isinstance(x, float)):
                 kinds += (x.shape, x.dtype, x.device)
     except AttributeError:  # not an array: the full check explains what it is instead
         return ()
@@ -228,6 +228,10 @@ def _check_fit(
     shape, k = tuple(V.shape), V.shape[-2] if V.ndim > 1 else 0
     expected = ", ".join(map(str, plan.rows("k")))  # type: ignore[arg-type]
     _check_shape(name, weight, "v", V, plan.rows(k) if k else None, f"({expected})")
+    if traits(V, xp, f"weight {name!r}: v").complex and not is_complex(weight, xp):
+        raise DTypeError(
+            f"weight {name!r}: v has dtype {V.dtype}, but the weight is real ({weight.dtype})"
+        )
     check_same_device(weight, V, xp, f"weight {name!r}", "its v")
     if not isinstance(factor, float) and not xp.isdtype(factor.dtype, "real floating"):
         raise DTypeError(f"factor of {name!r} has dtype {factor.dtype}: it must be a real float")

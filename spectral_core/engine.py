@@ -4,8 +4,8 @@ A `Job` is one weight with all that belongs to it, checked to fit. An `Engine` r
 `dispatch` gives each job to the first engine that accepts it. `ReferenceEngine` accepts every job:
 it is the arithmetic, written once, and every other engine is tested to be equal to it.
 
-An adapter imports from the core its public names, this module and `spectral_core.errors`, and
-nothing else. ``__all__`` lists what this module offers.
+An adapter imports from the core its public names, this module, `spectral_core.errors` and
+`spectral_core.numba`, and nothing else. ``__all__`` lists what this module offers.
 """
 
 from __future__ import annotations
@@ -64,7 +64,84 @@ from ._validate import (
     check_weights,
     check_writeable,
 )
-from .errors import ArgumentError, ShapeError, check_int
+from .errors import ArgumentError, ShapeError
+
+__all__ = [
+    "Add",
+    "Array",
+    "AsyncCopy",
+    "Checks",
+    "Choice",
+    "Engine",
+    "Factor",
+    "Fitting",
+    "Job",
+    "JobList",
+    "Log",
+    "Namespace",
+    "Number",
+    "Plan",
+    "ReferenceEngine",
+    "Result",
+    "Shape",
+    "Shard",
+    "Share",
+    "Slope",
+    "Snapshot",
+    "SpectralState",
+    "Traits",
+    "Triplet",
+    "add_outer",
+    "add_outer_",
+    "add_terms",
+    "address_of",
+    "adjoint_times_rows",
+    "array_namespace",
+    "as_layout",
+    "broadcast_outer",
+    "by_name",
+    "cast",
+    "check_factor",
+    "check_factors",
+    "check_fits",
+    "check_grads",
+    "check_power",
+    "check_weights",
+    "check_writeable",
+    "choose",
+    "clipped",
+    "conj",
+    "constant",
+    "default_layout",
+    "dispatch",
+    "from_memory_order",
+    "is_paper",
+    "iterate_rows",
+    "iteration_arrays",
+    "last_of",
+    "left_rows",
+    "like_own",
+    "make_jobs",
+    "matches",
+    "matrix_in_memory_order",
+    "merge",
+    "ordered",
+    "outer_factors",
+    "plan_of",
+    "reshaped",
+    "right_rows",
+    "same_slope",
+    "scale_",
+    "scaled",
+    "select",
+    "shards_of",
+    "slope_of",
+    "times_rows",
+    "to_memory_order",
+    "traits",
+    "traits_of",
+]
+
 
 Add: TypeAlias = Callable[[Array, Array, Array], Array]
 """``add(grad, u, v)`` returns ``grad + u * v``; u and v broadcast to grad."""
@@ -95,7 +172,7 @@ class Job:
 
     name: str
     weight: Array
-    grad: Array | None
+    grad: Array  # or None
     V: Array
     factor: Number
     slope: Slope | None
@@ -129,7 +206,7 @@ class Engine(Protocol):
 
 
 class Share(NamedTuple):
-    """The jobs of one engine, and their places among all jobs."""
+    """Jobs of one engine, and their places among all jobs."""
 
     engine: Engine
     jobs: Sequence[Job]
@@ -144,7 +221,7 @@ class JobList(list[Job]):
     addresses : list of int, or None
         Addresses of the gradients in this step. The owner of the list sets them.
     memo : dict
-        What an engine derived from everything but the gradients, under the engine.
+        Results that an engine derived from everything but the gradients. The key is the engine.
     numbers : object
         A new object whenever a factor has changed.
     lasts : list of Triplet or None
@@ -207,11 +284,19 @@ def dispatch(jobs: Sequence[Job], n_iter: int, engines: Sequence[Engine]) -> Res
     Result
         In the order of ``jobs``.
 
+    Raises
+    ------
+    ArgumentError
+        If ``n_iter`` is 0 and a job has no ``last``, before any gradient changes.
+
     Examples
     --------
     >>> dispatch([], 1, [ReferenceEngine()])
     Result(grads=[], triplets=[])
     """
+    if n_iter == 0:
+        for job in jobs:  # before the first engine writes into a gradient
+            last_of(job)
     if isinstance(jobs, JobList):
         shares = jobs.shares(engines)
     else:
@@ -233,7 +318,7 @@ class ReferenceEngine:
     Parameters
     ----------
     in_place : bool
-        Whether to write into the gradients. Otherwise they stay as they are.
+        If True, the engine writes into the gradients. Otherwise they do not change.
     add : callable, optional
         ``add(grad, u, v)`` returns ``grad + u * v``: a framework's own way to add the term.
 

@@ -1,4 +1,4 @@
-"""Ten steps of Algorithm 1, each adapter against NumPy in float64 with a gradient by hand."""
+"""Ten steps of Algorithm 1 in each adapter equal NumPy in float64 with a gradient by hand."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ START = {"w1": RNG.standard_normal((9, 7)), "w2": RNG.standard_normal((3, 9))}
 
 
 def gradients(weights):
-    """Of ½·mean over samples of ‖W₂·tanh(W₁x) − y‖²."""
+    """Return the gradients of ½·mean over samples of ‖W₂·tanh(W₁x) − y‖²."""
     hidden = np.tanh(X @ weights["w1"].T)
     error = (hidden @ weights["w2"].T - Y) / len(X)
     back = (error @ weights["w2"]) * (1 - hidden**2)
@@ -20,9 +20,9 @@ def gradients(weights):
 
 
 def reference():
-    """Algorithm 1 as the paper has it, errata mended, written without the library but for v₀."""
+    """Run the paper's Algorithm 1, with its errata fixed. Only v₀ comes from the library."""
     weights = {name: w.copy() for name, w in START.items()}
-    v = {name: np.asarray(sc.init(weights).v[name]) for name in weights}
+    v = {name: np.asarray(sc.init(weights).v[name][0]) for name in weights}
     velocity = {name: np.zeros_like(w) for name, w in weights.items()}
     sigmas = []
     for _ in range(STEPS):
@@ -47,7 +47,7 @@ def assert_same(weights, sigmas):
         np.testing.assert_allclose(float(sigmas[name]), expected_sigmas[name], rtol=1e-10)
 
 
-def test_the_gradient_by_hand():
+def test_gradient_by_hand_is_right():
     def loss(w1):
         return 0.5 * np.mean(np.sum((np.tanh(X @ w1.T) @ START["w2"].T - Y) ** 2, axis=1))
 
@@ -57,7 +57,7 @@ def test_the_gradient_by_hand():
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_numpy(in_place):
+def test_numpy_equals_the_reference(in_place):
     weights = {name: w.copy() for name, w in START.items()}
     velocity = {name: np.zeros_like(w) for name, w in weights.items()}
     state = sc.init(weights)
@@ -73,7 +73,7 @@ def test_numpy(in_place):
     assert_same(weights, state.sigma)
 
 
-def test_torch():
+def test_torch_equals_the_reference():
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     from spectral_torch import SpectralNormRegularizer
 
@@ -89,7 +89,7 @@ def test_torch():
     assert_same({name: w.detach() for name, w in weights.items()}, reg.sigmas())
 
 
-def test_jax():
+def test_jax_equals_the_reference():
     jax = pytest.importorskip("jax", reason="JAX is not installed")
     optax = pytest.importorskip("optax", reason="optax is not installed")
     import jax.numpy as jnp
@@ -99,8 +99,8 @@ def test_jax():
     with jax.enable_x64(True):
         params = {name: jnp.asarray(w) for name, w in START.items()}
         tx = optax.chain(
-            # Their names say (in, out) to JAX; these are (out, in), as the others have them.
-            spectral_jax.add_spectral_norm_regularization(FACTOR, layouts={"*": "oi"}),
+            # JAX would read these names as (in, out). They are (out, in), as elsewhere here.
+            spectral_jax.add_spectral_norm_regularization(factor=FACTOR, layouts={"*": "oi"}),
             optax.sgd(RATE, MOMENTUM, nesterov=True),
         )
 

@@ -1,16 +1,16 @@
 // Algorithm 1, lines 7-9, of many matrices in three kernels.
 //
-// rows     reads each weight once: a block takes some rows W_b of one matrix, x_b = W_b v, and while
-//          they lie in the caches, p_b = W_b^T x_b.
+// rows     reads each weight once: a block works on some rows W_b of one matrix, x_b = W_b v, and
+//          while W_b is in the caches, p_b = W_b^T x_b.
 // columns  y = W^T u = (sum of p_b) / |x|, for 32 columns a block.
-// apply    u = x / |x|, sigma = |y|, v = y / |y|, G += factor sigma u v^T.
+// apply    u = x / |x|, sigma = |y|, v = y / |y|, G += factor slope(sigma) u v^T.
 //
-// Which block takes what stands in tables that the host made (fused.py). A sum has the same order
-// in every run: no atomics. The host defines the types before this text:
+// Tables made by the host (_engine.py) say which block works on what. A sum has the same order in
+// every run: there are no atomics. The host defines the types before this text:
 //
-// SPECTRAL_WEIGHT, SPECTRAL_GRAD  as they lie in memory
+// SPECTRAL_WEIGHT, SPECTRAL_GRAD  as they are stored
 // SPECTRAL_REAL                   of the iteration: float, or double for double weights
-// SPECTRAL_SUM                    in which a gradient's sum is taken, then rounded once
+// SPECTRAL_SUM                    in which a gradient's sum is computed, then rounded once
 // SPECTRAL_TINY                   the smallest normal number of SPECTRAL_REAL
 // SPECTRAL_HALF                   if one of them is half
 //
@@ -27,25 +27,27 @@ typedef SPECTRAL_REAL Real;
 typedef SPECTRAL_SUM Sum;
 
 #define THREADS 512
-#define BLOCKS 2  // on a multiprocessor at once, so registers must do: while one waits, one reads
+#define BLOCKS 2  // on a multiprocessor at once: while one waits, the other reads
 #define WARP 32
 #define WARPS (THREADS / WARP)
 #define MAX_TILE 256  // rows
-#define BATCH 4       // loads of a gradient on their way before the first is used
+#define BATCH 4       // loads of a gradient that are issued before the first is used
 
 // Flags of a launch.
-#define FIRST 1  // v is the caller's; later iterations take the one before's
+#define FIRST 1  // v is the caller's; later iterations read that of the iteration before
 #define FRESH 2  // there was an iteration: (sigma, u, v) come from the scratch and go to the results
-#define ADD 4    // change the gradient
+#define ADD 4    // change the gradients
 
-// A row of the host's table of tasks: addresses; those of vectors are relative to `came`, in bytes.
-struct Task {
-    Int weight, grad, factor_size, factor, v, u, sigma;
+// A row of the host's table of jobs. Addresses of vectors are in bytes, relative to `came`. `grad`
+// is 0 if there is no gradient. `factor` and `target` are the bits of a double where their size is
+// 0, else the address of a number of that size. Power 0 is the paper's penalty.
+struct Row {
+    Int weight, grad, factor_size, factor, target_size, target, power, v, u, sigma;
 };
 
 // A row of the host's table of matrices. Places are in elements of the scratch or the results.
 struct Matrix {
-    Int task, entry;                   // its place in the task's stack
+    Int job, entry;                    // its place in the job's stack
     Int rows, columns;
     Int block_rows, tile_rows, width;  // width: threads that share a row, a power of two
     Int row_block, row_blocks;         // the first of its blocks in `rows` and `apply`, their number
@@ -56,7 +58,7 @@ struct Matrix {
 };
 
 #define PARAMETERS                                                                          \
-    const Task *__restrict__ tasks, const Matrix *__restrict__ matrices,                    \
+    const Row *__restrict__ jobs, const Matrix *__restrict__ matrices,                      \
         const Int *__restrict__ work, const char *came, Real *out, Real *scratch, Int flags
 
 static __device__ __forceinline__ Real real(float x) { return static_cast<Real>(x); }
@@ -70,7 +72,7 @@ static __device__ __forceinline__ Sum wide(__half x) { return wide(__half2float(
 
 static __device__ __forceinline__ Real absolute(Real x) { return x < 0 ? -x : x; }
 
-// The sum over `lanes` neighbours, a power of two, in each of them. All threads of a warp call it.
+// Return the sum over `lanes` neighbours, a power of two. All threads of a warp call it.
 static __device__ __forceinline__ Real lanes_sum(Real value, int lanes)
 {
     for (int other = lanes / 2; other > 0; other /= 2)
@@ -78,12 +80,12 @@ static __device__ __forceinline__ Real lanes_sum(Real value, int lanes)
     return value;
 }
 
-// The sum over the block, in each thread of it.
+// Return the sum over the block in each thread of it.
 static __device__ __forceinline__ Real block_sum(Real value)
 {
     __shared__ Real of_warp[WARPS];
     value = lanes_sum(value, WARP);
-    __syncthreads();  // whoever reads the sum before
+    __syncthreads();  // for threads that still read the sum before
     if (threadIdx.x % WARP == 0) of_warp[threadIdx.x / WARP] = value;
     __syncthreads();
     Real total = 0;
@@ -98,7 +100,7 @@ static __device__ __forceinline__ Real total(const Real *values, int count)
     return block_sum(sum);
 }
 
-// 1/|x| from |x|^2 as in power.py: zero for zero, NaN where the square is not finite.
+// Return 1/|x| from |x|^2, as the core: zero for zero, NaN where the square is not finite.
 static __device__ __forceinline__ Real inverse_length(Real square)
 {
     return sqrt(square) / (square + static_cast<Real>(SPECTRAL_TINY));
@@ -109,7 +111,7 @@ static __device__ __forceinline__ const Real *came_vector(const char *came, Int 
     return reinterpret_cast<const Real *>(came + bytes) + elements;
 }
 
-// x = W v of some rows: `width` threads share a row, and so read along it.
+// Compute x = W v of some rows: `width` threads share a row, and so read along it.
 static __device__ __forceinline__ void products(
     const Weight *__restrict__ W, const Real *__restrict__ v, int height, int n, int width, Real *x)
 {
@@ -137,7 +139,7 @@ static __device__ __forceinline__ void products(
     __syncthreads();
 }
 
-// The largest |x|, and `before` if that is larger. NaN is passed over: it shows in the products.
+// Return the largest |x|, or `before` if that is larger. A NaN is skipped: the products show it.
 static __device__ __forceinline__ Real largest(const Real *x, int height, Real before)
 {
     __shared__ Real found;
@@ -160,17 +162,18 @@ static __device__ __forceinline__ int end_of(int first, const Matrix &M)
     return first + M.block_rows < M.rows ? first + M.block_rows : M.rows;
 }
 
-// A tile of rows is small enough for the second look at it to find it in a cache. W^T x has the size of sigma squared, which float32 does not hold where sigma itself is in range.
-// So the partial sums are those of x over its largest element so far.
+// A tile of rows is small enough to be in a cache when it is read again. W^T x has the size of sigma
+// squared, which can leave the range of float32 where sigma does not. So the partial sums are those
+// of x over its largest element so far.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) spectral_rows(PARAMETERS)
 {
     __shared__ Real x[MAX_TILE];
     const Matrix &M = matrices[work[blockIdx.x]];
-    const Task &task = tasks[M.task];
+    const Row &job = jobs[M.job];
     const int thread = threadIdx.x, block = blockIdx.x - M.row_block, n = M.columns;
     const int first = block * M.block_rows, end = end_of(first, M);
-    const Weight *W = reinterpret_cast<const Weight *>(task.weight) + (M.entry * M.rows + first) * n;
-    const Real *v = flags & FIRST ? came_vector(came, task.v, M.entry * n) : out + M.out_v;
+    const Weight *W = reinterpret_cast<const Weight *>(job.weight) + (M.entry * M.rows + first) * n;
+    const Real *v = flags & FIRST ? came_vector(came, job.v, M.entry * n) : out + M.out_v;
     Real *partial = scratch + M.partial + static_cast<Int>(block) * n;
     Real square = 0, scale = 0;
 #pragma unroll 1
@@ -195,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) spectral_rows(PARA
             for (int i = 0; i < height; ++i, down += n) sum += x[i] * real(*down);
             partial[j] = sum;
         }
-        // The next tile takes x only behind a barrier in `products`.
+        // The next tile writes x only after a barrier in `products`.
     }
     square = block_sum(square);
     if (thread == 0) {
@@ -229,37 +232,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) spectral_columns(P
     }
 }
 
-// What `apply` multiplies: u = x * of_x, v = y * of_y.
+// The factors of `apply`: u = x * of_x, v = y * of_y.
 struct Term {
     const Real *x, *y;
     Real of_x, of_y, sigma;
 };
 
-static __device__ __forceinline__ Term last_term(const Task &task, const Matrix &M, const char *came)
+static __device__ __forceinline__ Term last_term(const Row &job, const Matrix &M, const char *came)
 {
-    return {came_vector(came, task.u, M.entry * M.rows),
-            came_vector(came, task.v, M.entry * M.columns), 1, 1,
-            *came_vector(came, task.sigma, M.entry)};
+    return {came_vector(came, job.u, M.entry * M.rows),
+            came_vector(came, job.v, M.entry * M.columns), 1, 1,
+            *came_vector(came, job.sigma, M.entry)};
 }
 
 static __device__ __forceinline__ Term fresh_term(
-    const Task &task, const Matrix &M, const char *came, const Real *out, const Real *scratch,
+    const Row &job, const Matrix &M, const char *came, const Real *out, const Real *scratch,
     Int flags)
 {
     const Real of_x = inverse_length(total(scratch + M.x_squares, M.row_blocks));
     const Real square = total(scratch + M.y_squares, M.column_blocks);
     const Real of_y = inverse_length(square);
     if (of_y > 0) return {scratch + M.x, scratch + M.y, of_x, of_y, sqrt(square)};
-    // v stays. It may lie where this kernel writes it: then the same numbers are written.
-    const Real *v = flags & FIRST ? came_vector(came, task.v, M.entry * M.columns) : out + M.out_v;
+    // v stays. If this kernel writes it to where it is, it writes the same numbers.
+    const Real *v = flags & FIRST ? came_vector(came, job.v, M.entry * M.columns) : out + M.out_v;
     return {scratch + M.x, v, of_x, 1, sqrt(square)};
 }
 
-static __device__ __forceinline__ Real factor_of(const Task &task)
+static __device__ __forceinline__ Real number(Int size, Int bits)
 {
-    if (task.factor_size == 4) return static_cast<Real>(*reinterpret_cast<const float *>(task.factor));
-    if (task.factor_size == 8) return static_cast<Real>(*reinterpret_cast<const double *>(task.factor));
-    return static_cast<Real>(__longlong_as_double(task.factor));  // a Python float
+    if (size == 4) return static_cast<Real>(*reinterpret_cast<const float *>(bits));
+    if (size == 8) return static_cast<Real>(*reinterpret_cast<const double *>(bits));
+    return static_cast<Real>(__longlong_as_double(bits));  // a Python float
+}
+
+// The derivative of the penalty by sigma. A comparison with NaN is false: a NaN stays NaN.
+static __device__ __forceinline__ Real slope(const Row &job, Real sigma)
+{
+    if (job.power == 0) return sigma;
+    const Real target = number(job.target_size, job.target);
+    if (sigma <= target) return 0;
+    return job.power == 1 ? 1 : sigma - target;
 }
 
 static __device__ __forceinline__ void add_row(
@@ -288,19 +300,20 @@ static __device__ __forceinline__ void add_row(
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) spectral_apply(PARAMETERS)
 {
     const Matrix &M = matrices[work[blockIdx.x]];
-    const Task &task = tasks[M.task];
+    const Row &job = jobs[M.job];
     const int thread = threadIdx.x, block = blockIdx.x - M.row_block, n = M.columns;
     const int first = block * M.block_rows, end = end_of(first, M);
     const int width = M.width, member = thread % width, groups = THREADS / width;
-    const Term term = flags & FRESH ? fresh_term(task, M, came, out, scratch, flags)
-                                    : last_term(task, M, came);
-    const Real weight = factor_of(task) * term.sigma;
-    Grad *G = reinterpret_cast<Grad *>(task.grad) + M.entry * M.rows * n;
+    const Term term = flags & FRESH ? fresh_term(job, M, came, out, scratch, flags)
+                                    : last_term(job, M, came);
+    const Real weight = number(job.factor_size, job.factor) * slope(job, term.sigma);
+    const bool add = flags & ADD && job.grad;
+    Grad *G = reinterpret_cast<Grad *>(job.grad) + M.entry * M.rows * n;
 #pragma unroll 1
     for (int row = first + thread / width; row < end; row += groups) {
         const Real u = term.x[row] * term.of_x;
         if (flags & FRESH && member == 0) out[M.out_u + row] = u;
-        if (flags & ADD)
+        if (add)
             add_row(G + static_cast<Int>(row) * n, u * weight, term.y, term.of_y, n, member, width);
     }
     if (flags & FRESH && block == 0) {

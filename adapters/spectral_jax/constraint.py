@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import optax
+from spectral_core.penalty import factors_of
+from spectral_core.regularizer import part_of, with_part
 
 import spectral_core as sc
 from spectral_core.errors import checked_int
-from spectral_core.penalty import factors_of
-from spectral_core.regularizer import part_of, with_part
 
 from .products import refresh
 from .selection import choose, named_leaves

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-
-from spectral_core import PowerIteration
-from spectral_core._arrays import cast, conj, traits
 from spectral_core.block import iterated_rows
 from spectral_core.layout import reshaped
 from spectral_core.power import iterated
 from spectral_core.step import Advance, Task, plain_step
+
+from spectral_core import PowerIteration
+from spectral_core._arrays import cast, conj, traits
 
 Axes = tuple[int, ...]
 

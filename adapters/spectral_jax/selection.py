@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
-
-from spectral_core import Layout, NamesError
 from spectral_core.layout import as_layout
 from spectral_core.patterns import by_name
+
+from spectral_core import Layout, NamesError
 
 Path: TypeAlias = tuple[Any, ...]
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-import spectral_core as sc
 from spectral_core.penalty import Factor
 from spectral_core.watch import Log, Look
+
+import spectral_core as sc
 
 from .transformation import sigmas, states
 

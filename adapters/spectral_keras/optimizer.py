@@ -15,11 +15,11 @@ from typing import Any
 
 import keras
 import numpy as np
+from spectral_core.patterns import by_name
+from spectral_core.penalty import check_factor, check_power, factors_of
 
 import spectral_core as sc
 from spectral_core.errors import checked_int
-from spectral_core.patterns import by_name
-from spectral_core.penalty import check_factor, check_power, factors_of
 
 from .selection import Choice, Variable, Weights, choose
 

@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 
 import keras
 from keras import layers as kl
-
-from spectral_core import Layout, NamesError
 from spectral_core.layout import as_layout
 from spectral_core.patterns import by_name
+
+from spectral_core import Layout, NamesError
 
 Variable: TypeAlias = Any
 Choice: TypeAlias = "str | Iterable[str] | Callable[[str, Variable], bool]"

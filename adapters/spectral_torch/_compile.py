@@ -1,8 +1,8 @@
 """Put a step into a graph of `torch.compile` as one operation.
 
-The kernels are compiled already: there is nothing in them for `torch.compile` to trace. An operation
-can receive only tensors, numbers and text. The names and layouts of the weights are therefore text,
-and a number finds the engines that run the step.
+The kernels are compiled already: there is nothing in them for `torch.compile` to trace. An
+operation can receive only tensors, numbers and text. The names and layouts of the weights are
+therefore text, and a number finds the engines that run the step.
 """
 
 from __future__ import annotations

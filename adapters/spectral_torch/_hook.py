@@ -73,7 +73,10 @@ class OptimizerHook:
         return {**vars(self), "_handles": None, "_jobs": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        fresh = {"_handles": WeakKeyDictionary(), "_jobs": JobCache(engines(kernels=state["_kernels"]))}
+        fresh = {
+            "_handles": WeakKeyDictionary(),
+            "_jobs": JobCache(engines(kernels=state["_kernels"])),
+        }
         vars(self).update({**state, **fresh})
 
     def attach(self: _Self, *optimizers: Optimizer) -> _Self:

@@ -40,8 +40,8 @@ class JobCache:
     """Keep the jobs of each optimizer, and rebuild them only where something has changed.
 
     Validation is skipped while nothing it depends on has changed: the same parameters at the same
-    addresses, gradients of the same dtype, shape and strides. On a CPU the checks of a small network
-    would otherwise cost more than its step.
+    addresses, gradients of the same dtype, shape and strides. On a CPU the checks of a small
+    network would otherwise cost more than its step.
 
     Parameters
     ----------

@@ -31,14 +31,14 @@ from ._jobs import Penalty, release, write_back
 from ._select import Model
 from .engines.dtensor import is_sharded, penalty_at
 
-
 _AS_IT_IS: AbstractContextManager[object] = nullcontext()
 
 
 class SpectralNormRegularizer(OptimizerHook):
     r"""Add λσuvᵀ to the gradient of every weight matrix before the optimizer steps.
 
-    This minimizes :math:`L + \frac{λ}{2} \sum_ℓ σ(W^ℓ)^2` by Algorithm 1 of Yoshida & Miyato (2017).
+    This minimizes :math:`L + \frac{λ}{2} \sum_ℓ σ(W^ℓ)^2` by Algorithm 1 of Yoshida & Miyato
+    (2017).
 
     Parameters
     ----------
@@ -61,8 +61,8 @@ class SpectralNormRegularizer(OptimizerHook):
         overtakes it. They cost many small operations (`spectral_core.block_iteration`).
     every_n_steps : int
         Iterate only in every n-th step of a weight. The steps between add the term of the last
-        iteration again: they read no weight, and σ, u and v are up to n − 1 steps old. A step that a
-        GradScaler makes a fused optimizer skip counts, although its iteration is undone.
+        iteration again: they read no weight, and σ, u and v are up to n − 1 steps old. A step that
+        a GradScaler makes a fused optimizer skip counts, although its iteration is undone.
     warmup_iters : int
         Power iterations at construction, so that the first steps have good vectors. The paper has
         none: 0.
@@ -279,7 +279,7 @@ class SpectralNormRegularizer(OptimizerHook):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if kwargs.get("grad_scaler") is not None:
             raise sc.ArgumentError(
-                f"{type(optimizer).__name__} takes the GradScaler itself: detach the regularizer, "
+                f"{type(optimizer).__name__} receives the GradScaler itself: detach the regularizer, "
                 "and between scaler.unscale_(optimizer) and the step call add_gradients_()"
             )
         if callable(kwargs.get("closure")):

@@ -30,7 +30,7 @@ _VECTORS = {"float32": "float32", "float64": "float64", "uint16": "float32"}
 
 
 class Memory(NamedTuple):
-    """How to find the arrays of a library in memory."""
+    """Functions that find the arrays of a library in memory."""
 
     address: Callable[[Array], int]
     plain: Callable[[Array], bool]  # True if the elements are contiguous, and stored as they are
@@ -201,9 +201,7 @@ class _Launch:
             addresses = [addresses[place] for place in self.places]
         self.division.place_grads(self.matrices, addresses)
 
-    def numbers(
-        self, jobs: Sequence[Job]
-    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def numbers(self, jobs: Sequence[Job]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Return λ of each matrix, and target and power: power 0 stands for the paper's penalty.
 
         They are kept while the numbers of a `JobList` are the same, and none is a tensor.
@@ -263,7 +261,6 @@ class Division:
         element, vector = self.like.itemsize, self.scratch.itemsize
         strides = [element * m * n, element * m * n, vector * n, vector * m, vector + 0 * m]
         self._offsets = within[:, None] * np.stack(strides, axis=1)
-
 
     def of_each(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Return the value of each job for each of its matrices."""

@@ -138,7 +138,7 @@ def _inverse(length):
 def _normalize(parts, n, v, u):
     """Normalize u = Wv and the sum of the ``parts`` of Wᵀu, and return σ.
 
-    v stays as it was where σ is zero or not finite.
+    v does not change where σ is zero or not finite.
     """
     w = parts[:n]
     for start in range(n, parts.size, n):

@@ -1,4 +1,4 @@
-"""One model, ten steps, the same numbers on every backend."""
+"""One model gives the same numbers after ten steps on every backend."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ FACTOR = {"conv.*": 0.1, "dense.flax": 0, "*": 0.3}
 
 
 def train(backend, dtype, in_place=False):
-    """Ten steps of gradient descent on a quadratic loss; all that came out of it, in NumPy."""
+    """Make ten steps of gradient descent on a quadratic loss; return all results in NumPy."""
     rng = np.random.default_rng(0)
     weights = {name: gaussian(rng, *shape, dtype=dtype) for name, shape in SHAPES.items()}
     targets = {name: gaussian(rng, *shape, dtype=dtype) for name, shape in SHAPES.items()}
@@ -65,14 +65,14 @@ def assert_agree(found, expected, precision):
             np.testing.assert_allclose(one[name], other[name], rtol=precision, err_msg=name)
     for one, other in zip(found[1:], expected[1:], strict=True):
         for name in SHAPES:
-            # Of unit vectors and of weights about 1.
+            # Unit vectors, and weights of about 1.
             np.testing.assert_allclose(
                 one[name], other[name], rtol=precision, atol=precision, err_msg=name
             )
 
 
 @PRECISIONS
-def test_same_as_numpy(backend, dtype, precision):
+def test_every_backend_equals_numpy(backend, dtype, precision):
     expected = train(get("numpy"), dtype)
     assert_agree(train(backend, dtype), expected, precision)
     if backend.in_place:

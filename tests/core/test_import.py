@@ -15,11 +15,11 @@ from spectral_core import errors
 
 FRAMEWORKS = ("array_api_strict", "cupy", "jax", "scipy", "torch")
 FUNCTIONS = [name for name in sc.__all__ if inspect.isfunction(getattr(sc, name))]
-MODULES = [module.name for module in pkgutil.iter_modules(sc.__path__)]
+MODULES = [module.name for module in pkgutil.walk_packages(sc.__path__, "spectral_core.")]
 
 
 def python(code):
-    """What a fresh interpreter prints, which finds the package where this one did."""
+    """Return what a fresh interpreter prints, with the same package as this one."""
     env = {**os.environ, "PYTHONPATH": str(Path(sc.__file__).parents[1])}
     return subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
@@ -42,7 +42,7 @@ print(sorted(set(sys.modules) & set({FRAMEWORKS})))
     assert found.splitlines() == ["[]", "[]"]
 
 
-# What an adapter works with, but does not need: only its user loads it.
+# An adapter works with these, but only its user imports them.
 STACKS = ("accelerate", "equinox", "flax", "haiku", "keras", "lightning", "numba", "skorch")
 STACKS += ("orbax", "tensorboard", "torch", "transformers", "jax", "matplotlib")
 
@@ -51,7 +51,7 @@ STACKS += ("orbax", "tensorboard", "torch", "transformers", "jax", "matplotlib")
     ("adapter", "needs"),
     [("spectral_torch", {"torch", "numba"}), ("spectral_jax", {"jax"})],
 )
-def test_an_adapter_imports_its_own_framework_alone(adapter, needs):
+def test_adapter_imports_only_its_own_framework(adapter, needs):
     pytest.importorskip(adapter.replace("spectral_", ""), reason=f"{adapter} needs its framework")
     adapters = Path(sc.__file__).parents[1] / "adapters"
     code = f"""
@@ -63,12 +63,18 @@ print(*set(sys.modules) & set({STACKS}))
     assert set(python(code).split()) <= needs
 
 
-def test_import_is_quick():
-    code = "from time import perf_counter as t; a = t(); import spectral_core; print(t() - a)"
-    seconds = []
-    while len(seconds) < 8 and min(seconds, default=1) >= 0.3:  # the machine may be busy
-        seconds.append(float(python(code)))
-    assert min(seconds) < 0.3, seconds
+def test_import_loads_numpy_and_array_api_compat_alone():
+    """A slow import is one that loads much: benchmarks/ measures the seconds."""
+    code = """
+import sys
+import numpy
+before = set(sys.modules)
+import spectral_core
+print(*set(sys.modules) - before)
+"""
+    loaded = {name.partition(".")[0] for name in python(code).split()}
+    assert loaded - sys.stdlib_module_names == {"spectral_core", "array_api_compat"}
+    assert not loaded & {"asyncio", "concurrent", "multiprocessing", "unittest", "urllib"}
 
 
 def test_all_is_complete_and_sorted():
@@ -81,12 +87,12 @@ def test_all_is_complete_and_sorted():
     assert list(sc.__all__) == sorted(sc.__all__)
 
 
-def test_every_name_is_of_this_package():
+def test_every_name_is_defined_in_this_package():
     for name in sc.__all__:
         assert getattr(sc, name).__module__.startswith("spectral_core.")
 
 
-def test_version():
+def test_version_is_a_number():
     assert all(part.isdigit() for part in sc.__version__.split(".")[:2])
 
 
@@ -107,9 +113,9 @@ def test_classes_are_documented(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name):
-    if name.startswith("numba"):
+    if ".numba" in name:
         pytest.importorskip("numba", reason="Numba is not installed")
-    module = importlib.import_module(f"spectral_core.{name}")
+    module = importlib.import_module(name)
     assert doctest.testmod(module).failed == 0
 
 
@@ -119,7 +125,7 @@ def test_every_function_has_an_example(name):
     assert found.examples
 
 
-def test_errors_are_also_the_built_in_ones():
+def test_errors_derive_from_built_in_errors():
     found = [cls for cls in vars(errors).values() if inspect.isclass(cls)]
     assert len(found) == 6
     assert set(found) <= {getattr(sc, name) for name in sc.__all__}
@@ -128,5 +134,5 @@ def test_errors_are_also_the_built_in_ones():
         assert cls is sc.SpectralError or issubclass(cls, ValueError | TypeError)
 
 
-def test_is_typed():
+def test_package_is_typed():
     assert (Path(sc.__file__).parent / "py.typed").exists()

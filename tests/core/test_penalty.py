@@ -1,3 +1,5 @@
+"""The penalties, their slopes and their gradients."""
+
 import re
 
 import numpy as np
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 import spectral_core as sc
 from backends import gaussian, get, matrix, on, outer, unit
 from spectral_core import penalty, penalty_at, power_iteration, rank_one
+from spectral_core._penalty import Slope, is_paper, same_slope, slope_of
 
 CASES = pytest.mark.parametrize(
     ("shape", "dtype"),
@@ -31,13 +34,13 @@ def problem(backend, shape, dtype):
 
 
 def half_squared_norm(W, u):
-    """½‖Wᴴu‖² by elementwise operations alone."""
+    """Return ½‖Wᴴu‖² by elementwise operations alone."""
     WHu = (W.conj() * u[..., None]).sum(-2)
     return (WHu * WHu.conj()).real.sum() / 2
 
 
 @CASES
-def test_rank_one_is_the_outer_product(backend, shape, dtype):
+def test_rank_one_equals_the_outer_product(backend, shape, dtype):
     _, triple = problem(backend, shape, dtype)
     expected = 0.3 * outer(*(backend.to_numpy(part) for part in triple))
     term = rank_one(*triple, factor=0.3)
@@ -96,7 +99,7 @@ def test_converged_rank_one_is_the_gradient_of_half_sigma_squared(shape, dtype):
             assert part(term[index]) == pytest.approx(difference, rel=1e-6, abs=1e-8)
 
 
-def test_penalty_at_is_the_penalty_at_its_own_u(backend):
+def test_penalty_at_equals_the_penalty_at_its_own_u(backend):
     W, triple = problem(backend, (2, 4, 6), "float64")
     expected = 0.3 / 2 * np.sum(backend.to_numpy(triple.sigma) ** 2)
     assert float(penalty_at(W, triple.u, factor=0.3)) == pytest.approx(expected, rel=1e-13)
@@ -120,19 +123,19 @@ def test_penalty_at_of_a_half_precision_weight_is_float32(backend):
     st.dictionaries(st.sampled_from("abcd"), st.lists(st.floats(0, 1e3), max_size=3), min_size=1),
     st.floats(0, 10),
 )
-def test_penalty_is_the_sum_of_squares(sigmas, factor):
+def test_penalty_equals_the_sum_of_squares(sigmas, factor):
     arrays = {name: np.array(values) for name, values in sigmas.items()}
     total = sum(value**2 for values in sigmas.values() for value in values)
     assert penalty(arrays, factor=factor) == pytest.approx(factor / 2 * total, rel=1e-12)
 
 
-def test_penalty_takes_a_factor_of_each_name(backend):
+def test_each_name_can_have_its_own_factor(backend):
     sigma = {"a.x": backend.asarray(np.array(2.0)), "b": backend.asarray(np.array([1.0, 3.0]))}
     value = penalty(sigma, factor={"a.*": 0.1, "b": backend.asarray(np.array(0.2))})
     assert float(value) == pytest.approx(0.1 / 2 * 4 + 0.2 / 2 * 10)
 
 
-def test_penalty_needs_a_factor_of_each_name():
+def test_name_without_a_factor_raises():
     with pytest.raises(sc.NamesError, match=r"no entry for \['b'\]"):
         penalty({"a": np.array(1.0), "b": np.array(1.0)}, factor={"a": 1.0})
 
@@ -140,7 +143,7 @@ def test_penalty_needs_a_factor_of_each_name():
 @pytest.mark.parametrize(
     "factor", [-0.1, np.nan, np.inf, "0.1", None, True, 1j, np.ones(1)], ids=repr
 )
-def test_errors_about_factor(factor):
+def test_wrong_factor_raises(factor):
     words = re.escape("factor must be a finite number ≥ 0 or an array of shape ()")
     one, vector = np.array(1.0), np.ones(1)
     with pytest.raises(sc.ArgumentError, match=words) as error:
@@ -154,7 +157,7 @@ def test_errors_about_factor(factor):
         penalty({"a": one}, factor={"a": factor})
 
 
-# The family: a hinge at a target, and a penalty in σ itself
+# The family of penalties: a hinge at a target, and a penalty linear in σ
 
 FAMILY = pytest.mark.parametrize(
     ("target", "power"), [(0.0, 1), (1.5, 1), (1.5, 2), (100.0, 2)], ids=str
@@ -162,14 +165,14 @@ FAMILY = pytest.mark.parametrize(
 
 
 def by_hand(sigma, target, power):
-    """The value and its derivative."""
+    """Return the value and its derivative."""
     over = max(0.0, sigma - target)
     return over**power / power, over if power == 2 else float(sigma > target)
 
 
 @FAMILY
 @CASES
-def test_the_familys_value_slope_and_term(backend, shape, dtype, target, power):
+def test_family_has_the_defined_value_slope_and_term(backend, shape, dtype, target, power):
     W, triple = problem(backend, shape, dtype)
     sigma = backend.to_numpy(triple.sigma)
     pairs = [by_hand(s, target, power) for s in sigma.flat]
@@ -191,7 +194,7 @@ def test_the_familys_value_slope_and_term(backend, shape, dtype, target, power):
 @pytest.mark.parametrize("name", ["torch-cpu", "jax-cpu"])
 @FAMILY
 @CASES
-def test_the_familys_term_is_the_gradient(name, shape, dtype, target, power):
+def test_term_of_the_family_is_its_gradient(name, shape, dtype, target, power):
     backend = get(name)
     W, triple = problem(backend, shape, dtype)
     options = {"factor": 0.3, "target": target, "power": power}
@@ -210,7 +213,7 @@ def test_the_familys_term_is_the_gradient(name, shape, dtype, target, power):
 @on(module="torch")
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("target", [0.0, 1.0])
-def test_the_familys_gradient_at_zero_is_zero(backend, target, power):
+def test_gradient_of_the_family_at_zero_is_zero(backend, target, power):
     W = backend.asarray(np.zeros((2, 3))).requires_grad_()
     u = backend.asarray(np.array([1.0, 0.0]))
     penalty_at(W, u, target=target, power=power).backward()
@@ -218,14 +221,14 @@ def test_the_familys_gradient_at_zero_is_zero(backend, target, power):
 
 
 @pytest.mark.parametrize("power", [1, 2])
-def test_the_familys_slope_of_what_is_not_a_number(backend, power):
+def test_slope_of_nan_is_nan(backend, power):
     sigma = backend.asarray(np.array([np.nan, 3.0]))
     slopes = backend.to_numpy(sc.slope(sigma, target=1.0, power=power))
     assert slopes[1] == (2.0 if power == 2 else 1.0)
-    assert np.isnan(slopes[0]) or power == 1  # there u and v say it
+    assert np.isnan(slopes[0]) or power == 1  # u and v are NaN there
 
 
-def test_a_target_may_be_an_array_and_one_of_each_name(backend):
+def test_target_can_be_an_array_and_differ_by_name(backend):
     target = {"a": backend.asarray(np.array(1.0), "float32"), "*": 2.0}
     sigma = {"a": backend.asarray(np.array(3.0), "float32"), "b": backend.asarray(np.array(3.0))}
     assert float(penalty(sigma, factor=1.0, target=target)) == pytest.approx(2.0 + 0.5)
@@ -233,7 +236,7 @@ def test_a_target_may_be_an_array_and_one_of_each_name(backend):
     assert backend.dtype_name(narrow) == "float32"
 
 
-def test_errors_about_target_and_power():
+def test_wrong_target_and_power_raise():
     one, vector = np.array(1.0), np.ones(1)
     for target in (-1.0, np.nan, "1"):
         with pytest.raises(sc.ArgumentError, match="target must be a finite number ≥ 0"):
@@ -249,3 +252,24 @@ def test_errors_about_target_and_power():
             sc.slope(one, power=power)
         with pytest.raises(sc.ArgumentError, match="power must be 1 or 2"):
             rank_one(one, vector, vector, power=power)
+
+
+def test_slope_is_none_for_the_papers_penalty():
+    names = dict.fromkeys("ab")
+    assert slope_of(0.0, 2, names) == slope_of(0, 2, names) == {"a": None, "b": None}
+    assert slope_of({"a": 1.0, "*": 0.0}, 2, names) == {"a": Slope(1.0, 2), "b": None}
+    assert slope_of(0.0, 1, names) == dict.fromkeys("ab", Slope(0.0, 1))
+    array = np.asarray(1.0)
+    assert not is_paper(array, 2)
+
+
+def test_slopes_with_equal_numbers_are_the_same(backend):
+    one, other = (backend.asarray(np.array(1.0)) for _ in range(2))
+    assert same_slope(None, None)
+    assert not same_slope(None, Slope(0.0, 1))
+    assert same_slope(Slope(1.0, 2), Slope(1.0, 2))
+    assert not same_slope(Slope(1.0, 2), Slope(1.0, 1))
+    assert not same_slope(Slope(1.0, 2), Slope(2.0, 2))
+    assert same_slope(Slope(one, 2), Slope(one, 2))
+    assert not same_slope(Slope(one, 2), Slope(other, 2))  # comparing would wait for the device
+    assert not same_slope(Slope(one, 2), Slope(1.0, 2))

@@ -1,4 +1,7 @@
+"""Power iteration with one vector: its properties, precision and errors."""
+
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +11,8 @@ from hypothesis import strategies as st
 import spectral_core as sc
 from backends import KINDS, gaussian, matrix, on, orthogonal, svd_norm, unit
 from spectral_core import power_iteration, start_vector
+from spectral_core._arrays import array_namespace, conj, traits
+from spectral_core._power import adjoint_times_rows, iterate_rows, times_rows
 
 DTYPES = ("float64", "complex128")
 PINNED_REAL = [-0.217253352533214, -0.9613108422094184, -0.16935892496026744]
@@ -20,7 +25,7 @@ GOLDEN = 3 * (1 + 5**0.5) / 2  # of [[3, 3], [0, 3]]: 4.8541…
 
 @st.composite
 def problems(draw):
-    """A matrix or a stack of them, of any of ``KINDS``, and a unit v for it."""
+    """Draw a matrix or a stack of any of ``KINDS``, and a unit v for it."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     m, n = draw(st.integers(1, 12)), draw(st.integers(1, 12))
     kind, dtype = draw(st.sampled_from(list(KINDS))), draw(st.sampled_from(DTYPES))
@@ -43,14 +48,14 @@ def adjoint(W):
 
 
 def same(triple, other, atol=1e-9):
-    """σ, and u and v as unit vectors, are the same up to rounding that a step may amplify."""
+    """Assert that σ, u and v are equal up to rounding, which a step may amplify."""
     np.testing.assert_allclose(triple[0], other[0], rtol=1e-9)
     np.testing.assert_allclose(triple[1], other[1], atol=atol)
     np.testing.assert_allclose(triple[2], other[2], atol=atol)
 
 
 @given(problems())
-def test_estimate_lies_between_the_norm_of_the_product_and_sigma(problem):
+def test_estimate_is_between_the_norm_of_the_product_and_sigma(problem):
     W, v, _ = problem
     sigma = power_iteration(W, v).sigma
     assert np.all(sigma >= norm(product(W, v)) * (1 - 1e-13))
@@ -68,7 +73,7 @@ def test_estimate_never_falls(problem):
 
 
 @given(problems())
-def test_one_step_is_the_definition(problem):
+def test_one_iteration_follows_the_definition(problem):
     W, v, _ = problem
     sigma, u, new_v = power_iteration(W, v)
     Wv = product(W, v)
@@ -81,8 +86,44 @@ def test_one_step_is_the_definition(problem):
     np.testing.assert_allclose(norm(new_v), 1, rtol=1e-13)
 
 
+def unit_and_length(x, xp, guard):
+    """Return x/‖x‖, its inverse norm and its norm, as the iteration of one vector has it."""
+    square = x * x
+    if xp.isdtype(x.dtype, "complex floating"):
+        re_, im = xp.real(x), xp.imag(x)
+        square = re_ * re_ + im * im
+    square = xp.sum(square, axis=-1, keepdims=True)
+    length = xp.sqrt(square)
+    inverse = length / (square + guard)
+    return x * inverse, inverse, length[..., 0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+@pytest.mark.parametrize("shape", [(7, 5), (5, 300), (3, 4, 6), (2, 2, 9, 1)], ids=str)
+def test_one_vector_is_iterated_by_the_formulas_of_one_vector(backend, shape, dtype):
+    """Bit for bit: u = Wv/‖Wv‖, σ = ‖Wᴴu‖, v = Wᴴu/σ, as version 0.1.0 computed them."""
+    rng = np.random.default_rng(0)
+    W = backend.asarray(gaussian(rng, *shape, dtype=dtype))
+    start = v = backend.asarray(unit(rng, *shape[:-2], shape[-1], dtype=dtype))
+    xp = array_namespace(W)
+    kind = traits(W, xp, "W")
+    for _ in range(3):
+        Wv = W @ v if W.ndim == 2 else (W @ v[..., None])[..., 0]
+        u, _, _ = unit_and_length(Wv, xp, kind.tiny)
+        uH = conj(u, xp)
+        WHu = conj(uH @ W if W.ndim == 2 else (uH[..., None, :] @ W)[..., 0, :], xp)
+        v_next, inverse, sigma = unit_and_length(WHu, xp, kind.tiny)
+        v = xp.where(inverse > 0, v_next, v)
+    products = (partial(multiply, W, xp=xp) for multiply in (times_rows, adjoint_times_rows))
+    triplet = iterate_rows(*products, start[..., None, :], 3, kind, xp)
+    assert triplet.V.shape == (*shape[:-2], 1, shape[-1])
+    found = triplet.sigma, triplet.u, triplet.V[..., 0, :]
+    for part, expected in zip(found, (sigma, u, v), strict=True):
+        np.testing.assert_array_equal(backend.to_numpy(part), backend.to_numpy(expected))
+
+
 @given(problems(), st.integers(2, 5))
-def test_n_iter_is_that_many_calls(problem, k):
+def test_n_iter_equals_that_many_calls(problem, k):
     W, v, _ = problem
     together = power_iteration(W, v, n_iter=k)
     for _ in range(k):
@@ -92,7 +133,7 @@ def test_n_iter_is_that_many_calls(problem, k):
 
 
 @given(problems())
-def test_stack_is_its_matrices_one_by_one(problem):
+def test_stack_equals_its_matrices_one_by_one(problem):
     W, v, _ = problem
     triple = power_iteration(W, v)
     for index in np.ndindex(W.shape[:-2]):
@@ -100,7 +141,7 @@ def test_stack_is_its_matrices_one_by_one(problem):
 
 
 @given(problems(), st.floats(1e-3, 1e3))
-def test_scaling(problem, c):
+def test_scaling_the_matrix_scales_sigma(problem, c):
     W, v, _ = problem
     sigma, u, new_v = power_iteration(W, v)
     same(power_iteration(-c * W, v), (c * sigma, -u, new_v))
@@ -108,7 +149,7 @@ def test_scaling(problem, c):
 
 
 @given(problems())
-def test_phase_of_v(problem):
+def test_phase_of_v_passes_to_u(problem):
     W, v, rng = problem
     phase = np.exp(1j * rng.uniform(0, 6)) if np.iscomplexobj(W) else -1
     sigma, u, new_v = power_iteration(W, v)
@@ -116,7 +157,7 @@ def test_phase_of_v(problem):
 
 
 @given(problems())
-def test_unitary_invariance(problem):
+def test_unitary_matrices_rotate_the_vectors(problem):
     W, v, rng = problem
     m, n = W.shape[-2:]
     P, Q = (orthogonal(rng, k, k, W.dtype.name) for k in (m, n))
@@ -127,7 +168,7 @@ def test_unitary_invariance(problem):
 
 
 @given(problems())
-def test_permutation_of_rows_and_columns(problem):
+def test_permutations_of_the_matrix_permute_the_vectors(problem):
     W, v, rng = problem
     rows, columns = (rng.permutation(k) for k in W.shape[-2:])
     sigma, u, new_v = power_iteration(W, v)
@@ -136,7 +177,7 @@ def test_permutation_of_rows_and_columns(problem):
 
 
 @given(problems())
-def test_transposition_goes_on_where_the_matrix_stopped(problem):
+def test_transposed_matrix_continues_where_the_matrix_stopped(problem):
     W, v, _ = problem
     sigma, u, new_v = power_iteration(W, v)
     transposed = power_iteration(adjoint(W), u)
@@ -156,7 +197,7 @@ def test_converges_to_the_svd(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
-def test_golden_matrix(backend, dtype):
+def test_golden_matrix_has_the_known_sigma(backend, dtype):
     W = backend.asarray([[3, 3], [0, 3]], dtype)
     v = backend.asarray([1, 0.5], dtype)
     sigma, u, v = power_iteration(W, v, n_iter=20)
@@ -188,7 +229,7 @@ def test_bfloat16_iterates_in_float32(backend):
     half_precision_case(backend, "bfloat16")
 
 
-def test_no_overflow_in_half_precision():
+def test_half_precision_does_not_overflow():
     W = np.full((64, 64), 6e4, dtype="float16")
     assert power_iteration(W, np.ones(64, dtype="float32")).sigma == pytest.approx(
         64 * float(W[0, 0]), rel=1e-6
@@ -196,7 +237,7 @@ def test_no_overflow_in_half_precision():
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e18])
-def test_float32_range(scale):
+def test_sigma_is_right_at_the_ends_of_the_float32_range(scale):
     W = gaussian(np.random.default_rng(0), 4, 5)
     v = start_vector((5,), W.astype("float32"))
     expected = power_iteration(W, v.astype("float64"), n_iter=3).sigma
@@ -204,7 +245,7 @@ def test_float32_range(scale):
     assert float(sigma) == pytest.approx(expected * scale, rel=1e-2)
 
 
-def test_default_eps_changes_nothing_but_zero():
+def test_default_eps_changes_only_zero():
     rng = np.random.default_rng(0)
     W, v = gaussian(rng, 4, 5) * 1e-100, unit(rng, 5)
     for one, other in zip(power_iteration(W, v), power_iteration(W, v, eps=0.0), strict=True):
@@ -219,7 +260,7 @@ def test_eps_is_added_to_both_squared_norms():
     assert v[0] == pytest.approx(2.7**2 / (2.7**2 + 1))
 
 
-def test_zero_matrix(backend):
+def test_zero_matrix_keeps_v(backend):
     v = backend.asarray(unit(np.random.default_rng(0), 3))
     sigma, u, new_v = power_iteration(backend.asarray(np.zeros((2, 3))), v, n_iter=3)
     assert float(sigma) == 0
@@ -228,7 +269,7 @@ def test_zero_matrix(backend):
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-def test_bad_matrix_of_a_stack_is_alone(backend):
+def test_bad_matrix_of_a_stack_affects_no_other(backend):
     """One zero, one NaN, one infinite and one overflowing matrix between two sound ones."""
     rng = np.random.default_rng(0)
     W, v = gaussian(rng, 6, 3, 4), unit(rng, 6, 4)
@@ -248,14 +289,14 @@ def test_bad_matrix_of_a_stack_is_alone(backend):
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-def test_overflow_of_the_second_product_alone(backend):
+def test_overflow_of_the_second_product_keeps_v(backend):
     v = np.array([1e-100, 1.0])
     sigma, _, new_v = power_iteration(backend.asarray(np.diag([1e160, 1.0])), backend.asarray(v))
     assert float(sigma) == np.inf
     np.testing.assert_array_equal(backend.to_numpy(new_v), v)
 
 
-def test_inputs_stay_as_they_are(backend):
+def test_inputs_do_not_change(backend):
     rng = np.random.default_rng(0)
     W, v = gaussian(rng, 3, 4), unit(rng, 4)
     mine, my_v = backend.asarray(W), backend.asarray(v)
@@ -264,7 +305,7 @@ def test_inputs_stay_as_they_are(backend):
     np.testing.assert_array_equal(backend.to_numpy(my_v), v)
 
 
-def test_real_v_suits_a_complex_matrix(backend):
+def test_real_v_fits_a_complex_matrix(backend):
     rng = np.random.default_rng(0)
     W, v = gaussian(rng, 3, 4, dtype="complex128"), unit(rng, 4)
     real = power_iteration(backend.asarray(W), backend.asarray(v))
@@ -289,26 +330,26 @@ def test_real_v_suits_a_complex_matrix(backend):
         (np.ones((1, 1)), [1.0], sc.DTypeError, "builtins.list"),
     ],
 )
-def test_errors_about_arrays(W, v, error, words):
+def test_wrong_arrays_raise(W, v, error, words):
     with pytest.raises(error, match=".*".join(map(re.escape, words.split(".*")))):
         power_iteration(W, v)
 
 
 @pytest.mark.parametrize("n_iter", [0, -1, 1.5, 1.0, "2", None])
-def test_errors_about_n_iter(n_iter):
+def test_wrong_n_iter_raises(n_iter):
     words = f"n_iter must be an integer ≥ 1, not {n_iter!r}"
     with pytest.raises(sc.ArgumentError, match=re.escape(words)):
         power_iteration(np.eye(2), np.ones(2), n_iter=n_iter)
 
 
 @on("array-api-strict", "torch-cpu", "jax-cpu")
-def test_arrays_of_two_libraries(backend):
+def test_arrays_of_two_libraries_raise(backend):
     with pytest.raises(sc.DTypeError, match=r"arrays of one library.*numpy"):
         power_iteration(np.eye(2), backend.asarray(np.ones(2)))
 
 
 def test_start_vector_is_pinned():
-    """A change of the draw would part ranks and checkpoints from each other: pin it."""
+    """A change of the draw would make ranks and checkpoints differ, so it is pinned."""
     real = start_vector((3,), np.zeros((2, 3)), seed=7, name="layer.weight")
     complex_ = start_vector((2,), np.zeros((2, 2), dtype="complex128"), seed=7, name="layer.weight")
     np.testing.assert_allclose(real, PINNED_REAL, rtol=1e-12)
@@ -317,7 +358,7 @@ def test_start_vector_is_pinned():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 5)], ids=str)
-def test_start_vectors_are_unit_and_the_same_everywhere(backend, dtype, shape):
+def test_start_vectors_are_unit_and_equal_on_every_backend(backend, dtype, shape):
     v = start_vector(shape, backend.asarray(np.zeros((2, 2)), dtype), seed=3, name="w")
     wide = "complex128" if dtype.startswith("complex") else "float64"
     expected = start_vector(shape, np.zeros((2, 2), wide), seed=3, name="w")
@@ -341,11 +382,11 @@ def test_start_vectors_of_a_stack_differ():
 
 
 @pytest.mark.parametrize("seed", [-1, 0.5, "x", None])
-def test_errors_about_seed(seed):
+def test_wrong_seed_raises(seed):
     with pytest.raises(sc.ArgumentError, match=f"seed must be an integer ≥ 0, not {seed!r}"):
         start_vector((3,), np.zeros(3), seed=seed)
 
 
-def test_start_vector_names_the_weight_in_an_error():
+def test_start_vector_error_names_the_weight():
     with pytest.raises(sc.DTypeError, match="weight 'count' has dtype int64"):
         start_vector((3,), np.zeros(3, dtype="int64"), name="count")

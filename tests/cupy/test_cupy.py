@@ -1,4 +1,4 @@
-"""The CuPy adapter: on a GPU against NumPy, and what it says where there is no CuPy."""
+"""Test the CuPy adapter: on a GPU against NumPy, and its error where there is no CuPy."""
 
 import subprocess
 import sys
@@ -18,10 +18,11 @@ def test_the_import_error_says_what_to_install():
     )
     assert done.returncode == 1
     assert "spectral_cupy needs CuPy" in done.stderr
+    assert 'pip install "spectral-core[cupy]"' in done.stderr
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "complex64"])
-def test_one_kernel_equals_the_core(dtype):
+def test_equals_the_core(dtype):
     get("cupy")  # or a skip that says why
     import cupy as cp
 
@@ -48,7 +49,7 @@ def test_one_kernel_equals_the_core(dtype):
 
 
 class CountingLaunches:
-    """The adapter's runtime, and the names of the kernels that it launched."""
+    """CuPy's runtime, which also notes the names of the kernels that it launched."""
 
     def __init__(self, runtime):
         self.runtime, self.launches = runtime, []
@@ -62,7 +63,7 @@ class CountingLaunches:
 
 
 def on_gpu(cp, shapes, dtype="float32", seed=0):
-    """Weights and gradients on the GPU, and the same on the host."""
+    """Return weights and gradients on the GPU, and the same on the host."""
     rng = np.random.default_rng(seed)
     host = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
     grads = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
@@ -89,13 +90,13 @@ def test_many_shapes_equal_the_core(dtype, n_iter):
     factors = {**factor, "conv": cp.asarray(0.25, dtype="float32")}
     core = sc.init(host, layouts=layouts)
     state = spectral_cupy.init(weights, layouts=layouts)
-    stepper = spectral_cupy.Stepper()
-    for kept in (None, stepper, stepper):
+    engine = spectral_cupy.CudaEngine()
+    for kept in (None, engine, engine):
         core = sc.add_gradient_(
             host, expected, core, factor={**factor, "conv": 0.25}, n_iter=n_iter
         )
         state = spectral_cupy.add_gradient_(
-            weights, grads, state, factor=factors, n_iter=n_iter, stepper=kept
+            weights, grads, state, factor=factors, n_iter=n_iter, engine=kept
         )
     tolerance = {"float16": 4e-3, "float32": 1e-4, "float64": 1e-11}[dtype]
     for name in shapes:
@@ -109,6 +110,36 @@ def test_many_shapes_equal_the_core(dtype, n_iter):
             np.testing.assert_allclose(
                 cp.asnumpy(found), wanted, rtol=tolerance, atol=tolerance, err_msg=name
             )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"target": 30.0}, {"power": 1}, {"target": 1e6}, {"target": {"dense": 1e6, "*": 1.0}}],
+    ids=str,
+)
+def test_hinges_and_power_one_equal_the_core(options):
+    get("cupy")
+    import cupy as cp
+
+    import spectral_cupy
+
+    shapes = {"conv": (12, 12, 3, 3), "dense": (300, 500), "hwio": (3, 3, 4, 8)}
+    weights, grads, host, expected = on_gpu(cp, shapes)
+    core = sc.init(host, layouts={"hwio": "hwio"})
+    state = spectral_cupy.init(weights, layouts={"hwio": "hwio"})
+    engine = spectral_cupy.CudaEngine()
+    on_device = dict(options)
+    if "target" in options and not isinstance(options["target"], dict):
+        on_device["target"] = cp.asarray(options["target"], dtype="float32")
+    for chosen in (options, on_device):
+        core = sc.add_gradient_(host, expected, core, factor=0.1, **options)
+        state = spectral_cupy.add_gradient_(
+            weights, grads, state, factor=0.1, engine=engine, **chosen
+        )
+    for name in shapes:
+        np.testing.assert_allclose(
+            cp.asnumpy(grads[name]), expected[name], rtol=1e-4, atol=1e-4, err_msg=name
+        )
 
 
 def test_zero_nan_inf_and_the_ends_of_the_range_on_the_gpu():
@@ -164,9 +195,9 @@ def test_launches_do_not_depend_on_the_number_of_weights():
     counts = []
     for n in (1, 40):
         weights, grads, _, _ = on_gpu(cp, {f"layer {i}": (12, 20 + i) for i in range(n)})
-        stepper = spectral_cupy.Stepper()
-        stepper._runtime = counting = CountingLaunches(stepper._runtime)
-        spectral_cupy.add_gradient_(weights, grads, spectral_cupy.init(weights), stepper=stepper)
+        engine = spectral_cupy.CudaEngine()
+        engine._runtime = counting = CountingLaunches(engine._runtime)
+        spectral_cupy.add_gradient_(weights, grads, spectral_cupy.init(weights), engine=engine)
         counts.append(len(counting.launches))
     assert counts == [3, 3]
 
@@ -184,34 +215,34 @@ def test_a_step_returns_before_the_device_is_ready_for_it(kept):
         "busy",
     )
     weights, grads, _, _ = on_gpu(cp, {f"layer {i}": (12, 20 + i) for i in range(40)})
-    stepper = spectral_cupy.Stepper() if kept else None
+    engine = spectral_cupy.CudaEngine() if kept else None
     with cp.cuda.Stream(non_blocking=True) as stream:
         state = spectral_cupy.init(weights)
         busy((1,), (1,), (np.int64(1),))
         for _ in range(3):  # compiles, and fills the pools: to allocate would wait
-            state = spectral_cupy.add_gradient_(weights, grads, state, stepper=stepper)
+            state = spectral_cupy.add_gradient_(weights, grads, state, engine=engine)
         stream.synchronize()
         busy((1,), (1,), (np.int64(3_000_000_000),))  # more than a second
-        state = spectral_cupy.add_gradient_(weights, grads, state, stepper=stepper)
+        state = spectral_cupy.add_gradient_(weights, grads, state, engine=engine)
         assert not stream.done
         stream.synchronize()
     assert bool(cp.isfinite(state.sigma["layer 0"]))
 
 
-def test_a_stepper_may_go_from_stream_to_stream():
+def test_an_engine_may_go_from_stream_to_stream():
     get("cupy")
     import cupy as cp
 
     import spectral_cupy
 
     weights, grads, host, expected = on_gpu(cp, {"dense": (300, 500), "conv": (12, 12, 3, 3)})
-    core, state, stepper = sc.init(host), spectral_cupy.init(weights), spectral_cupy.Stepper()
+    core, state, engine = sc.init(host), spectral_cupy.init(weights), spectral_cupy.CudaEngine()
     for _ in range(2):
         for stream in (cp.cuda.Stream(non_blocking=True), cp.cuda.Stream(non_blocking=True)):
             cp.cuda.Device().synchronize()
             with stream:
                 state = spectral_cupy.add_gradient_(
-                    weights, grads, state, factor=0.1, stepper=stepper
+                    weights, grads, state, factor=0.1, engine=engine
                 )
             core = sc.add_gradient_(host, expected, core, factor=0.1)
     cp.cuda.Device().synchronize()
@@ -225,6 +256,7 @@ def test_the_examples_of_the_docstrings():
 
     import spectral_cupy
 
-    found = doctest.testmod(spectral_cupy)
-    assert found.attempted > 0
-    assert found.failed == 0
+    for module in (spectral_cupy, sys.modules[spectral_cupy.CudaEngine.__module__]):
+        found = doctest.testmod(module)
+        assert found.attempted > 0
+        assert found.failed == 0

@@ -213,6 +213,11 @@ def on(*names, module=None, dtype=None, in_place=None):
     return pytest.mark.parametrize("backend", chosen, ids=str, indirect=True)
 
 
+def slow_on_jax(*values):
+    """Leave these values to the thorough profile on JAX, which compiles for each of them."""
+    return [pytest.param(value, marks=pytest.mark.thorough("jax-cpu")) for value in values]
+
+
 def get(name):
     """The backend of this name, or a skip of the test that asks."""
     (backend,) = (backend for backend in BACKENDS if backend.name == name)

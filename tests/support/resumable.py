@@ -1,6 +1,6 @@
 """A training run that may be killed at any time, and goes on from its last checkpoint.
 
-``python tests/support/resumable.py torch FOLDER 20`` makes 20 steps, with a checkpoint every third one.
+``python tests/support/resumable.py torch FOLDER 20`` makes 20 steps, and saves every third one.
 Before each step, and when a checkpoint is written but not yet in its place, it says so and waits
 for a line: at the end of the input it goes on at once.
 """
@@ -177,7 +177,9 @@ class Jax:
 
         self.jax = jax
         tx = optax.chain(
-            spectral_jax.add_spectral_norm_regularization(factor=FACTOR, every_n_steps=every_n_steps),
+            spectral_jax.add_spectral_norm_regularization(
+                factor=FACTOR, every_n_steps=every_n_steps
+            ),
             optax.adam(0.01),
         )
 

@@ -130,7 +130,9 @@ def test_a_training_run_with_the_hook_is_one_with_the_penalty_in_the_loss(target
 def test_a_line_search_sees_the_penalty_that_is_meant():
     model = nn.Linear(4, 3).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    SpectralNormRegularizer(model, factor=2.0, target=0.1, power=1, warmup_iters=300).attach(optimizer)
+    SpectralNormRegularizer(model, factor=2.0, target=0.1, power=1, warmup_iters=300).attach(
+        optimizer
+    )
 
     def closure():
         model.zero_grad()
@@ -277,7 +279,7 @@ def test_optimizers_scale_what_they_hold():
     assert torch.linalg.matrix_norm(model[1].weight.detach(), 2) < 0.11
 
 
-def test_attach_takes_one_optimizer_for_each_parameter():
+def test_attach_accepts_one_optimizer_for_each_parameter():
     model = nn.Linear(5, 4)
     of_weight, of_bias = (torch.optim.SGD([p], lr=0.1) for p in model.parameters())
     with pytest.raises(sc.ArgumentError, match="SGD holds none of the weights"):

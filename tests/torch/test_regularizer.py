@@ -191,7 +191,7 @@ def test_an_explicit_scale_multiplies_the_term():
     torch.testing.assert_close(8 * grads[0], grads[1])
 
 
-def test_an_optimizer_that_takes_the_scaler_itself_is_told_apart():
+def test_an_optimizer_that_receives_the_scaler_itself_is_refused():
     class Old(torch.optim.SGD):
         def step(self, closure=None, *, grad_scaler=None):
             raise AssertionError("the hook comes first")
@@ -200,7 +200,7 @@ def test_an_optimizer_that_takes_the_scaler_itself_is_told_apart():
     optimizer = Old(model.parameters(), lr=0.1)
     SpectralNormRegularizer(model).attach(optimizer)
     loss_of(model).backward()
-    with pytest.raises(sc.ArgumentError, match="Old takes the GradScaler itself"):
+    with pytest.raises(sc.ArgumentError, match="Old receives the GradScaler itself"):
         optimizer.step(grad_scaler=torch.amp.GradScaler("cpu"))
 
 

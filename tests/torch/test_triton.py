@@ -1,14 +1,16 @@
-"""The step in Triton kernels gives what the plain step gives.
+"""Test that the Triton engine gives what the reference engine gives.
 
-On a CUDA machine the kernels run. Elsewhere Triton interprets them, on CPU tensors; it must be told
-so before it is first imported, and no other test should meet it, so that happens in a process of
-its own (`test_in_triton_s_interpreter`). What a compiler says without a GPU is tested in another.
+On a CUDA machine the kernels run. Elsewhere Triton interprets them, on CPU tensors. Triton must be
+told so before it is first imported, and no other test should meet it, so that happens in a process
+of its own (`test_in_triton_s_interpreter`). Another process compiles without a GPU.
 """
 
+import copy as copies
 import importlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +19,25 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from spectral_core import ArgumentError, Layout, PowerIteration  # noqa: E402
-from spectral_core._arrays import array_namespace  # noqa: E402
-from spectral_core.layout import plan_of  # noqa: E402
-from spectral_core.step import Task, plain_step_  # noqa: E402
+from spectral_core import ArgumentError, Layout  # noqa: E402
+from spectral_core.engine import (  # noqa: E402
+    Job,
+    JobList,
+    ReferenceEngine,
+    Slope,
+    Triplet,
+    array_namespace,
+    plan_of,
+)
 
-triton_step = importlib.import_module("spectral_torch.triton_step")
+triton_engine = importlib.import_module("spectral_torch.engines.triton")
+graph_tables = importlib.import_module("spectral_torch.engines.graph_tables")
+TritonEngine = triton_engine.TritonEngine
+REFERENCE = ReferenceEngine(in_place=True)
 
 ROOT = Path(__file__).parents[2]
 CUDA = torch.cuda.is_available()
-INTERPRETED = not CUDA and triton_step.interpreted()
+INTERPRETED = not CUDA and triton_engine.interpreted()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 runs = pytest.mark.skipif(
     not (CUDA or INTERPRETED), reason="no GPU: runs in the process of the interpreter's test"
@@ -35,8 +46,19 @@ on_gpu = pytest.mark.skipif(not CUDA, reason="no CUDA GPU")
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
-def task(shape, dtype=f32, *, grad=None, layout=None, factor=0.1, scale=1.0, last=True, seed=0):
-    """A task of its own random numbers, on the device."""
+def job(
+    shape,
+    dtype=f32,
+    *,
+    grad=None,
+    layout=None,
+    factor=0.1,
+    slope=None,
+    scale=1.0,
+    last=True,
+    seed=0,
+):
+    """Return a job of its own random numbers, on the device."""
     generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
 
     def draw(shape):
@@ -44,52 +66,58 @@ def task(shape, dtype=f32, *, grad=None, layout=None, factor=0.1, scale=1.0, las
 
     plan = plan_of(layout or "oi" + "k" * (len(shape) - 2), shape, "w")
     iterated = f64 if dtype == f64 else f32
-    v = draw(plan.right)
-    v = (v / v.norm(dim=-1, keepdim=True)).to(DEVICE, iterated)
+    V = draw(plan.right)
+    V = (V / V.norm(dim=-1, keepdim=True)).unsqueeze(-2).to(DEVICE, iterated)
     weight = (draw(shape) * scale).to(DEVICE, dtype)
-    sigma, u = (torch.full(s, 0.5).to(v) for s in (plan.matrix[:-2], plan.matrix[:-1]))
+    sigma, u = (torch.full(s, 0.5).to(V) for s in (plan.stack, plan.left))
     gradient = draw(shape).to(DEVICE, grad or dtype)
-    triple = PowerIteration(sigma, u, v) if last else None
-    return Task("w", weight, gradient, v, factor, plan, array_namespace(weight), triple)
+    triplet = Triplet(sigma, u, V) if last else None
+    return Job("w", weight, gradient, V, factor, slope, plan, array_namespace(weight), triplet)
 
 
 def copy(one):
-    """The same task, in memory of its own."""
-    v, last = one.v.clone(), one.last
+    """Return the same job, in memory of its own."""
+    V, last = one.V.clone(), one.last
     if last is not None:
-        last = PowerIteration(last.sigma.clone(), last.u.clone(), v)
-    return one._replace(grad=one.grad.clone(), v=v, last=last)
+        last = Triplet(last.sigma.clone(), last.u.clone(), V)
+    grad = None if one.grad is None else one.grad.clone()
+    return replace(one, grad=grad, V=V, last=last)
 
 
 def close(found, expected, rtol, atol):
     torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, equal_nan=True)
 
 
-def check(tasks, n_iter=1, step=None):
-    """The step of the tasks, beside the plain one of copies of them; returns what it gave."""
-    assert all(triton_step.takes(one) for one in tasks)
-    expected = plain_step_([copy(one) for one in tasks], n_iter)
-    found = (step or triton_step.TritonStep())(tasks, n_iter)
-    for one, grad, triple, grad_, triple_ in zip(
-        tasks, found.grads, found.triples, expected.grads, expected.triples, strict=True
+def check(jobs, n_iter=1, engine=None):
+    """Run the jobs beside the reference on copies of them, and return what the engine gave."""
+    engine = engine or TritonEngine()
+    assert all(engine.accepts(one) for one in jobs)
+    expected = REFERENCE.run([copy(one) for one in jobs], n_iter)
+    found = engine.run(jobs, n_iter)
+    for one, grad, triplet, grad_, triplet_ in zip(
+        jobs, found.grads, found.triplets, expected.grads, expected.triplets, strict=True
     ):
         assert grad is one.grad
-        rtol = 1e-12 if one.v.dtype == f64 else 2e-5
-        atol = 1e-13 if one.v.dtype == f64 else 2e-6
-        half = {bf16: 2**-7, f16: 2**-10}.get(grad.dtype, 0)  # a tie may go the other way
-        size = float(one.factor * triple_.sigma.max())  # of the term, which may cancel the gradient
-        for x, y, scale in zip(triple, triple_, (0, 1, 1), strict=True):
+        rtol = 1e-12 if one.V.dtype == f64 else 2e-5
+        atol = 1e-13 if one.V.dtype == f64 else 2e-6
+        for x, y, scale in zip(triplet, triplet_, (0, 1, 1), strict=True):
             assert (x.dtype, x.shape) == (y.dtype, y.shape)
             close(x, y, rtol, atol * scale)
+        if grad is None:
+            continue
+        half = {bf16: 2**-7, f16: 2**-10}.get(grad.dtype, 0)  # a tie may go the other way
+        size = float(
+            one.factor * triplet_.sigma.nan_to_num().max()
+        )  # the term may cancel the gradient
         close(grad, grad_, rtol + half, 5 * atol * max(1.0, size))
     return found
 
 
 @pytest.fixture(params=[1, 50])
 def processors(request, monkeypatch):
-    """A machine of few programs, and one of many: then there are many sums to add up."""
+    """A machine of few programs, and one of many: then there are many sums to add."""
     if INTERPRETED:
-        monkeypatch.setattr(triton_step, "_processors", lambda device: request.param)
+        monkeypatch.setattr(triton_engine, "_processors", lambda device: request.param)
     elif request.param != 1:
         pytest.skip("a GPU has the multiprocessors that it has")
 
@@ -109,46 +137,46 @@ MIXED = [
 
 @runs
 @pytest.mark.parametrize("dtype", [f32, f64, bf16, f16], ids=str)
-def test_equals_the_plain_step(dtype, processors):
-    check([task(shape, dtype, seed=i, **more) for i, (shape, more) in enumerate(MIXED)])
+def test_equals_the_reference(dtype, processors):
+    check([job(shape, dtype, seed=i, **more) for i, (shape, more) in enumerate(MIXED)])
 
 
 @runs
 def test_dtypes_beside_each_other():
     pairs = [(f32, f32), (f64, f64), (bf16, f32), (f32, bf16), (f16, f16), (f64, f32), (f32, f64)]
-    check([task((6, 40), W, grad=G, seed=i) for i, (W, G) in enumerate(pairs)])
+    check([job((6, 40), W, grad=G, seed=i) for i, (W, G) in enumerate(pairs)])
 
 
 @runs
 @pytest.mark.parametrize("shape", [(300, 500), (12, 4000), (3, 9000), (2, 16384), (2000, 24)])
 def test_sizes(shape, processors):
-    check([task(shape)])
+    check([job(shape)])
 
 
 @runs
 @pytest.mark.parametrize("n_iter", [0, 1, 3])
 def test_iterations(n_iter):
-    check([task((6, 40)), task((7, 5)), task((2, 3, 4), layout="soi")], n_iter)
+    check([job((6, 40)), job((7, 5)), job((2, 3, 4), layout="soi")], n_iter)
 
 
 @runs
 def test_zero_and_what_is_not_finite_are_their_own():
-    tasks = [task((4, 8), seed=i) for i in range(5)]
-    tasks[0].weight.zero_()
-    tasks[1].weight[2, 3] = torch.nan
-    tasks[2].weight[2, 3] = torch.inf
-    tasks[3].weight.fill_(3e38)
-    before = [one.v.clone() for one in tasks]
-    grads = [one.grad.clone() for one in tasks]
-    found = triton_step.TritonStep()(tasks, 2)
-    for one, v in zip(tasks[:4], before[:4], strict=True):
-        close(one.v, v, 0, 0)
+    jobs = [job((4, 8), seed=i) for i in range(5)]
+    jobs[0].weight.zero_()
+    jobs[1].weight[2, 3] = torch.nan
+    jobs[2].weight[2, 3] = torch.inf
+    jobs[3].weight.fill_(3e38)
+    before = [one.V.clone() for one in jobs]
+    grads = [one.grad.clone() for one in jobs]
+    found = TritonEngine().run(jobs, 2)
+    for one, v in zip(jobs[:4], before[:4], strict=True):
+        close(one.V, v, 0, 0)
     close(found.grads[0], grads[0], 0, 0)
-    assert found.triples[0].sigma == 0
-    assert not found.triples[0].u.any()
-    assert not any(found.triples[i].sigma.isfinite() for i in (1, 2, 3))
-    check([task((4, 8), seed=4)], 2)
-    expected = plain_step_([task((4, 8), seed=4)], 2)
+    assert found.triplets[0].sigma == 0
+    assert not found.triplets[0].u.any()
+    assert not any(found.triplets[i].sigma.isfinite() for i in (1, 2, 3))
+    check([job((4, 8), seed=4)], 2)
+    expected = REFERENCE.run([job((4, 8), seed=4)], 2)
     close(found.grads[4], expected.grads[0], 1e-5, 1e-5)
 
 
@@ -156,10 +184,10 @@ def test_zero_and_what_is_not_finite_are_their_own():
 @pytest.mark.parametrize("scale", [1e-18, 1e-12, 1e-6, 1e6, 1e12, 5e17])
 @pytest.mark.parametrize("dtype", [f32, bf16])
 def test_range(scale, dtype):
-    one = task((20, 30), dtype, scale=scale, factor=1 / scale)
+    one = job((20, 30), dtype, scale=scale, factor=1 / scale)
     found = check([one], 2)
     sigma = torch.linalg.matrix_norm(one.weight.double(), 2)
-    assert 0.5 * sigma < found.triples[0].sigma < 1.00001 * sigma
+    assert 0.5 * sigma < found.triplets[0].sigma < 1.00001 * sigma
 
 
 @runs
@@ -167,70 +195,301 @@ def test_factors():
     shared = torch.tensor(0.3, device=DEVICE)
     other = torch.tensor(2.0, device=DEVICE, dtype=f64)
     factors = [0.5, shared, 0.0, shared, other, 1]
-    check([task((4, 6 + i), factor=factor) for i, factor in enumerate(factors)])
-    step = triton_step.TritonStep()
-    tasks = [task((4, 6)), task((5, 6))]
+    check([job((4, 6 + i), factor=factor) for i, factor in enumerate(factors)])
+    engine = TritonEngine()
+    jobs = [job((4, 6)), job((5, 6))]
     for factor in (0.1, 0.2, shared, 0.2):
-        check([one._replace(factor=factor) for one in tasks], step=step)
+        check([replace(one, factor=factor) for one in jobs], engine=engine)
 
 
 @runs
 def test_what_moves_is_found_and_results_stay_where_they_are():
-    step, tasks = triton_step.TritonStep(), [task((6, 40)), task((5, 7))]
+    engine, jobs = TritonEngine(), [job((6, 40)), job((5, 7))]
     for _ in range(3):
-        found = check(tasks, step=step)
-        for one, triple in zip(tasks, found.triples, strict=True):
-            assert triple.v is one.v
-            assert triple.sigma is one.last.sigma
-            assert triple.u is one.last.u
+        found = check(jobs, engine=engine)
+        for one, triplet in zip(jobs, found.triplets, strict=True):
+            assert triplet.V is one.V
+            assert triplet.sigma is one.last.sigma
+            assert triplet.u is one.last.u
         # Gradients and a weight elsewhere, where no 16-byte load may be used.
-        grads = [torch.zeros(one.grad.numel() + 1, device=DEVICE)[1:] for one in tasks]
-        tasks = [
-            one._replace(grad=grad.view(one.weight.shape).copy_(one.grad))
-            for one, grad in zip(tasks, grads, strict=True)
+        grads = [torch.zeros(one.grad.numel() + 1, device=DEVICE)[1:] for one in jobs]
+        jobs = [
+            replace(one, grad=grad.view(one.weight.shape).copy_(one.grad))
+            for one, grad in zip(jobs, grads, strict=True)
         ]
-    moved = torch.zeros(241, device=DEVICE)[1:].view(6, 40).copy_(tasks[0].weight)
-    check([tasks[0]._replace(weight=moved), tasks[1]], step=step)
+    moved = torch.zeros(241, device=DEVICE)[1:].view(6, 40).copy_(jobs[0].weight)
+    check([replace(jobs[0], weight=moved), jobs[1]], engine=engine)
 
 
 @runs
-def test_takes_what_it_can():
-    one = task((6, 40))
-    takes = triton_step.takes
-    assert takes(one)
-    assert takes(one._replace(last=None))
-    assert not takes(one._replace(weight=torch.zeros(40, 6, device=DEVICE).T))
-    assert not takes(one._replace(grad=torch.zeros(40, 6, device=DEVICE).T))
-    assert not takes(one._replace(grad=one.grad.to_sparse()))
-    assert not takes(one._replace(v=one.v.double()))
-    assert not takes(one._replace(factor=torch.tensor([0.1], device=DEVICE)))
-    assert not takes(one._replace(weight=one.weight.to(torch.complex64)))
-    assert not takes(task((6, 40), layout="io"))
-    assert not takes(task((1, 16385)))
-    assert not takes(task((1, 8193), f64))
+def test_accepts_only_what_the_kernels_can_run():
+    one, accepts = job((6, 40)), TritonEngine().accepts
+    assert accepts(one)
+    assert accepts(replace(one, last=None))
+    assert accepts(replace(one, grad=None))
+    assert accepts(replace(one, weight=torch.nn.Parameter(one.weight)))
+    assert accepts(replace(one, slope=Slope(0.5, 2)))
+    assert not accepts(replace(one, weight=torch.zeros(40, 6, device=DEVICE).T))
+    assert not accepts(replace(one, grad=torch.zeros(40, 6, device=DEVICE).T))
+    assert not accepts(replace(one, grad=one.grad.to_sparse()))
+    assert not accepts(replace(one, grad=one.grad.clone().requires_grad_()))
+    assert not accepts(replace(one, V=one.V.double()))
+    assert not accepts(replace(one, V=torch.zeros(2, 40, device=DEVICE)))
+    assert not accepts(replace(one, V=torch.zeros(40, 2, device=DEVICE).T[:1]))
+    assert not accepts(replace(one, last=one.last._replace(u=torch.zeros(12, device=DEVICE)[::2])))
+    assert not accepts(replace(one, factor=torch.tensor([0.1], device=DEVICE)))
+    assert not accepts(replace(one, slope=Slope(torch.tensor([0.1], device=DEVICE), 2)))
+    assert not accepts(replace(one, weight=one.weight.to(torch.complex64)))
+    assert not accepts(job((6, 40), layout="io"))
+    assert not accepts(job((1, 16385)))
+    assert not accepts(job((1, 8193), f64))
     with pytest.raises(ArgumentError, match="iterate at least once"):
-        triton_step.TritonStep()([one._replace(last=None)], 0)
+        TritonEngine().run([replace(one, last=None)], 0)
+
+
+SLOPES = {
+    "acting": Slope(0.25, 2),
+    "not acting": Slope(1e6, 2),
+    "tensor": Slope(torch.tensor(0.4, device=DEVICE), 2),
+    "linear": Slope(0.25, 1),
+    "linear, not acting": Slope(1e6, 1),
+    "linear from zero": Slope(0.0, 1),
+    "paper": None,
+}
+
+
+@runs
+@pytest.mark.parametrize("n_iter", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [f32, f64, bf16], ids=str)
+def test_slopes_of_all_kinds_beside_each_other(dtype, n_iter):
+    factors = 0.1, torch.tensor(0.3, device=DEVICE)
+    jobs = [
+        job((6, 40 + i), dtype, factor=factors[i % 2], slope=slope, seed=i)
+        for i, slope in enumerate(SLOPES.values())
+    ]
+    jobs.append(job((3, 4, 16), dtype, layout="soi", slope=Slope(6.0, 2)))
+    before = [one.grad.clone() for one in jobs]
+    check(jobs, n_iter)
+    for one, grad, name in zip(jobs, before, SLOPES, strict=False):
+        assert torch.equal(one.grad, grad) == name.endswith("not acting")
+
+
+@runs
+@pytest.mark.parametrize("slope", [Slope(0.5, 2), Slope(1e6, 2), Slope(0.5, 1), Slope(0.0, 1)])
+def test_a_nan_is_not_below_the_target(slope):
+    jobs = [job((4, 8), slope=slope, seed=i) for i in range(3)]
+    jobs[0].weight[2, 3] = torch.nan
+    jobs[1].weight.zero_()
+    grad = jobs[1].grad.clone()
+    check(jobs)
+    assert jobs[0].grad.isnan().all()
+    assert torch.equal(jobs[1].grad, grad)
+
+
+@runs
+def test_targets_may_change_from_step_to_step():
+    engine, target = TritonEngine(), torch.tensor(3.0, device=DEVICE, dtype=f64)
+    jobs = [job((4, 6)), job((5, 6))]
+    for slope in (Slope(0.1, 2), Slope(2.0, 2), Slope(target, 2), Slope(2.0, 1), None):
+        check([replace(one, slope=slope) for one in jobs], engine=engine)
+    jobs = [replace(one, slope=Slope(target, 2)) for one in jobs]
+    for value in (1.0, 5.0):
+        target.fill_(value)
+        check(jobs, engine=engine)
+
+
+@runs
+@pytest.mark.parametrize("n_iter", [0, 1, 3])
+def test_jobs_without_gradients_are_only_iterated(n_iter):
+    jobs = [job((6, 40)), job((3, 4, 16), layout="soi"), job((7, 5)), job((2, 8), bf16)]
+    for place in (0, 1, 3):
+        jobs[place].grad = None
+    check(jobs, n_iter)
+
+
+@runs
+def test_a_job_list_is_prepared_once(monkeypatch):
+    engine = TritonEngine()
+    jobs = JobList([job((6, 40)), job((5, 7)), job((4, 8), bf16), job((2, 3, 4), layout="soi")])
+    prepared = []
+    addresses_of = triton_engine._addresses_of
+    monkeypatch.setattr(
+        triton_engine, "_addresses_of", lambda *args: prepared.append(args) or addresses_of(*args)
+    )
+    for step in range(4):
+        for i, one in enumerate(jobs):
+            one.grad = torch.randn_like(one.weight) if i or step != 2 else None
+            one.factor = 0.1 * step
+        jobs.addresses = [0 if one.grad is None else one.grad.data_ptr() for one in jobs]
+        check(jobs, engine=engine, n_iter=step % 3)
+    assert len(prepared) == 2  # one for each dtype
+
+
+@runs
+def test_a_job_list_whose_results_go_elsewhere_is_not_remembered():
+    engine, one = TritonEngine(), job((6, 40))
+    last = Triplet(one.last.sigma, one.last.u, one.V.clone())
+    for jobs in (JobList([replace(one, last=None)]), JobList([replace(one, last=last)])):
+        check(jobs, engine=engine)
+        assert engine not in jobs.memo
 
 
 @runs
 def test_a_copy_has_no_memory_of_the_other():
-    import copy as copies
+    engine = TritonEngine(fallback=REFERENCE)
+    check([job((4, 6))], engine=engine)
+    other = copies.deepcopy(engine)
+    assert not other._groups
+    assert other._fallback.in_place
 
-    step = triton_step.TritonStep()
-    check([task((4, 6))], step=step)
-    assert not copies.deepcopy(step)._groups
+
+def test_nothing_gives_nothing():
+    assert TritonEngine().run([], 1) == ([], [])
 
 
 @runs
-def test_of_nothing_is_nothing():
-    assert triton_step.TritonStep()([], 1) == ([], [])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target": {"0.weight": 0.3, "*": 1e6}},
+        {"power": 1},
+        {"target": torch.tensor(0.7, device=DEVICE)},
+    ],
+    ids=str,
+)
+def test_a_regularizer_keeps_its_kernels_whatever_the_penalty(options, monkeypatch):
+    spectral_torch = pytest.importorskip("spectral_torch")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Linear(8, 4, dtype=bf16))
+    models = model.to(DEVICE), copies.deepcopy(model).to(DEVICE)
+    regs = [
+        spectral_torch.SpectralNormRegularizer(m, factor=0.3, kernels=kernels, **options)
+        for m, kernels in zip(models, (True, False), strict=True)
+    ]
+    regs[0]._jobs.engines = TritonEngine(), Never()  # the CPU has another engine before it
+    before = regs[0].state_dict()
+    for step in range(3):  # checked, then repeated
+        for m, reg in zip(models, regs, strict=True):
+            generator = torch.Generator().manual_seed(step)
+            for p in m.parameters():
+                p.grad = torch.randn(p.shape, generator=generator).to(p)
+            reg.add_gradients_()
+        for p, q in zip(*(m.parameters() for m in models), strict=True):
+            rtol = 1e-2 if p.dtype == bf16 else 1e-4
+            torch.testing.assert_close(p.grad, q.grad, rtol=rtol, atol=rtol)
+    after = regs[0].state_dict()
+    assert all(after[key] is tensor for key, tensor in before.items())
+    close(after, regs[1].state_dict(), 1e-4, 1e-4)
+
+
+class Never(ReferenceEngine):
+    """An engine that no job should reach."""
+
+    def run(self, jobs, n_iter):
+        raise AssertionError(f"{[one.name for one in jobs]} should go through the kernels")
+
+
+# Where Triton fails
+
+
+def failing(monkeypatch, error, *, of=lambda group: True):
+    """Let the launches of some groups raise ``error``, and those of others do nothing."""
+
+    def run(self, addresses, jobs, n_iter):
+        if error is not None and of(self):
+            raise error
+
+    monkeypatch.setattr(triton_engine._Group, "run", run)
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_kernels_that_cannot_be_compiled_are_warned_of_once(monkeypatch, last):
+    failing(monkeypatch, RuntimeError("no C compiler"))
+    engine = TritonEngine(fallback=REFERENCE)
+    jobs = [job((6, 40), last=last), job((5, 7), bf16)]
+    expected = [copy(one) for one in jobs]
+    results = []
+    with pytest.warns(RuntimeWarning, match="Triton's kernels cannot be used here.*no C compiler"):
+        results.append(engine.run(jobs, 1))
+    assert not engine.accepts(jobs[0])
+    results.append(engine.run(jobs, 2))  # as a division that was made before does; no warning
+    for n_iter, result in zip((1, 2), results, strict=True):
+        wanted = REFERENCE.run(expected, n_iter)
+        for one, triplet, triplet_ in zip(jobs, result.triplets, wanted.triplets, strict=True):
+            assert triplet.V is one.V
+            assert one.last is None or triplet.u is one.last.u
+            if n_iter == 2:
+                torch.testing.assert_close(tuple(triplet), tuple(triplet_))
+        expected = [
+            replace(one, V=triplet.V, last=triplet if one.last else None)
+            for one, triplet in zip(expected, wanted.triplets, strict=True)
+        ]
+    for one, other in zip(jobs, expected, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_jobs_that_the_fallback_does_not_accept_go_to_the_reference(monkeypatch):
+    failing(monkeypatch, RuntimeError("no C compiler"))
+    fallback = importlib.import_module("spectral_torch.engines.foreach").ForeachEngine()
+    jobs = [job((6, 40)), job((5, 7), bf16), job((2, 3, 4), layout="soi")]
+    expected = [copy(one) for one in jobs]
+    with pytest.warns(RuntimeWarning, match="no C compiler"):
+        found = TritonEngine(fallback=fallback).run(jobs, 1)
+    wanted = REFERENCE.run(expected, 1)
+    for one, other, x, y in zip(jobs, expected, found.triplets, wanted.triplets, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+        torch.testing.assert_close(tuple(x), tuple(y))
+        assert x.V is one.V
+
+
+def test_only_the_jobs_that_failed_and_later_ones_fall_back(monkeypatch):
+    failing(monkeypatch, RuntimeError("no"), of=lambda group: group.weight_dtype == bf16)
+    engine = TritonEngine(fallback=REFERENCE)
+    jobs = [job((6, 40)), job((5, 7), bf16), job((5, 8), f64)]
+    before = [one.grad.clone() for one in jobs]
+    with pytest.warns(RuntimeWarning, match="no"):
+        engine.run(jobs, 1)
+    changed = [not torch.equal(one.grad, grad) for one, grad in zip(jobs, before, strict=True)]
+    assert changed == [False, True, True]  # the first one's kernels here do nothing
+
+
+@pytest.mark.parametrize("error", [RuntimeError("illegal address"), torch.OutOfMemoryError()])
+def test_kernels_that_fail_later_are_an_error(error, monkeypatch):
+    engine, jobs = TritonEngine(fallback=REFERENCE), [job((6, 40))]
+    failing(monkeypatch, None)
+    engine.run(jobs, 1)
+    failing(monkeypatch, error)
+    with pytest.raises(type(error)):
+        engine.run(jobs, 1)
+
+
+def test_memory_that_runs_out_is_an_error_from_the_start(monkeypatch):
+    failing(monkeypatch, torch.OutOfMemoryError())
+    with pytest.raises(torch.OutOfMemoryError):
+        TritonEngine(fallback=REFERENCE).run([job((6, 40))], 1)
+
+
+def test_a_failure_in_a_capture_is_an_error(monkeypatch):
+    engine, jobs = TritonEngine(fallback=REFERENCE), [job((6, 40))]
+    monkeypatch.setattr(triton_engine, "capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="run one first"):
+        engine.run(jobs, 1)
+
+
+def test_without_a_fallback_a_failure_is_an_error(monkeypatch):
+    failing(monkeypatch, RuntimeError("no C compiler"))
+    with pytest.raises(RuntimeError, match="no C compiler"):
+        TritonEngine().run([job((6, 40))], 1)
+    with pytest.raises(ArgumentError, match="in place"):
+        TritonEngine(fallback=ReferenceEngine())
 
 
 def test_the_tables_of_a_capture_are_its_own(monkeypatch):
-    table = triton_step._Table((2,), torch.int64, torch.device("cpu"))
+    table = graph_tables.GraphTable((2,), torch.int64, torch.device("cpu"))
 
     def get(*values, capturing=False):
-        monkeypatch.setattr(triton_step, "_capturing", lambda device: capturing)
+        monkeypatch.setattr(graph_tables, "capturing", lambda device: capturing)
         found, _ = table.get(values, lambda key: (np.array(key), None))
         assert found.tolist() == list(values)
         return found
@@ -246,59 +505,59 @@ def test_the_tables_of_a_capture_are_its_own(monkeypatch):
     assert get(3, 4) is moved  # the captured one may not have been filled yet
     assert (first.tolist(), captured.tolist()) == ([2, 3], [3, 4])
     assert table.captured
-    for i in range(triton_step._SPARE_TABLES):
+    for i in range(graph_tables._SPARE_TABLES):
         get(i, i, capturing=True)
     with pytest.raises(RuntimeError, match="run one between them"):
         get(9, 9, capturing=True)
 
 
 def layers(count):
-    return [task((12, 108 + 12 * i), seed=i) for i in range(count)]
+    return [job((12, 108 + 12 * i), seed=i) for i in range(count)]
 
 
 @on_gpu
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_graph_replays_steps(moved):
-    tasks = [task(shape, seed=i, **more) for i, (shape, more) in enumerate(MIXED[:-1])]
-    eager = [copy(one) for one in tasks]
-    step, side = triton_step.TritonStep(), torch.cuda.Stream()
+    jobs = [job(shape, seed=i, **more) for i, (shape, more) in enumerate(MIXED[:-1])]
+    eager = [copy(one) for one in jobs]
+    engine, side = TritonEngine(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step([copy(one) for one in tasks] if moved else tasks, 1)
+        engine.run([copy(one) for one in jobs] if moved else jobs, 1)
     torch.cuda.current_stream().wait_stream(side)
-    for one, other in zip(tasks, eager, strict=True):
-        one.v.copy_(other.v)
+    for one, other in zip(jobs, eager, strict=True):
+        one.V.copy_(other.V)
         one.grad.copy_(other.grad)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step(tasks, 1)
+        engine.run(jobs, 1)
     for i in range(10):
         graph.replay()
         if i == 4:  # a step beside the graph, of other tensors, changes nothing for it
-            step([copy(one) for one in tasks], 1)
-    reference = triton_step.TritonStep()
+            engine.run([copy(one) for one in jobs], 1)
+    reference = TritonEngine()
     for _ in range(10):
-        reference(eager, 1)
-    for one, other in zip(tasks, eager, strict=True):
+        reference.run(eager, 1)
+    for one, other in zip(jobs, eager, strict=True):
         close(one.grad, other.grad, 0, 0)
-        close(one.v, other.v, 0, 0)
+        close(one.V, other.V, 0, 0)
         close(one.last.sigma, other.last.sigma, 0, 0)
 
 
-def events_of(tasks, step):
+def events_of(jobs, engine):
     from torch.profiler import ProfilerActivity, profile
 
-    step(tasks, 1)
+    engine.run(jobs, 1)
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-        step([one._replace(grad=one.grad.clone(), factor=0.7) for one in tasks], 1)
+        engine.run([replace(one, grad=one.grad.clone(), factor=0.7) for one in jobs], 1)
         torch.cuda.synchronize()
     return [event.name for event in profiled.events()]
 
 
 @on_gpu
 def test_nothing_is_copied_to_the_host():
-    assert not [name for name in events_of(layers(6), triton_step.TritonStep()) if "DtoH" in name]
+    assert not [name for name in events_of(layers(6), TritonEngine()) if "DtoH" in name]
 
 
 @on_gpu
@@ -306,7 +565,7 @@ def test_as_many_launches_for_many_layers():
     few, many = (
         [
             name
-            for name in events_of(layers(count), triton_step.TritonStep())
+            for name in events_of(layers(count), TritonEngine())
             if name in ("products", "columns", "update", "directions")
         ]
         for count in (4, 40)
@@ -316,6 +575,7 @@ def test_as_many_launches_for_many_layers():
 
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernels run in this process")
+@pytest.mark.thorough
 def test_in_triton_s_interpreter():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
@@ -335,10 +595,10 @@ WITHOUT = """
 import sys
 sys.modules["triton"] = None
 sys.path[:0] = ["adapters"]
-from spectral_torch import triton_step
-assert not triton_step.available()
-assert not triton_step.interpreted()
-assert triton_step.TritonStep()([], 1) == ([], [])
+from spectral_torch.engines import triton
+assert not triton.available()
+assert not triton.interpreted()
+assert triton.TritonEngine().run([], 1) == ([], [])
 """
 
 
@@ -346,13 +606,15 @@ def test_without_triton_it_is_not_available():
     subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, check=True)
 
 
-# Launches as `TritonStep` makes them, compiled for sm_90 and not run: a driver that has no device.
+# Launches of `TritonEngine`, compiled for sm_90 and not run: the driver has no device.
 COMPILE = """
 import re, subprocess, sys, tempfile
 import torch
-sys.path[:0] = ["adapters", "tests"]
-from adapters import test_torch_triton as here
-from spectral_torch import triton_step
+from dataclasses import replace
+sys.path[:0] = ["adapters", "tests/torch"]
+import test_triton as here
+from spectral_core.engine import Slope
+from spectral_torch.engines import triton as engine
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -363,8 +625,8 @@ class Driver:
     get_current_stream = staticmethod(lambda device: 0)
 
 driver.set_active(Driver())
-triton_step._processors = lambda device: 132
-kernels, run = triton_step._kernels(), triton.JITFunction.run
+engine._processors = lambda device: 132
+kernels, run = engine._kernels(), triton.JITFunction.run
 compiled = {}
 
 def compile_only(self, *args, grid, warmup, **kwargs):
@@ -382,11 +644,12 @@ models += [[((64, 16384), W, W)] for W in (f32, bf16)]
 models += [[((64, n), W, W) for n in (768, 3072)] for W in (f32, bf16)]
 models += [[((12, 108 + 108 * i), f32, f32) for i in range(36)] + [((24, 27), f32, f32)]]
 for model in models:
-    tasks = [here.task(shape, W, grad=G) for shape, W, G in model]
+    jobs = [here.job(shape, W, grad=G) for shape, W, G in model]
     for n_iter in (2, 0):
-        triton_step.TritonStep()(tasks, n_iter)
-    factor = torch.tensor(0.1)
-    triton_step.TritonStep()([one._replace(factor=factor) for one in tasks], 1)
+        engine.TritonEngine().run(jobs, n_iter)
+    number = torch.tensor(0.1)
+    for change in ({"factor": number}, {"slope": Slope(0.5, 2)}, {"slope": Slope(number, 1)}):
+        engine.TritonEngine().run([replace(one, **change) for one in jobs], 1)
 cuobjdump = triton.knobs.nvidia.cuobjdump.path
 for name, kwargs, ptx, cubin in compiled.values():
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -402,6 +665,7 @@ for name, kwargs, ptx, cubin in compiled.values():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiled in the process that is not interpreted")
+@pytest.mark.thorough
 def test_compiles_for_hopper_without_spills():
     done = subprocess.run(
         [sys.executable, "-c", COMPILE],

@@ -98,7 +98,9 @@ def penalty_at(
     local = _local_weight(weight, plan, xp)
     partial = local.adjoint_times(triplet.u[..., None, :])[..., 0, :]
     if not local.shards:
-        partial = partial + local.tensor.sum()  # an empty sum, so that there is a graph as elsewhere
+        partial = (
+            partial + local.tensor.sum()
+        )  # an empty sum, so that there is a graph as elsewhere
     # Each process sees only its own summand of Wᴴu. This linear term has the gradient of the value.
     force = slope(triplet.sigma, target=target, power=power)
     pull = force[..., None] * triplet.V[..., 0, :]
@@ -169,7 +171,9 @@ def _local_weight(weight: Any, plan: Plan, xp: Any) -> _LocalWeight:
 
 def _shards_of(x: Any, plan: Plan) -> tuple[Shard, ...]:
     """Return the shards of a DTensor that this process holds."""
-    return _shards(Layout(plan.axes, plan.groups), tuple(x.shape), x.device_mesh, tuple(x.placements))
+    return _shards(
+        Layout(plan.axes, plan.groups), tuple(x.shape), x.device_mesh, tuple(x.placements)
+    )
 
 
 @lru_cache(maxsize=4096)

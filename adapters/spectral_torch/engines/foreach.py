@@ -114,7 +114,7 @@ def _add_terms_(
 
 
 def _forces(jobs: Sequence[Job], sigma: Tensor) -> Tensor:
-    """Return the slope of each job's penalty: in one call for all, where the penalties are equal."""
+    """Return the slope of each job's penalty, in one call for all where they are equal."""
     slopes = [job.slope for job in jobs]
     if all(slope is None for slope in slopes):
         return sigma
@@ -158,9 +158,7 @@ def _iterate(
     return sigma, u, v
 
 
-def _products(
-    Ws: Sequence[Tensor], x: Tensor, sizes: list[int], out_sizes: list[int]
-) -> Tensor:
+def _products(Ws: Sequence[Tensor], x: Tensor, sizes: list[int], out_sizes: list[int]) -> Tensor:
     """Return the product of each matrix with its part of ``x``, all in one tensor."""
     products = x.new_empty(sum(out_sizes))
     parts = torch.split_with_sizes(x, sizes), torch.split_with_sizes(products, out_sizes)

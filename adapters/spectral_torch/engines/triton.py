@@ -1,5 +1,666 @@
+"""Run one step of Algorithm 1 on all weights of a model in three launches an iteration.
+
+Nothing waits for the device, and nothing is read from it. Results are written into the existing
+V, u, sigma and gradient tensors, because a captured CUDA graph refers to them by address
+(`graph_tables` says what a graph may rely on).
+
+The kernels (`triton_kernels`) find the matrices by tables on the device. The tables that depend on
+shapes alone are made once (`_Group`). The table of addresses and the one of factors and targets are
+uploaded when one of their entries has changed (`GraphTable`).
+
+On an H100 a step is bound by memory: it must read W once, and read and write G. A tile of rows of W
+is used for both products while it is in registers, so W is not read twice.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectral_core import ArgumentError
+from spectral_core.engine import (
+    Engine,
+    Job,
+    JobList,
+    ReferenceEngine,
+    Result,
+    Triplet,
+    dispatch,
+    last_of,
+)
+
+from .graph_tables import GraphTable, capturing, current
+
+# Largest number of columns: a program holds a row of W, v and a sum of rows in registers. 16384
+# float32 are 32 of each in the 512 threads that 128 registers allow. float64 needs twice as many.
+LIMITS = {torch.float32: 16384, torch.float64: 8192}
+
+_ITERATED = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)  # a subclass may have no memory of its own
+
+# Widths of tiles, as exponents of two. Fewer than there could be: each width that a model has is
+# compiled, and a tile that is half empty costs no memory traffic, only arithmetic to spare.
+_PRODUCT_WIDTHS = (5, 7, 9, 10, 11, 12, 13, 14)
+_UPDATE_WIDTHS = (5, 7, 9)
+_BLOCK = 64  # columns of a program of `columns`: triton_kernels.BLOCK
+
+# A thread holds at most 128 bytes of a tile: eight 16-byte loads of float32.
+_ELEMENTS_A_THREAD = {torch.float32: 32, torch.float64: 16}
+_UPDATE_WARPS = 4
+_COLUMNS_HEIGHT = 32
+# 16 warps of 128 registers fill a multiprocessor, however many warps a program has. With three
+# stages, each waits for 128 bytes a thread while as many are being copied behind them: 64 to 128
+# KiB a multiprocessor. HBM3 at 3.35 TB/s and 0.7 µs needs 18 KiB, and some more under load.
+_WARPS_A_PROCESSOR = 16
+_PRODUCT_REGISTERS = 128
+# The sum of each program is written and read again: below this many rows, more than 6 % of W.
+_ROWS_WORTH_A_SUM = 32
+# Tiles of G for each program, where there are many: v and sigma are looked up once for all.
+_TILES_A_PROGRAM = 4
+# Triton 3.9 warns where this is left open, and a later version may choose otherwise: other bits.
+_OPTIONS = {"enable_fp_fusion": True}
+_SETS = 64  # sets of jobs whose tables and scratch memory are kept: optimizers take turns
+
+_REFERENCE = ReferenceEngine(in_place=True)
+
+
+@cache
+def _kernels() -> Any:
+    """Return the module of kernels, or None if Triton is missing or too old."""
+    if find_spec("triton") is None:
+        return None
+    try:
+        from . import triton_kernels
+    except Exception:  # an older one lacks a name, a broken one fails in its own way
+        return None
+    return triton_kernels
+
+
+@cache
+def interpreted() -> bool:
+    """Return True if Triton interprets kernels, on CPU tensors: a test without a GPU."""
+    if os.environ.get("TRITON_INTERPRET") != "1":  # before the import, which needs a second
+        return False
+    return _kernels() is not None and "Interpreted" in type(_kernels().products).__name__
+
+
+@cache
+def available() -> bool:
+    """Return True if there is Triton, and an NVIDIA GPU that it compiles for."""
+    if interpreted():
+        return True
+    if torch.version.cuda is None or not torch.cuda.is_available() or _kernels() is None:
+        return False
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
+class _Kind(NamedTuple):
+    """Identify the jobs of one launch: their device and dtypes."""
+
+    device: torch.device
+    weight: torch.dtype
+    grad: torch.dtype
+
+
+@dataclass(slots=True)
+class _Share:
+    """Hold the jobs of one kind, and everything that does not change from step to step."""
+
+    kind: _Kind
+    places: list[int]  # among all jobs
+    addresses: tuple[int, ...]  # of weights, V, u and sigma
+    group: _Group | None = None
+
+    def of_step(self, jobs: Sequence[Job]) -> tuple[Sequence[Job], tuple[int, ...]]:
+        """Return the jobs of this share, and the addresses of their gradients: 0 is no gradient."""
+        grads = jobs.addresses if isinstance(jobs, JobList) else None
+        if len(self.places) < len(jobs):
+            jobs = [jobs[i] for i in self.places]
+            grads = None if grads is None else [grads[i] for i in self.places]
+        if grads is None:
+            grads = [0 if job.grad is None else job.grad.data_ptr() for job in jobs]
+        return jobs, tuple(grads)
+
+
+class _Prepared(NamedTuple):
+    """Hold everything about a step that does not depend on gradients and factors."""
+
+    triplets: list[Triplet]  # the tensors that the results are written into
+    shares: list[_Share]
+
+
 class TritonEngine:
+    """Run jobs on an NVIDIA GPU, all matrices of a model at once.
+
+    Results are written into each job's V, last u and last sigma, and these tensors are returned. If
+    a job has no ``last``, its u and sigma are new. Keep one engine for each set of weights: it
+    holds their tables and scratch memory, for all sets of shapes that it has met.
+
+    Parameters
+    ----------
+    fallback : Engine, optional
+        An engine that works in place. If the kernels fail before they have run once for a device
+        and pair of dtypes (Triton may find no C compiler), the engine warns, and accepts no further
+        jobs. The fallback runs those that have failed, and the reference those that the fallback
+        does not accept. Without a fallback the error is raised.
+
+    Raises
+    ------
+    spectral_core.ArgumentError
+        If ``fallback`` does not work in place.
+
+    Notes
+    -----
+    In a CUDA graph: run one step with tensors of the same shapes and dtypes before the capture, and
+    keep the engine as long as the graph. Factors and targets that are numbers are those of the
+    capture at every replay. Tensors are read anew. Steps may go on beside replays, on the same
+    stream or ordered after it.
+
+    Examples
+    --------
+    >>> from spectral_torch.engines.triton import TritonEngine
+    >>> TritonEngine().run([], n_iter=1)
+    Result(grads=[], triplets=[])
+    """
+
     in_place = True
-    def __init__(self, *, fallback): pass
-    def accepts(self, job): return False
-    def run(self, jobs, n_iter): raise NotImplementedError
+
+    def __init__(self, fallback: Engine | None = None) -> None:
+        if fallback is not None and not fallback.in_place:
+            raise ArgumentError("the fallback of TritonEngine must work in place")
+        self._fallback = fallback
+        self._failed = False
+        self._has_run: set[_Kind] = set()
+        self._groups: dict[Hashable, _Group] = {}
+
+    def __reduce__(self) -> tuple[type[TritonEngine], tuple[Engine | None]]:
+        # A copy has none of the memory that graphs of this engine write to.
+        return TritonEngine, (self._fallback,)
+
+    def accepts(self, job: Job) -> bool:
+        """Return True if the kernels can run this job.
+
+        They need a real, contiguous weight and gradient on a GPU, whose matrix is the tensor
+        reshaped, with at most `LIMITS` columns. V and the last triplet must be contiguous, in the
+        dtype of the iteration, with one vector for each matrix.
+        """
+        weight, plan = job.weight, job.plan
+        dtype = _ITERATED.get(weight.dtype)
+        # The device first: `available` starts CUDA and imports Triton.
+        if self._failed or dtype is None or weight.is_cuda == interpreted() or not available():
+            return False
+        device = weight.get_device()
+        return (
+            type(weight) in _PLAIN_TENSORS
+            and plan.reshapes
+            and plan.matrix[-1] <= LIMITS[dtype]
+            and _fits(weight, weight.shape, weight.dtype, device)
+            and _fits_grad(job.grad, weight.shape, device)
+            and job.V.shape[-2] == 1
+            and _fits(job.V, plan.rows(1), dtype, device)
+            and (job.last is None or _fits_last(job, dtype, device))
+            and _fits_number(job.factor, device)
+            and (job.slope is None or _fits_number(job.slope.target, device))
+        )
+
+    def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
+        """Run all jobs, those of one device and pair of dtypes in the same launches.
+
+        Parameters
+        ----------
+        jobs : sequence of Job, or JobList
+            For a `JobList`, the work that does not depend on gradients is done in its first step.
+        n_iter : int
+            Power iterations. With 0 the term is that of each job's ``last``.
+
+        Returns
+        -------
+        Result
+
+        Raises
+        ------
+        spectral_core.ArgumentError
+            If ``n_iter`` is 0 and a job has no ``last``.
+        RuntimeError
+            If a graph is captured, and no step was run before with such jobs.
+        """
+        prepared = self._prepare(jobs, n_iter)
+        for share in prepared.shares:
+            mine, grads = share.of_step(jobs)
+            if not self._failed:
+                try:
+                    if share.group is None:
+                        share.group = self._group_of(share.kind, mine)
+                    share.group.run((share.addresses, grads), mine, n_iter)
+                    self._has_run.add(share.kind)
+                    continue
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    self._give_up(share.kind, error)
+            self._fall_back(mine, [prepared.triplets[i] for i in share.places], n_iter)
+        return Result([job.grad for job in jobs], prepared.triplets)
+
+    def _prepare(self, jobs: Sequence[Job], n_iter: int) -> _Prepared:
+        """Divide the jobs by kind: for a `JobList`, as in its first step."""
+        if isinstance(jobs, JobList) and (known := jobs.memo.get(self)) is not None:
+            return known
+        triplets = [_target(job) for job in jobs] if n_iter else [last_of(job) for job in jobs]
+        places: dict[_Kind, list[int]] = {}
+        for place, job in enumerate(jobs):
+            grad = job.weight if job.grad is None else job.grad
+            kind = _Kind(job.weight.device, job.weight.dtype, grad.dtype)
+            places.setdefault(kind, []).append(place)
+        shares = [
+            _Share(kind, mine, _addresses_of(jobs, triplets, mine)) for kind, mine in places.items()
+        ]
+        prepared = _Prepared(triplets, shares)
+        # Only where the results go to the same tensors in each step, with iterations or without.
+        if isinstance(jobs, JobList) and all(
+            job.last is not None and job.last.V is job.V for job in jobs
+        ):
+            jobs.memo[self] = prepared
+        return prepared
+
+    def _give_up(self, kind: _Kind, error: Exception) -> None:
+        """Use the fallback from now on, or raise the error if that is not safe.
+
+        Before the kernels of a kind have run once, no gradient of that kind has changed.
+        """
+        if self._fallback is None or kind in self._has_run or capturing(kind.device):
+            raise error
+        self._failed = True
+        warnings.warn(
+            "Triton's kernels cannot be used here. PyTorch's operations are used instead, which "
+            f"are slower; kernels=False avoids this warning: {error!r}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+    def _fall_back(self, jobs: Sequence[Job], triplets: Sequence[Triplet], n_iter: int) -> None:
+        """Run jobs by the fallback, and write what it finds into the tensors of ``triplets``."""
+        assert self._fallback is not None
+        # A list of its own: a `JobList` would remember a division that has this engine in it.
+        found = dispatch(list(jobs), n_iter, (self._fallback, _REFERENCE)).triplets
+        pairs = [
+            (old, new)
+            for triplet, result in zip(triplets, found, strict=True)
+            for old, new in zip(triplet, result, strict=True)
+            if old is not new
+        ]
+        if pairs:
+            torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
+
+    def _group_of(self, kind: _Kind, jobs: Sequence[Job]) -> _Group:
+        """Return the tables of these jobs. `_Group` keeps the plans, so that their ids stay."""
+        key = kind, tuple([id(job.plan) for job in jobs])
+        group = self._groups.get(key)
+        if group is None:
+            group = _Group(kind, jobs)
+            self._forget()
+            self._groups[key] = group
+        return group
+
+    def _forget(self) -> None:
+        """Drop the oldest groups, except for those that a CUDA graph may still read."""
+        for key in list(self._groups)[: max(0, len(self._groups) + 1 - _SETS)]:
+            if not self._groups[key].captured:
+                del self._groups[key]
+
+
+def _fits(x: Tensor, shape: Sequence[int], dtype: torch.dtype, device: int) -> bool:
+    return (
+        x.dtype is dtype
+        and x.get_device() == device
+        and x.shape == shape
+        and x.layout is torch.strided
+        and x.is_contiguous()
+        and not x.is_neg()
+    )
+
+
+def _fits_grad(grad: Tensor | None, shape: Sequence[int], device: int) -> bool:
+    return grad is None or (
+        type(grad) in _PLAIN_TENSORS
+        and grad.dtype in _ITERATED
+        and not grad.requires_grad  # autograd must see what is written
+        and _fits(grad, shape, grad.dtype, device)
+    )
+
+
+def _fits_last(job: Job, dtype: torch.dtype, device: int) -> bool:
+    last, plan = last_of(job), job.plan
+    return (
+        (last.V is job.V or _fits(last.V, plan.rows(1), dtype, device))
+        and _fits(last.u, plan.left, dtype, device)
+        and _fits(last.sigma, plan.stack, dtype, device)
+    )
+
+
+def _fits_number(x: Any, device: int) -> bool:
+    """Return True for a number, or a real tensor of shape () on the device."""
+    if not isinstance(x, Tensor):
+        return isinstance(x, (float, int))
+    return type(x) in _PLAIN_TENSORS and x.dtype in _ITERATED and _fits(x, (), x.dtype, device)
+
+
+def _target(job: Job) -> Triplet:
+    """Return the tensors that the results are written into."""
+    last, V = job.last, job.V
+    if last is None:
+        return Triplet(V.new_empty(job.plan.stack), V.new_empty(job.plan.left), V)
+    return last if last.V is V else Triplet(last.sigma, last.u, V)
+
+
+def _addresses_of(
+    jobs: Sequence[Job], triplets: Sequence[Triplet], places: Sequence[int]
+) -> tuple[int, ...]:
+    """Return the addresses of all weights, then of all V, u and sigma."""
+    return (
+        *[jobs[i].weight.data_ptr() for i in places],
+        *[triplets[i].V.data_ptr() for i in places],
+        *[triplets[i].u.data_ptr() for i in places],
+        *[triplets[i].sigma.data_ptr() for i in places],
+    )
+
+
+class _Work(NamedTuple):
+    """Hold the tables that say which program does what, from shapes alone, and the scratch."""
+
+    shapes: Tensor
+    items: Tensor
+    blocks: Tensor
+    tiles: Tensor
+    sums: Tensor
+    ts: Tensor
+    squares: Tensor
+    zs: Tensor
+    z_squares: Tensor
+    inverses: Tensor
+
+
+class _Group:
+    """Launch the kernels on the matrices of one kind, with their tables and scratch memory."""
+
+    def __init__(self, kind: _Kind, jobs: Sequence[Job]) -> None:
+        self.device = kind.device
+        if capturing(self.device):
+            raise RuntimeError(
+                "a step is captured in a CUDA graph before one was run with weights of these "
+                "shapes: run one first, so that its kernels and tables are there"
+            )
+        self.plans = [job.plan for job in jobs]
+        self.weight_dtype, self.grad_dtype = kind.weight, kind.grad
+        self.dtype = _ITERATED[kind.weight]
+        self.sum_dtype = torch.promote_types(self.dtype, _ITERATED[kind.grad])
+        self.counts = np.array([prod(plan.stack) for plan in self.plans])
+        self.m, self.n = (
+            np.repeat([plan.matrix[axis] for plan in self.plans], self.counts) for axis in (-2, -1)
+        )
+        # The place of each matrix in its stack: it decides where the matrix begins in each tensor.
+        self.nth = np.concatenate([np.arange(count) for count in self.counts])
+        self.product_widths = _width_of(self.n, _PRODUCT_WIDTHS)
+        self.update_widths = _width_of(self.n, _UPDATE_WIDTHS)
+        elements = 32 * _ELEMENTS_A_THREAD[self.dtype]  # of a warp
+        self.n_warps = int(np.clip((1 << self.product_widths.max()) // elements, 4, 16))
+        self.product_tile = self.n_warps * elements
+        self.update_tile = 32 * _UPDATE_WARPS * _ELEMENTS_A_THREAD[self.sum_dtype]
+        self.work = self._make_work()
+        self.addresses = GraphTable((len(self.n), 7), torch.int64, self.device)
+        self.penalties = GraphTable((len(self.n), 5), torch.float64, self.device)
+
+    @property
+    def captured(self) -> bool:
+        """True if a CUDA graph reads the tables."""
+        return self.addresses.captured or self.penalties.captured
+
+    def run(
+        self, addresses: tuple[tuple[int, ...], tuple[int, ...]], jobs: Sequence[Job], n_iter: int
+    ) -> None:
+        """Launch all kernels of a step.
+
+        Parameters
+        ----------
+        addresses : pair of tuple of int
+            As `_addresses_of`, and of the gradients: 0 is no gradient.
+        jobs : sequence of Job
+            Their factors and slopes are those of this step.
+        n_iter : int
+        """
+        pointers, classes = self.addresses.get(addresses, self._make_pointers)
+        penalties, gathered, sloped = self._penalties(jobs)
+        with current(self.device):
+            for to_come in reversed(range(n_iter)):
+                self._iterate(pointers, classes[0], keep=to_come > 0)
+            options = {"ITERATED": n_iter > 0, "SLOPED": sloped}
+            self._update(pointers, classes[1], penalties, gathered, options)
+
+    def _iterate(self, pointers: Tensor, classes: int, *, keep: bool) -> None:
+        k, work = _kernels(), self.work
+        acc, tiny = _language(self.dtype), torch.finfo(self.dtype).tiny
+        half = self.weight_dtype.itemsize == 2  # a stage has half the bytes: use one more
+        k.products[(len(work.items),)](
+            *(pointers, work.shapes, work.items, work.sums, work.ts, work.squares),
+            DTYPE=_language(self.weight_dtype),
+            ACC=acc,
+            TILE=self.product_tile,
+            VECTOR=16 // self.weight_dtype.itemsize,
+            CLASSES=classes,
+            STAGES=4 if half else 3,
+            num_warps=self.n_warps,
+            **_OPTIONS,
+            maxnreg=_PRODUCT_REGISTERS,
+        )
+        k.columns[(len(work.blocks),)](
+            *(work.shapes, work.blocks, work.sums, work.squares),
+            *(work.zs, work.z_squares, work.inverses),
+            ACC=acc,
+            TINY=tiny,
+            HEIGHT=_COLUMNS_HEIGHT,
+            STAGES=3,
+            num_warps=4,
+            **_OPTIONS,
+        )
+        if keep:
+            k.directions[(len(work.blocks),)](
+                *(pointers, work.shapes, work.blocks, work.zs, work.z_squares),
+                ACC=acc,
+                TINY=tiny,
+                num_warps=4,
+                **_OPTIONS,
+            )
+
+    def _update(
+        self,
+        pointers: Tensor,
+        classes: int,
+        penalties: Tensor,
+        gathered: Tensor | None,
+        options: dict[str, bool],
+    ) -> None:
+        work = self.work
+        _kernels().update[(len(work.tiles),)](
+            *(pointers, work.shapes, work.tiles, penalties),
+            penalties if gathered is None else gathered,
+            *(work.zs, work.z_squares, work.inverses, work.ts),
+            DTYPE=_language(self.grad_dtype),
+            ACC=_language(self.dtype),
+            SUM=_language(self.sum_dtype),
+            TINY=torch.finfo(self.dtype).tiny,
+            TILE=self.update_tile,
+            VECTOR=16 // self.grad_dtype.itemsize,
+            CLASSES=classes,
+            GATHERED=gathered is not None,
+            num_warps=_UPDATE_WARPS,
+            **_OPTIONS,
+            **options,
+        )
+
+    def _make_pointers(
+        self, key: tuple[tuple[int, ...], tuple[int, ...]]
+    ) -> tuple[np.ndarray, tuple[int, int]]:
+        """Return the table of addresses, and which bodies the two large kernels need for it."""
+        weights, *vectors = np.array(key[0], dtype=np.int64).reshape(4, -1)
+        grads = np.array(key[1], dtype=np.int64)
+        bases = np.repeat(np.stack([weights, grads, *vectors], axis=1), self.counts, axis=0)
+        strides = np.stack(
+            [
+                self.m * self.n * self.weight_dtype.itemsize,
+                self.m * self.n * self.grad_dtype.itemsize,
+                *(size * self.dtype.itemsize for size in (self.n, self.m, np.ones_like(self.n))),
+            ],
+            axis=1,
+        )
+        addresses = np.where(bases == 0, 0, bases + self.nth[:, None] * strides)
+        row_bytes, grad_row_bytes = (
+            self.n * dtype.itemsize for dtype in (self.weight_dtype, self.grad_dtype)
+        )
+        wide = (addresses[:, 0] | addresses[:, 2] | row_bytes) % 16 == 0
+        wide_grad = (addresses[:, 1] | grad_row_bytes) % 16 == 0
+        classes = np.stack([2 * self.product_widths + wide, 2 * self.update_widths + wide_grad], 1)
+        bits = np.bitwise_or.reduce(1 << classes, axis=0)
+        return np.concatenate([addresses, classes], axis=1), (int(bits[0]), int(bits[1]))
+
+    def _penalties(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor | None, bool]:
+        """Return the table of penalties, the tensors it refers to, and whether a slope is needed.
+
+        A row is (factor, slot, target, slot, power). A slot is a place among the tensors, or -1.
+        Power 0 is the paper's penalty.
+        """
+        factors = [job.factor for job in jobs]
+        slopes = [job.slope for job in jobs]
+        sloped = slopes.count(None) < len(slopes)
+        if not sloped and {float}.issuperset(map(type, factors)):
+            return self.penalties.get(tuple(factors), self._make_penalties)[0], None, False
+        targets = [0.0 if slope is None else slope.target for slope in slopes]
+        powers = [0 if slope is None else slope.power for slope in slopes]
+        tensors = {id(x): x for x in (*factors, *targets) if isinstance(x, Tensor)}
+        slots = {key: slot for slot, key in enumerate(tensors)}
+
+        def entry(x: Any) -> tuple[float, int]:
+            return (1.0, slots[id(x)]) if id(x) in slots else (float(x), -1)
+
+        key = [
+            (*entry(factor), *entry(target), power)
+            for factor, target, power in zip(factors, targets, powers, strict=True)
+        ]
+        table, _ = self.penalties.get(tuple(key), self._make_penalties)
+        return table, _gathered(list(tensors.values())) if tensors else None, sloped
+
+    def _make_penalties(self, key: tuple[Any, ...]) -> tuple[np.ndarray, None]:
+        rows = [row if isinstance(row, tuple) else (row, -1, 0.0, -1, 0) for row in key]
+        return np.repeat(np.array(rows, dtype=np.float64), self.counts, axis=0), None
+
+    def _make_work(self) -> _Work:
+        """Divide the matrices among programs, and allocate the scratch memory."""
+        m, n = self.m, self.n
+        rows = self._rows_an_item()
+        n_items, n_blocks = _divided(m, rows), _divided(n, _BLOCK)
+        strides = _divided(n, 32) * 32  # 16-byte stores
+        shapes = np.stack(
+            [
+                *(m, n, _starts(n_items), n_items, _starts(n_items * strides), strides),
+                *(_starts(n_blocks), n_blocks, _starts(m), _starts(n)),
+            ],
+            axis=1,
+        )
+        items = [
+            (matrix, row, min(row + rows[matrix], m[matrix]))
+            for matrix in range(len(m))
+            for row in range(0, m[matrix], rows[matrix])
+        ]
+        blocks = [(matrix, i) for matrix in range(len(m)) for i in range(n_blocks[matrix])]
+
+        def scratch(size: int) -> Tensor:
+            return torch.empty(int(size), dtype=self.dtype, device=self.device)
+
+        return _Work(
+            shapes=torch.tensor(shapes, dtype=torch.int64, device=self.device),
+            items=torch.tensor(np.array(items), dtype=torch.int32, device=self.device),
+            blocks=torch.tensor(np.array(blocks), dtype=torch.int32, device=self.device),
+            tiles=torch.tensor(self._tiles(), dtype=torch.int32, device=self.device),
+            sums=scratch((n_items * strides).sum()),
+            ts=scratch(m.sum()),
+            squares=scratch(n_items.sum()),
+            zs=scratch(n.sum()),
+            z_squares=scratch(n_blocks.sum()),
+            inverses=scratch(len(m)),
+        )
+
+    def _rows_an_item(self) -> np.ndarray:
+        """Return the rows of each matrix for a program of `products`, in whole tiles.
+
+        One wave of programs if each has few rows then, else four: so that the last one is short.
+        """
+        heights = self.product_tile >> self.product_widths
+        at_once = _processors(self.device) * (_WARPS_A_PROCESSOR // self.n_warps)
+        wave = (self.m * self.n).sum() / at_once
+        elements = np.maximum(np.minimum(_ROWS_WORTH_A_SUM * self.n, wave), wave / 4)
+        return heights * np.maximum(_divided(elements / self.n, heights), 1)
+
+    def _tiles(self) -> np.ndarray:
+        """Return the programs of `update`: (matrix, first row, end, block of columns)."""
+        widths = 1 << self.update_widths
+        heights = self.update_tile // widths
+        n_tiles = (_divided(self.m, heights) * _divided(self.n, widths)).sum()
+        many = n_tiles > 4 * _TILES_A_PROGRAM * _WARPS_A_PROCESSOR * _processors(self.device)
+        rows = heights * (_TILES_A_PROGRAM if many else 1)
+        return np.array(
+            [
+                (matrix, row, min(row + rows[matrix], self.m[matrix]), col)
+                for matrix in range(len(self.m))
+                for row in range(0, self.m[matrix], rows[matrix])
+                for col in range(-(-self.n[matrix] // widths[matrix]))
+            ]
+        )
+
+
+def _gathered(tensors: list[Tensor]) -> Tensor:
+    """Return all of them in one tensor: without a launch if there is one, else in one or a few."""
+    if len(tensors) == 1:
+        return tensors[0]
+    if len({x.dtype for x in tensors}) > 1:
+        tensors = [x.to(torch.float64) for x in tensors]
+    return torch.stack(tensors)
+
+
+@cache
+def _language(dtype: torch.dtype) -> Any:
+    return getattr(_kernels().tl, str(dtype).removeprefix("torch."))
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # interpreted: the fewer programs, the sooner they are done
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _width_of(n: np.ndarray, widths: Sequence[int]) -> np.ndarray:
+    """Return the smallest of these exponents whose power of two holds n, or the last one."""
+    bounds = 1 << np.array(widths)
+    return np.array(widths)[np.minimum(np.searchsorted(bounds, n), len(widths) - 1)]
+
+
+def _divided(x: np.ndarray, by: Any) -> np.ndarray:
+    """Divide and round up."""
+    return np.ceil(x / by).astype(np.int64)
+
+
+def _starts(sizes: np.ndarray) -> np.ndarray:
+    return np.cumsum(sizes) - sizes

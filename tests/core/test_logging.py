@@ -1,4 +1,4 @@
-"""What `Watch` logs, of which step, and when."""
+"""`Watch` logs the numbers of the right step at the right time."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 
 import spectral_core as sc
 from backends import svd_norm
-from spectral_core import watch as watching
+from spectral_core._logging import copy_to_host
 
 SHAPES = {"dense": (6, 5), "grouped": (4, 3, 2, 2)}
 LAYOUTS = {"grouped": sc.Layout("(go)ihw", groups=2)}
@@ -25,7 +25,7 @@ def converged(weights):
 
 
 def expected(weights, prefix="spectral/"):
-    """The logged numbers, from the singular values that LAPACK finds."""
+    """Return the numbers to log, from the singular values that LAPACK finds."""
     dense = svd_norm(weights["dense"])
     grouped = svd_norm(weights["grouped"].reshape(2, 2, 12))
     return {
@@ -49,20 +49,20 @@ class Log(list):
 
 
 class Late:
-    """A device whose numbers arrive when it is told to let them, and a `Read` of it."""
+    """A device whose copies complete when the test says so, and a `Copy` from it."""
 
     def __init__(self):
         self.sent, self.arrived, self.waited_for = 0, 0, []
 
     def __call__(self, arrays):
-        reading = LateReading(self, self.sent, watching.read(arrays))
+        copy = LateCopy(self, self.sent, copy_to_host(arrays))
         self.sent += 1
-        return reading
+        return copy
 
 
-class LateReading:
-    def __init__(self, device, number, reading):
-        self.device, self.number, self.reading = device, number, reading
+class LateCopy:
+    def __init__(self, device, number, copy):
+        self.device, self.number, self.copy = device, number, copy
 
     def ready(self):
         return self.number < self.device.arrived
@@ -70,10 +70,10 @@ class LateReading:
     def values(self):
         if not self.ready():
             self.device.waited_for.append(self.number)
-        return self.reading.values()
+        return self.copy.values()
 
 
-def test_the_numbers_are_those_of_an_svd(weights, backend):
+def test_logged_numbers_are_those_of_an_svd(weights, backend):
     log = Log()
     state = sc.iterate(
         backend.tree(weights), sc.init(backend.tree(weights), layouts=LAYOUTS), n_iter=2000
@@ -83,7 +83,7 @@ def test_the_numbers_are_those_of_an_svd(weights, backend):
 
 
 @pytest.mark.parametrize("every_n_steps", [1, 3])
-def test_due_steps_are_logged_with_the_weights_of_the_step(weights, every_n_steps):
+def test_due_steps_are_logged_with_their_own_weights(weights, every_n_steps):
     log, numbers = Log(), {}
     watch = sc.Watch(log, factor=FACTOR, every_n_steps=every_n_steps)
     for step in range(7):
@@ -95,17 +95,17 @@ def test_due_steps_are_logged_with_the_weights_of_the_step(weights, every_n_step
     assert list(numbers) == list(range(0, 7, every_n_steps))
 
 
-def test_late_numbers_are_logged_once_in_order_with_their_own_step(weights):
+def test_late_copies_are_logged_once_in_order_with_their_own_step(weights):
     device, log, numbers = Late(), Log(), {}
-    watch = sc.Watch(log, factor=FACTOR, every_n_steps=2, read=device)
-    arrivals = [0, 0, 0, 1, 1, 3, 3, 3, 4, 5]  # how many readings have arrived at each step
+    watch = sc.Watch(log, factor=FACTOR, every_n_steps=2, copy=device)
+    arrivals = [0, 0, 0, 1, 1, 3, 3, 3, 4, 5]  # number of complete copies at each step
     for step, arrived in enumerate(arrivals):
         scaled = {name: weight * (1 + step) for name, weight in weights.items()}
         state = converged(scaled)
         device.arrived = arrived
         watch(state, 100 + step)
         for vector in (*state.v.values(), *state.sigma.values()):
-            vector[...] = np.nan  # what a step in place does to what is on its way
+            vector[...] = np.nan  # as a step in place does
         if step % 2 == 0:
             numbers[100 + step] = expected(scaled)
         log.assert_is(dict(list(numbers.items())[:arrived]))
@@ -117,9 +117,9 @@ def test_late_numbers_are_logged_once_in_order_with_their_own_step(weights):
     log.assert_is(numbers)
 
 
-def test_an_end_waits_for_what_is_on_its_way(weights):
+def test_end_of_the_block_waits_for_pending_copies(weights):
     device, log = Late(), Log()
-    with sc.Watch(log, factor=FACTOR, every_n_steps=2, read=device) as watch:
+    with sc.Watch(log, factor=FACTOR, every_n_steps=2, copy=device) as watch:
         for _ in range(5):
             watch(converged(weights))
         assert log == []
@@ -127,26 +127,26 @@ def test_an_end_waits_for_what_is_on_its_way(weights):
     assert device.waited_for == [0, 1, 2]
 
 
-def test_a_log_that_fails_is_not_told_the_same_again(weights):
-    device, told = Late(), []
+def test_failing_log_does_not_receive_the_same_step_again(weights):
+    device, steps = Late(), []
 
     def log(values, step):
-        told.append(step)
+        steps.append(step)
         if step == 0:
             raise OSError("the disk is full")
 
-    watch = sc.Watch(log, every_n_steps=1, read=device)
+    watch = sc.Watch(log, every_n_steps=1, copy=device)
     watch(converged(weights))
     device.arrived = 2
     with pytest.raises(OSError, match="disk"):
         watch(converged(weights))
     watch.flush()
-    assert told == [0, 1]
+    assert steps == [0, 1]
 
 
-def test_factors_are_those_of_the_step(weights):
+def test_factor_belongs_to_the_step(weights):
     device, log = Late(), Log()
-    watch = sc.Watch(log, factor=0.2, every_n_steps=1, read=device)
+    watch = sc.Watch(log, factor=0.2, every_n_steps=1, copy=device)
     state = converged(weights)
     squares = sum(np.sum(sigma**2) for sigma in state.sigma.values())
     watch(state)
@@ -159,24 +159,24 @@ def test_factors_are_those_of_the_step(weights):
     assert penalties == pytest.approx([0.1 * squares, 0.2 * dense + 0.125 * (squares - dense)])
 
 
-def test_a_factor_that_is_an_array_is_read_with_sigma(weights, backend):
-    asked = []
+def test_factor_array_is_copied_together_with_sigma(weights, backend):
+    sizes = []
 
-    def read(arrays):
-        asked.append(len(arrays))
-        return watching.read(arrays)
+    def copy(arrays):
+        sizes.append(len(arrays))
+        return copy_to_host(arrays)
 
     log, on_device = Log(), backend.tree(weights)
     factor = backend.asarray(np.array(0.3))
-    watch = sc.Watch(log, factor=factor, read=read)
+    watch = sc.Watch(log, factor=factor, copy=copy)
     state = sc.init(on_device)
     watch(state)
     squares = sum(float(sigma) ** 2 for sigma in backend.tree_to_numpy(state.sigma).values())
     assert log[0][1]["spectral/penalty"] == pytest.approx(0.15 * squares)
-    assert asked == [2 if backend.module == "numpy" else 3]  # NumPy's is a number like any other
+    assert sizes == [2 if backend.module == "numpy" else 3]  # a NumPy array is a number
 
 
-def test_numbers_out_of_range_are_logged_as_they_are():
+def test_numbers_out_of_range_are_logged_unchanged():
     log = Log()
     many = {f"w{i}": np.full((2, 2), 1e10) for i in range(40)}
     zero = {"w": np.zeros((2, 2)), "one": np.eye(2)}
@@ -193,7 +193,7 @@ def test_numbers_out_of_range_are_logged_as_they_are():
     assert nan["spectral/sigma/one"] == pytest.approx(1)
 
 
-def test_a_writer_gets_scalars(weights):
+def test_writer_receives_scalars(weights):
     class Writer:
         def __init__(self):
             self.scalars = []
@@ -207,7 +207,7 @@ def test_a_writer_gets_scalars(weights):
     assert writer.scalars == [(name, value, 200) for name, value in log[0][1].items()]
 
 
-def test_a_resumed_run_counts_on(weights):
+def test_resumed_run_continues_to_count(weights):
     log, state = Log(), converged(weights)
     watch = sc.Watch(log, every_n_steps=4)
     watch.step = 6
@@ -219,7 +219,7 @@ def test_a_resumed_run_counts_on(weights):
     assert [step for step, _ in log] == [8, 16, 20]
 
 
-def test_mistakes_are_named(weights):
+def test_wrong_arguments_raise(weights):
     with pytest.raises(sc.ArgumentError, match="every_n_steps must be an integer ≥ 1, not 0"):
         sc.Watch(print, every_n_steps=0)
     with pytest.raises(sc.ArgumentError, match=r"log must be a callable log\(values, step\)"):
@@ -232,7 +232,7 @@ def test_mistakes_are_named(weights):
         sc.Watch(print, factor={"dense": 0.1})(converged(weights))
 
 
-def test_the_penalty_is_the_one_that_is_added(weights):
+def test_logged_penalty_is_the_added_one(weights):
     log = Log()
     targets = {"dense": np.array(3.0), "*": 1.0}
     with sc.Watch(log, factor=FACTOR, every_n_steps=1, target=targets, power=1) as watch:

@@ -1,4 +1,4 @@
-"""σ on its way from the device to a log, without a wait."""
+"""Copy sigma from the GPU to a log, without waiting."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import cupy
 import numpy as np
 
 import spectral_core as sc
-from spectral_core.penalty import Factor
-from spectral_core.watch import Log
+from spectral_core.engine import Factor, Log
 
 
 class Watch(sc.Watch):
-    """Log σ of each weight, log₁₀ Πσ and the penalty every n-th step, without a wait.
+    """Log σ of each weight, log₁₀ Πσ and the penalty every n-th step, without waiting.
 
-    As `spectral_core.Watch`, whose ``read`` would wait for the GPU: here σ is copied into pinned
-    memory by the GPU itself.
+    Like `spectral_core.Watch`, which would wait for the GPU. Here the GPU itself copies σ into
+    pinned memory.
 
     Parameters
     ----------
@@ -50,20 +49,20 @@ class Watch(sc.Watch):
             prefix=prefix,
             target=target,
             power=power,
-            read=OnItsWay.of,
+            copy=ArrayCopy.of,
         )
 
 
-class OnItsWay(NamedTuple):
-    """The `Reading` of arrays of one GPU."""
+class ArrayCopy(NamedTuple):
+    """Copy arrays of one GPU to the host without waiting: an `AsyncCopy`."""
 
-    flat: cupy.ndarray  # kept: its memory is in use until the copy is made
+    flat: cupy.ndarray  # kept: its memory is in use until the copy is complete
     host: np.ndarray[Any, Any]
     event: cupy.cuda.Event
 
     @classmethod
-    def of(cls, arrays: Sequence[cupy.ndarray]) -> OnItsWay:
-        """Send them to the host."""
+    def of(cls, arrays: Sequence[cupy.ndarray]) -> ArrayCopy:
+        """Start to copy these arrays to the host."""
         with arrays[0].device:
             flat = cupy.concatenate([array.reshape(-1) for array in arrays])
             pinned = cupy.cuda.alloc_pinned_memory(flat.nbytes)
@@ -74,10 +73,10 @@ class OnItsWay(NamedTuple):
         return cls(flat, host, event)
 
     def ready(self) -> bool:
-        """Whether the copy is made."""
+        """Return True if the copy is complete."""
         return bool(self.event.done)
 
     def values(self) -> np.ndarray[Any, Any]:
-        """The elements of all."""
+        """Wait for the copy, and return the elements of all arrays."""
         self.event.synchronize()
         return self.host

@@ -1,3 +1,5 @@
+"""The Lanczos norm agrees with the SVD and keeps its error bound."""
+
 import re
 
 import numpy as np
@@ -20,8 +22,8 @@ def matrices(draw):
     return matrix(rng, kind, draw(sizes), draw(sizes), dtype)
 
 
-def agrees(W, result):
-    """σ, its certificate, and the vectors' definition, in float64."""
+def assert_agrees(W, result):
+    """Assert that σ, its error bound and the vectors agree with the SVD, in float64."""
     sigma = svd_norm(W)
     assert result.converged
     np.testing.assert_allclose(result.sigma, sigma, rtol=1e-10)
@@ -36,29 +38,29 @@ def agrees(W, result):
 
 
 @given(matrices())
-def test_agrees_with_the_svd(W):
-    agrees(W, spectral_norm(W))
+def test_spectral_norm_agrees_with_the_svd(W):
+    assert_agrees(W, spectral_norm(W))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(6, 6), (40, 40), (200, 5), (5, 200), (1, 9), (9, 1), (1, 1)])
-def test_agrees_with_the_svd_on_each_kind(kind, shape, dtype):
+def test_spectral_norm_agrees_with_the_svd_on_each_kind(kind, shape, dtype):
     W = matrix(np.random.default_rng(0), kind, *shape, dtype)
     result = spectral_norm(W)
-    agrees(W, result)
+    assert_agrees(W, result)
     assert 1 <= result.n_iter <= 1000
-    if min(shape) <= 32:  # a whole basis: Lanczos ends
+    if min(shape) <= 32:  # the basis is complete, so the iteration ends
         assert result.n_iter <= min(shape)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_stack(dtype):
+def test_stack_equals_its_matrices_one_by_one(dtype):
     rng = np.random.default_rng(0)
     W = np.stack([matrix(rng, kind, 7, 5, dtype) for kind in list(KINDS)[:6]])
     W = W.reshape(2, 3, 7, 5)
     result = spectral_norm(W)
-    agrees(W, result)
+    assert_agrees(W, result)
     assert (result.sigma.shape, result.error_bound.shape) == ((2, 3), (2, 3))
     assert (result.u.shape, result.v.shape) == ((2, 3, 7), (2, 3, 5))
     one_by_one = [spectral_norm(W[index]) for index in np.ndindex(2, 3)]
@@ -67,8 +69,8 @@ def test_stack(dtype):
 
 
 @given(matrices(), st.integers(1, 6))
-def test_bound_holds_before_convergence(W, max_iter):
-    """The certificate is of *a* singular value (zero is one of a matrix that is not square)."""
+def test_error_bound_holds_before_convergence(W, max_iter):
+    """The bound proves *some* singular value: zero is one of a matrix that is not square."""
     result = spectral_norm(W, max_iter=max_iter)
     s = np.append(np.linalg.svd(W, compute_uv=False), 0)
     assert np.abs(s - result.sigma).min() <= result.error_bound
@@ -76,7 +78,7 @@ def test_bound_holds_before_convergence(W, max_iter):
     assert result.n_iter <= max_iter
 
 
-def test_says_when_it_has_not_converged():
+def test_converged_is_false_until_the_tolerance_is_met():
     W = matrix(np.random.default_rng(0), "gaussian", 30, 30)
     assert not spectral_norm(W, max_iter=3).converged
     assert not spectral_norm(np.stack([np.eye(30), W]), max_iter=3).converged
@@ -90,7 +92,7 @@ def test_says_when_it_has_not_converged():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e200, 1e300])
-def test_extreme_scales_in_float64(scale, dtype):
+def test_extreme_scales_work_in_float64(scale, dtype):
     W = matrix(np.random.default_rng(0), "gaussian", 5, 7, dtype)
     result = spectral_norm(W * scale)
     assert result.converged
@@ -99,14 +101,14 @@ def test_extreme_scales_in_float64(scale, dtype):
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_extreme_scales_in_float32(backend, scale):
+def test_extreme_scales_work_in_float32(backend, scale):
     W = matrix(np.random.default_rng(0), "gaussian", 5, 7)
     result = spectral_norm(backend.asarray((W * scale).astype("float32")))
     assert result.converged
     assert float(result.sigma) == pytest.approx(svd_norm(W) * scale, rel=1e-5, abs=0)
 
 
-def test_the_largest_float_is_no_overflow(backend):
+def test_largest_float_does_not_overflow(backend):
     W = backend.asarray(np.array([[3e38, 0], [0, 1e38], [0, 0]], dtype="float32"))
     result = spectral_norm(W)
     assert result.converged
@@ -114,7 +116,7 @@ def test_the_largest_float_is_no_overflow(backend):
 
 
 @on(module="torch")
-def test_a_parameter_leaves_no_graph(backend):
+def test_result_has_no_autograd_graph(backend):
     W = backend.asarray(np.eye(3)).requires_grad_()
     assert not spectral_norm(W).sigma.requires_grad
 
@@ -123,7 +125,7 @@ def test_a_parameter_leaves_no_graph(backend):
     ("dtype", "precision"),
     [("float32", 1e-5), ("float64", 1e-12), ("complex64", 1e-5), ("complex128", 1e-12)],
 )
-def test_on_every_backend(backend, dtype, precision):
+def test_every_backend_agrees_with_the_svd(backend, dtype, precision):
     rng = np.random.default_rng(0)
     W = np.stack([matrix(rng, kind, 4, 6, dtype) for kind in ("gaussian", "decaying")])
     result = spectral_norm(backend.asarray(W.astype(dtype)))
@@ -143,7 +145,7 @@ def test_bfloat16_is_computed_in_float32(backend):
 
 
 @given(matrices(), st.integers(0, 2**32))
-def test_invariances(W, seed):
+def test_sigma_is_invariant(W, seed):
     rng = np.random.default_rng(seed)
     m, n = W.shape
     P, Q = orthogonal(rng, m, m, W.dtype.name), orthogonal(rng, n, n, W.dtype.name)
@@ -159,14 +161,14 @@ def test_invariances(W, seed):
     assert spectral_norm(W * -3.7).sigma == pytest.approx(3.7 * sigma, rel=1e-9)
 
 
-def test_deterministic_and_seeded():
+def test_result_is_deterministic_and_depends_on_the_seed():
     W = matrix(np.random.default_rng(0), "gaussian", 40, 40)
     first = spectral_norm(W, seed=1)
     np.testing.assert_array_equal(first.v, spectral_norm(W, seed=1).v)
     assert np.any(first.v != spectral_norm(W, seed=2).v)
 
 
-def test_zero_matrix(backend):
+def test_zero_matrix_has_zero_vectors(backend):
     result = spectral_norm(backend.asarray(np.zeros((3, 4))))
     assert (float(result.sigma), float(result.error_bound)) == (0, 0)
     assert result.converged
@@ -175,7 +177,7 @@ def test_zero_matrix(backend):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_not_finite(backend, value):
+def test_non_finite_matrix_has_sigma_nan(backend, value):
     W = np.stack([np.eye(3), np.eye(3), 2 * np.eye(3)])
     W[1, 0, 2] = value
     result = spectral_norm(backend.asarray(W))
@@ -207,6 +209,6 @@ def test_not_finite(backend, value):
         (np.eye(2), {"seed": "x"}, sc.ArgumentError, "seed must be"),
     ],
 )
-def test_errors(W, arguments, error, words):
+def test_wrong_arguments_raise(W, arguments, error, words):
     with pytest.raises(error, match=re.escape(words)):
         spectral_norm(W, **arguments)

@@ -1,23 +1,23 @@
-"""The Triton kernels of `triton_step`: Algorithm 1 on all matrices of a model at once.
+"""Compute Algorithm 1 on all matrices of a model at once: the kernels of `TritonEngine`.
 
 One iteration is three launches, whatever the number of matrices and their shapes:
 
-1. `products` reads W once. A program takes some rows of one matrix and holds all of v and a sum
+1. `products` reads W once. A program works on some rows of one matrix. It holds all of v and a sum
    over its rows in registers: ``t = Wv`` of a tile of rows, then at once ``y += tᵀW`` of the same
-   tile. What a program has summed goes to scratch.
-2. `columns` adds up the sums of all programs, a block of columns each: ``z = Wᵀt/‖t‖``.
-3. `update` computes σ = ‖z‖ and v = z/σ on the way, and adds the term to G. Where another
-   iteration follows, `directions` stores v alone.
+   tile. The program's sum goes to scratch.
+2. `columns` adds the sums of all programs, a block of columns each: ``z = Wᵀt/‖t‖``.
+3. `update` computes σ = ‖z‖ and v = z/σ on the way, and adds the term to G. If another iteration
+   follows, `directions` stores v alone.
 
-No atomics, and every sum in one order: the same input gives the same bits.
+There are no atomics, and every sum has one order: the same input gives the same bits.
 
-What a program works on, it looks up: every kernel is given ``pointers`` and ``shapes``, with one
-row a matrix, and a table of its work, with one row a program. A matrix's rows and columns come
-in many sizes, and a Triton tile is a power of two: the body of a kernel is compiled once for each
-width that the model has (the bits of ``CLASSES``), and a program branches to the one it needs.
+Each kernel finds its work in tables: ``pointers`` and ``shapes`` have one row a matrix, and a table
+of work has one row a program. A Triton tile is a power of two, but matrices have rows and columns
+of many sizes. So the body of a kernel is compiled once for each width that the model has (the bits
+of ``CLASSES``), and a program branches to the one it needs.
 
-Range: everything that is added up is of the order of σ² or σ, never σ⁴, for t is divided by its
-length before z is squared. This is the range of the core's arithmetic.
+Range: everything that is added is of the order of σ² or σ, never σ⁴, because t is divided by its
+length before z is squared. This is the range of the reference.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -26,7 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The columns of the table `pointers`, and of `shapes`.
+# The columns of the tables `pointers`, `shapes` and `penalties`.
 N_POINTERS = tl.constexpr(7)
 W, G, V, U, SIGMA, PRODUCTS_CLASS, UPDATE_CLASS = (tl.constexpr(i) for i in range(7))
 N_SHAPES = tl.constexpr(10)
@@ -34,8 +34,11 @@ ROWS, COLUMNS, FIRST_ITEM, N_ITEMS, PARTIAL, STRIDE, FIRST_BLOCK, N_BLOCKS, T, Z
     tl.constexpr(i) for i in range(10)
 )
 
+N_PENALTIES = tl.constexpr(5)
+FACTOR, FACTOR_SLOT, TARGET, TARGET_SLOT, POWER = (tl.constexpr(i) for i in range(5))
+
 BLOCK = tl.constexpr(64)  # columns of a program of `columns` and `directions`
-MOST_BLOCKS = tl.constexpr(256)  # of a matrix: the limit on columns over BLOCK
+MOST_BLOCKS = tl.constexpr(256)  # blocks of a matrix: the limit on columns over BLOCK
 
 
 @triton.jit
@@ -56,11 +59,11 @@ def _size(shapes, matrix, FIELD: tl.constexpr):
 
 @triton.jit
 def _length_and_inverse(square, TINY: tl.constexpr):
-    """The core's ``_normalized``: an inverse of 0 for 0, and NaN where it is not finite."""
+    """Return √square and its inverse: 0 for 0, and NaN where it is not finite, as the core."""
     if square.dtype == tl.float64:
         length = tl.sqrt(square)
         inverse = length / (square + TINY)
-    else:  # the plain ones are approximate, and flush what is subnormal
+    else:  # the plain ones are approximate, and flush subnormal numbers
         length = tl.sqrt_rn(square)
         inverse = tl.div_rn(length, square + TINY)
     return length, inverse
@@ -72,9 +75,9 @@ def _rows_of_products(
     TILE: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``row`` to ``end``: their t and the sum of tᵀW to scratch; returns ‖t‖²."""
+    """Store t and the sum of tᵀW of the rows ``row`` to ``end``, and return ‖t‖²."""
     HEIGHT: tl.constexpr = TILE // WIDTH
-    if VECTOR > 1:  # say to the compiler what the launcher has checked: 16 bytes a load
+    if VECTOR > 1:  # the launcher has checked it: the compiler may load 16 bytes at once
         n = n // VECTOR * VECTOR
     lines = tl.arange(0, HEIGHT)
     cols = tl.arange(0, WIDTH)
@@ -85,7 +88,7 @@ def _rows_of_products(
     v = tl.load(v_places, mask=cols < n, other=0.0)[None, :]
     total = tl.zeros((HEIGHT, WIDTH), ACC)
     square = tl.zeros((HEIGHT,), ACC)
-    # Stages: tiles on their way to shared memory while one is worked on.
+    # STAGES - 1 tiles are being copied to shared memory while one is worked on.
     for start in tl.range(row, end, HEIGHT, num_stages=STAGES):
         rows = start + lines
         there = (rows < end)[:, None] & inside
@@ -107,9 +110,9 @@ def products(
     DTYPE: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
     CLASSES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``t = Wv`` and ``Wᵀt`` of the rows of an item (matrix, first row, row after the last).
+    """Compute ``t = Wv`` and ``Wᵀt`` of the rows of an item (matrix, first row, end).
 
-    Class 2c + a: width 2ᶜ, and with a = 1 rows that 16-byte loads may be used on.
+    Class 2c + a has width 2ᶜ. With a = 1 its rows are aligned for 16-byte loads.
     """
     item = tl.program_id(0)
     matrix = tl.load(items + 3 * item)
@@ -136,13 +139,13 @@ def columns(
     shapes, blocks, sums, squares, zs, z_squares, inverses,
     ACC: tl.constexpr, TINY: tl.constexpr, HEIGHT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``z = Wᵀt/‖t‖`` of a block of columns (matrix, nth block), and its share of ‖z‖²."""
+    """Compute ``z = Wᵀt/‖t‖`` of a block of columns (matrix, nth block), and its share of ‖z‖²."""
     block = tl.program_id(0)
     matrix = tl.load(blocks + 2 * block)
     nth = tl.load(blocks + 2 * block + 1)
     n = _size(shapes, matrix, COLUMNS)
     n_items = _size(shapes, matrix, N_ITEMS)
-    # Scratch rows are padded: what lies past the n columns is loaded, in whole vectors, and unused.
+    # Scratch rows are padded: elements past the n columns are loaded, in whole vectors, and unused.
     stride = _size(shapes, matrix, STRIDE) // 32 * 32
     cols = nth * BLOCK + tl.arange(0, BLOCK)
     lines = tl.arange(0, HEIGHT)
@@ -177,7 +180,7 @@ def _sigma_and_inverse(shapes, z_squares, matrix, TINY: tl.constexpr):
 def directions(
     pointers, shapes, blocks, zs, z_squares, ACC: tl.constexpr, TINY: tl.constexpr
 ):  # fmt: skip
-    """``v = z/‖z‖`` of a block of columns, for the next iteration."""
+    """Store ``v = z/‖z‖`` of a block of columns, for the next iteration."""
     block = tl.program_id(0)
     matrix = tl.load(blocks + 2 * block)
     cols = tl.load(blocks + 2 * block + 1) * BLOCK + tl.arange(0, BLOCK)
@@ -193,7 +196,7 @@ def _rows_of_update(
     TILE: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
     SUM: tl.constexpr, ITERATED: tl.constexpr,
 ):  # fmt: skip
-    """``G += weight·u·vᵀ`` in the rows ``row`` to ``end`` of a block of columns."""
+    """Add ``weight·u·vᵀ`` to G in the rows ``row`` to ``end`` of a block of n columns."""
     HEIGHT: tl.constexpr = TILE // WIDTH
     if VECTOR > 1:
         n = n // VECTOR * VECTOR
@@ -219,10 +222,10 @@ def _rows_of_update(
 def _v_of_update(
     v_ptr, z_ptr, inverse, col, row, n, WIDTH: tl.constexpr, ITERATED: tl.constexpr
 ):  # fmt: skip
-    """A block of v; stored by the program of its first rows."""
+    """Return a block of v; the program of the first rows also stores it."""
     cols = col * WIDTH + tl.arange(0, WIDTH)
     if ITERATED:
-        # v is stored where it is usable and read where it is not: no program waits for another.
+        # A usable new v is stored, and otherwise the old one is read: no program waits for another.
         n_usable = tl.where(inverse > 0, n, 0)
         unit = tl.load(z_ptr + cols, mask=cols < n, other=0.0) * inverse
         tl.store(v_ptr + cols, unit, mask=cols < tl.where(row == 0, n_usable, 0))
@@ -233,16 +236,52 @@ def _v_of_update(
     return v
 
 
+@triton.jit
+def _number(
+    penalties, gathered, matrix,
+    FIELD: tl.constexpr, SLOT: tl.constexpr, GATHERED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Return a number of the table, times the element of ``gathered`` at its slot, if it has one.
+
+    The table's number is 1 where a tensor holds the factor or target.
+    """
+    number = tl.load(penalties + matrix * N_PENALTIES + FIELD).to(ACC)
+    if GATHERED:
+        slot = tl.load(penalties + matrix * N_PENALTIES + SLOT).to(tl.int32)
+        number *= tl.load(gathered + slot, mask=slot >= 0, other=1.0).to(ACC)
+    return number
+
+
+@triton.jit
+def _slope(
+    penalties, gathered, matrix, sigma,
+    SLOPED: tl.constexpr, GATHERED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Return the derivative of the penalty by σ, as `spectral_core.slope`.
+
+    Power 0 stands for the paper's penalty, whose slope is σ. A comparison with NaN is false, so a
+    NaN stays NaN.
+    """
+    slope = sigma
+    if SLOPED:
+        power = tl.load(penalties + matrix * N_PENALTIES + POWER)
+        target = _number(penalties, gathered, matrix, TARGET, TARGET_SLOT, GATHERED, ACC)
+        over = tl.where(power == 1, 1.0, sigma - target)
+        slope = tl.where(power == 0, sigma, tl.where(sigma <= target, 0.0, over))
+    return slope
+
+
 @triton.jit(do_not_specialize=["gathered"])
 def update(
-    pointers, shapes, tiles, factors, gathered, zs, z_squares, inverses, ts,
+    pointers, shapes, tiles, penalties, gathered, zs, z_squares, inverses, ts,
     DTYPE: tl.constexpr, ACC: tl.constexpr, SUM: tl.constexpr, TINY: tl.constexpr,
     TILE: tl.constexpr, VECTOR: tl.constexpr, CLASSES: tl.constexpr,
-    ITERATED: tl.constexpr, GATHERED: tl.constexpr,
+    ITERATED: tl.constexpr, GATHERED: tl.constexpr, SLOPED: tl.constexpr,
 ):  # fmt: skip
-    """``G += factor·σ·u·vᵀ`` in a tile (matrix, first row, row after the last, nth block).
+    """Add ``factor·slope(σ)·u·vᵀ`` to G in a tile (matrix, first row, end, nth block).
 
-    Where iterations went before (``ITERATED``), this also stores v, u and σ.
+    After an iteration (``ITERATED``), also store v, u and σ. A matrix whose G has the address 0
+    has no gradient.
     """
     tile = tl.program_id(0)
     matrix = tl.load(tiles + 4 * tile)
@@ -263,16 +302,15 @@ def update(
         sigma = tl.load(sigma_ptr)
         inverse_z = sigma
         inverse_t = sigma
-    weight = tl.load(factors + 2 * matrix).to(ACC) * sigma
-    if GATHERED:  # the table's number, then, is 1 where a tensor has the factor
-        slot = tl.load(factors + 2 * matrix + 1).to(tl.int32)
-        weight *= tl.load(gathered + slot, mask=slot >= 0, other=1.0).to(ACC)
+    slope = _slope(penalties, gathered, matrix, sigma, SLOPED, GATHERED, ACC)
+    weight = _number(penalties, gathered, matrix, FACTOR, FACTOR_SLOT, GATHERED, ACC) * slope
+    n_grad = tl.where(tl.load(pointers + matrix * N_POINTERS + G) == 0, 0, n)
     z_ptr = zs + _shape(shapes, matrix, Z)
     t_ptr = ts + _shape(shapes, matrix, T)
     for c in tl.static_range(32):
         if (CLASSES >> c) & 1 and kind == c:
             v = _v_of_update(v_ptr, z_ptr, inverse_z, col, row, n, 1 << (c // 2), ITERATED)
             _rows_of_update(
-                grad_ptr, u_ptr, t_ptr, inverse_t, weight, v, col, row, end, n,
+                grad_ptr, u_ptr, t_ptr, inverse_t, weight, v, col, row, end, n_grad,
                 TILE if c % 2 else TILE // 2, 1 << (c // 2), VECTOR if c % 2 else 1, SUM, ITERATED,
             )  # fmt: skip
