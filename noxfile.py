@@ -22,7 +22,10 @@ PARALLEL = ("-n", "auto", "--maxprocesses=4", "--dist=worksteal")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 THOROUGH = {"SPECTRAL_PROFILE": "thorough"}
 # Sessions of their own run these, with the packages that they need.
-APART = ("--ignore=tests/integrations", "--ignore=tests/benchmarks")
+APART = tuple(
+    f"--ignore=tests/{name}"
+    for name in ("integrations", "benchmarks", "test_readme.py", "test_docs.py")
+)
 
 # Triton has wheels for Linux alone. Without a GPU its kernels are interpreted.
 TORCH = ["torch", "numba", *(["triton"] if sys.platform == "linux" else [])]
@@ -83,16 +86,8 @@ def run_tests(
 
 @nox.session(name="tests-all")
 def tests_all(session: nox.Session) -> None:
-    """The suite on every backend that installs without a GPU: minutes."""
+    """The suite on every backend that installs without a GPU; SPECTRAL_PROFILE=thorough for all."""
     run_tests(session, HERE)
-
-
-@nox.session(name="tests-thorough")
-def tests_thorough(session: nox.Session) -> None:
-    """tests-all, the slow tests, and more examples of each property."""
-    # `integrations` runs the examples of README and docs/, with all that they import.
-    examples = ("--ignore=tests/test_readme.py", "--ignore=tests/test_docs.py")
-    run_tests(session, HERE, *examples, env=THOROUGH)
 
 
 @nox.session(python=PYTHONS)

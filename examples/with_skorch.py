@@ -22,7 +22,9 @@ class SpectralClassifier(NeuralNetClassifier):
 
     def initialize_optimizer(self) -> "SpectralClassifier":
         super().initialize_optimizer()
-        self.reg_ = SpectralNormRegularizer(self.module_, factor=self.factor).attach(self.optimizer_)
+        self.reg_ = SpectralNormRegularizer(self.module_, factor=self.factor).attach(
+            self.optimizer_
+        )
         return self
 
 

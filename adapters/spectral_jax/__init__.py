@@ -1,15 +1,26 @@
-"""Spectral norm regularization for JAX: an optax transformation over `spectral_core`."""
+"""Regularize and bound spectral norms in JAX: optax transformations around `spectral_core`."""
 
-from spectral_core import Layout
+try:
+    import jax as _jax
+    import optax as _optax
+except ImportError as error:
+    raise ImportError("spectral_jax needs JAX and optax: pip install spectral-core[jax]") from error
 
-from .constraint import constrain_spectral_norm
-from .transformation import SpectralNormState, add_spectral_norm_regularization, sigmas
-from .watch import Watch
+from spectral_core import Layout, __version__
+
+from ._constrain import constrain_spectral_norm
+from ._engine import XlaEngine
+from ._regularize import SpectralNormState, add_spectral_norm_regularization, sigmas
+from ._watch import Watch
+
+del _jax, _optax
 
 __all__ = [
     "Layout",
     "SpectralNormState",
     "Watch",
+    "XlaEngine",
+    "__version__",
     "add_spectral_norm_regularization",
     "constrain_spectral_norm",
     "sigmas",

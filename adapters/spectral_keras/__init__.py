@@ -1,7 +1,14 @@
 """Spectral norm regularization for Keras 3, on PyTorch and JAX: an optimizer around another."""
 
-from spectral_core import Layout
+try:
+    import keras as _keras
+except ImportError as error:
+    raise ImportError("spectral_keras needs Keras: pip install spectral-core[keras]") from error
 
-from .optimizer import SpectralNormRegularizer
+from spectral_core import Layout, __version__
 
-__all__ = ["Layout", "SpectralNormRegularizer"]
+from ._optimizer import SpectralNormRegularizer
+
+del _keras
+
+__all__ = ["Layout", "SpectralNormRegularizer", "__version__"]

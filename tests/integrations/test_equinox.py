@@ -26,7 +26,7 @@ def begun(factor=0.1, lr=0.05):
     model = example.network(jax.random.key(0))
     model = jax.tree.map(lambda x: x.astype("float64") if eqx.is_inexact_array(x) else x, model)
     tx = optax.chain(
-        spectral_jax.add_spectral_norm_regularization(factor),
+        spectral_jax.add_spectral_norm_regularization(factor=factor),
         optax.sgd(lr, momentum=0.9, nesterov=True),
     )
     return model, tx, tx.init(eqx.filter(model, eqx.is_array))

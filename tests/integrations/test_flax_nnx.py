@@ -28,7 +28,7 @@ def begun(factor=0.1, lr=0.05):
     model = example.Network(nnx.Rngs(0))
     nnx.update(model, jax.tree.map(lambda x: x.astype("float64"), nnx.state(model)))
     tx = optax.chain(
-        spectral_jax.add_spectral_norm_regularization(factor),
+        spectral_jax.add_spectral_norm_regularization(factor=factor),
         optax.sgd(lr, momentum=0.9, nesterov=True),
     )
     return model, nnx.Optimizer(model, tx, wrt=nnx.Param)

@@ -73,7 +73,7 @@ def optimizer(options):
     if options.get("mask"):
         options["mask"] = lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
     return optax.chain(
-        spectral_jax.add_spectral_norm_regularization(0.1, layouts=LAYOUTS, **options),
+        spectral_jax.add_spectral_norm_regularization(factor=0.1, layouts=LAYOUTS, **options),
         optax.sgd(0.1, 0.9, nesterov=True),
     )
 

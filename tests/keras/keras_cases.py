@@ -1,15 +1,20 @@
 """What `test_keras.py` runs once for each backend of Keras, each in a process of its own."""
 
 import doctest
+import io
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import h5py
 import keras
 import numpy as np
 import pytest
 from keras import layers as kl
 
 import spectral_core as sc
-import spectral_keras
 from backends import svd_norm
 from spectral_keras import Layout, SpectralNormRegularizer
 
@@ -254,6 +259,31 @@ def test_a_model_that_was_not_fitted_yet_is_saved(tmp_path):
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     fit(loaded)
     assert_close(values(loaded.weights), expected)
+
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+def test_a_model_that_0_1_0_saved_goes_on():
+    """Version 0.1.0 saved v without its axis of vectors, here under the backend PyTorch."""
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+    with zipfile.ZipFile(DATA / "state-0.1.0.keras") as file:
+        saved = h5py.File(io.BytesIO(file.read("model.weights.h5")))["optimizer/vars"]
+        v = {"net/hidden/kernel": saved["2"][()], "net/out/kernel": saved["3"][()]}
+    model = keras.saving.load_model(DATA / "state-0.1.0.keras")
+    optimizer = model.optimizer
+    weights = {
+        path: values([variable])[0] for path, variable in optimizer._weights.variables.items()
+    }
+    for path, found in optimizer._v.items():
+        assert_equal(values([found]), [v[path][None]])
+    state = sc.init(weights, layouts="io")
+    state = sc.iterate(weights, replace(state, v={path: x[None] for path, x in v.items()}))
+    model.fit(np.ones((8, 4)), np.ones((8, 2)), verbose=0)
+    assert int(optimizer.iterations) == 2
+    for path, sigma in optimizer.sigmas().items():
+        np.testing.assert_allclose(sigma, state.sigma[path], rtol=1e-5)
 
 
 class Interrupt(keras.callbacks.Callback):
@@ -551,7 +581,7 @@ def test_several_steps_an_execution():
 
 
 def test_the_docstring_s():
-    assert doctest.testmod(spectral_keras.optimizer).failed == 0
+    assert doctest.testmod(sys.modules[SpectralNormRegularizer.__module__]).failed == 0
 
 
 def test_digits():

@@ -1,21 +1,19 @@
-"""Which variables of a Keras model are weights, what their axes are, and how to find them again."""
+"""Choose the weights of a Keras model, with their layouts, and find them again after loading."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import keras
 from keras import layers as kl
-from spectral_core.layout import as_layout
-from spectral_core.patterns import by_name
 
 from spectral_core import Layout, NamesError
+from spectral_core.engine import Choice, choose
 
 Variable: TypeAlias = Any
-Choice: TypeAlias = "str | Iterable[str] | Callable[[str, Variable], bool]"
 
 _CONVOLUTIONS = (kl.Conv1D, kl.Conv2D, kl.Conv3D)
 _TRANSPOSED = (kl.Conv1DTranspose, kl.Conv2DTranspose, kl.Conv3DTranspose)
@@ -29,22 +27,27 @@ _KERNELS = ("kernel", "recurrent_kernel", "depthwise_kernel", "pointwise_kernel"
 class Weights:
     """The chosen weights by path.
 
-    A class of its own, since Keras takes variables that it finds in the dicts and lists of an
-    optimizer for that optimizer's.
+    Why a class: if the optimizer held the variables in a dict or a list, Keras would track them as
+    the optimizer's own.
     """
 
     layouts: dict[str, Layout]
-    places: dict[str, int]  # among the variables that are trained, as Keras finds momenta again
+    places: dict[str, int]  # among the trained variables, as Keras finds momenta again
     n_variables: int
     variables: dict[str, Variable] = field(default_factory=dict)  # empty if read from a config
 
     def among(self, variables: Sequence[Variable]) -> Weights:
-        """Those that are trained, where ``variables`` are all that are.
+        """Return the weights that are trained.
+
+        Parameters
+        ----------
+        variables : sequence of keras.Variable
+            All trained variables.
 
         Raises
         ------
         NamesError
-            If none is, or they are not the variables of the model that was saved.
+            If none of the weights is trained, or the variables are not those of the saved model.
         """
         if self.variables:
             ids = {id(variable) for variable in variables}
@@ -57,8 +60,8 @@ class Weights:
         return Weights(layouts, places(found, variables), len(variables), found)
 
     def _again(self, variables: Sequence[Variable]) -> dict[str, Variable]:
-        # By place first: a model that is loaded has other paths, without the model's own name and
-        # with new numbers for layers that have none.
+        # By place first: the paths of a loaded model lack the model's own name, and unnamed layers
+        # have new numbers.
         if len(variables) == self.n_variables:
             return {path: variables[place] for path, place in self.places.items()}
         by_path = {variable.path: variable for variable in variables}
@@ -70,14 +73,14 @@ class Weights:
         )
 
     def get_config(self) -> dict[str, Any]:
-        """What `from_config` takes: the trained ones, as JSON can hold them."""
+        """Return the trained weights in a form that JSON can hold, for `from_config`."""
         kept = [(path, self.layouts[path], place) for path, place in self.places.items()]
         weights = {path: [layout.axes, layout.groups, place] for path, layout, place in kept}
         return {"weights": weights, "n_variables": self.n_variables}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Weights:
-        """Undo `get_config`, without the variables."""
+        """Return the weights that `get_config` described, without the variables."""
         weights = config["weights"].items()
         return cls(
             {path: Layout(axes, groups) for path, (axes, groups, _) in weights},
@@ -87,24 +90,24 @@ class Weights:
 
 
 def places(chosen: Mapping[str, Variable], variables: Sequence[Variable]) -> dict[str, int]:
-    """Where the chosen ones stand among the variables, those that do."""
+    """Return the places of the chosen weights among the variables, where they are among them."""
     at = {id(variable): i for i, variable in enumerate(variables)}
     return {path: at[id(v)] for path, v in chosen.items() if id(v) in at}
 
 
-def choose(
+def choose_variables(
     model: keras.Model,
     include: Choice | None,
     exclude: Choice | None,
     layouts: Mapping[str, Layout | str] | None,
 ) -> Weights:
-    """The weights to regularize.
+    """Return the weights to regularize.
 
     Raises
     ------
     NamesError
         If a pattern of ``include``, ``exclude`` or ``layouts`` matches no variable with two axes,
-        nothing is left, or a path stands for two variables.
+        nothing is left, or two variables have the same path.
     """
     candidates = [v for v in model.weights if len(v.shape) > 1 and "float" in v.dtype]
     variables = {variable.path: variable for variable in candidates}
@@ -112,27 +115,26 @@ def choose(
     if twice:
         raise NamesError(f"several variables have the path {twice}: name their layers differently")
     known = {path: layout for path, layout in _known(model) if path in variables}
-    given = by_name(layouts or {}, variables, "layouts")
-    wanted = {*known, *given} if include is None else _matching(variables, include, "include")
-    if exclude is not None:
-        wanted -= _matching(variables, exclude, "exclude")
-    chosen = {path: v for path, v in variables.items() if path in wanted}
+    chosen = choose(
+        variables,
+        known,
+        include=include,
+        exclude=exclude,
+        layouts=layouts,
+        default=_channels_last,
+    )
     if not chosen:
         raise NamesError(
             "there is nothing to regularize: the model has no dense, convolution or recurrent "
             f"kernel that include and exclude leave, or is not built (call it once, or give it an "
             f"Input); variables with two axes: {list(variables)}"
         )
-    axes = {
-        path: as_layout(given[path]) if path in given else known.get(path, _channels_last(v))
-        for path, v in chosen.items()
-    }
-    trained = model.trainable_variables
-    return Weights(axes, places(chosen, trained), len(trained), chosen)
+    trained, found = model.trainable_variables, {path: variables[path] for path in chosen}
+    return Weights(chosen, places(found, trained), len(trained), found)
 
 
 def _known(model: keras.Model) -> Iterable[tuple[str, Layout]]:
-    """The paths and layouts of the kernels that the model's layers tell."""
+    """Yield the paths and layouts of the kernels of known layers."""
     for layer in model._flatten_layers():
         for variable in layer.weights:
             if variable.name in _KERNELS:
@@ -159,20 +161,13 @@ def _layout_of(layer: keras.Layer, kernel: Variable) -> Layout | None:
 
 
 def _channels_last(kernel: Variable) -> Layout:
-    """Kernel, input, output: the order of Keras, wherever the channels of an image stand."""
+    """Return kernel, input, output: the order of Keras, whatever the order of an image's axes."""
     return Layout("k" * (len(kernel.shape) - 2) + "io")
 
 
 def _einsum_layout(equation: str) -> Layout | None:
-    """What the axes of an `EinsumDense` kernel are, if each is an input, an output, or both."""
+    """Return the layout of an `EinsumDense` kernel if each axis is an input, an output or both."""
     inputs, kernel, outputs = equation.replace(" ", "").replace("->", ",").split(",")
     letters = {(True, True): "s", (True, False): "i", (False, True): "o"}
     axes = "".join(letters.get((a in inputs, a in outputs), "?") for a in kernel)
     return Layout(axes) if {"i", "o"} <= set(axes) and "?" not in axes else None
-
-
-def _matching(variables: Mapping[str, Variable], choice: Choice, what: str) -> set[str]:
-    if callable(choice):
-        return {path for path, variable in variables.items() if choice(path, variable)}
-    patterns = [choice] if isinstance(choice, str) else choice
-    return set(by_name(dict.fromkeys(patterns), variables, what))

@@ -7,20 +7,26 @@ from typing import Any
 
 import jax
 import optax
-from spectral_core.penalty import factors_of
-from spectral_core.regularizer import part_of, with_part
 
 import spectral_core as sc
-from spectral_core.errors import checked_int
+from spectral_core.engine import check_factors, merge, select
+from spectral_core.errors import check_int
 
-from .products import refresh
-from .selection import choose, named_leaves
-from .transformation import SpectralNormState, at_step, of_core, of_optax, start
+from ._engine import XlaEngine
+from ._regularize import (
+    SpectralNormState,
+    at_step,
+    from_core,
+    initial_state,
+    is_traced,
+    to_core,
+)
+from ._select import choose, named_leaves
 
 
 def constrain_spectral_norm(
-    bound: Any = 1.0,
     *,
+    bound: Any = 1.0,
     normalize: bool = False,
     n_iter: int = 1,
     n_vectors: int = 1,
@@ -32,9 +38,10 @@ def constrain_spectral_norm(
 
     .. math:: W ← W · \min(1, \text{bound}/σ)
 
-    The hard bound of `spectral_core.constrain`, or with ``normalize`` spectral normalization of the
-    weights themselves: unlike `flax.nnx.SpectralNorm` it wraps no layer. Put it last in a chain:
-    it changes the updates so that what comes out of `optax.apply_updates` obeys the bound.
+    This is the hard bound of `spectral_core.constrain`. With ``normalize`` it is spectral
+    normalization of the weights themselves. Unlike `flax.nnx.SpectralNorm` it wraps no layer. Put
+    it last in a chain: it changes the updates so that the result of `optax.apply_updates` obeys
+    the bound.
 
     Parameters
     ----------
@@ -43,7 +50,7 @@ def constrain_spectral_norm(
     normalize : bool
         Whether smaller matrices grow to the bound too.
     n_iter : int
-        Power iterations a step.
+        Power iterations in a step.
     n_vectors, mask, layouts, seed
         As for `add_spectral_norm_regularization`.
 
@@ -61,32 +68,34 @@ def constrain_spectral_norm(
 
     Notes
     -----
-    Nothing changes before the first step. σ is estimated from below: see `spectral_core.constrain`.
-    A float16 or bfloat16 weight misses the bound by its rounding.
+    Nothing changes before the first step. Power iteration underestimates σ, so the true norm can
+    exceed the bound slightly: see `spectral_core.constrain`. A float16 or bfloat16 weight misses
+    the bound by its rounding.
 
-    `optax.inject_hyperparams` makes arrays of numbers: give it
+    `optax.inject_hyperparams` turns numbers into traced arrays. Pass it
     ``static_args=("n_iter", "normalize", "n_vectors", "seed", "mask")``.
 
     Examples
     --------
     >>> import jax.numpy as jnp, optax, spectral_jax
     >>> params = {"dense": {"kernel": jnp.array([[3.0, 0.0], [3.0, 3.0]]), "bias": jnp.zeros(2)}}
-    >>> tx = optax.chain(optax.sgd(0.1), spectral_jax.constrain_spectral_norm(1.0, n_iter=20))
+    >>> cap = spectral_jax.constrain_spectral_norm(bound=1.0, n_iter=20)
+    >>> tx = optax.chain(optax.sgd(0.1), cap)
     >>> updates, state = tx.update(params, tx.init(params), params)
     >>> params = optax.apply_updates(params, updates)
     >>> round(float(jnp.linalg.norm(params["dense"]["kernel"], 2)), 3)
     1.0
     """
-    everything = mask is not None
-    if isinstance(n_iter, jax.core.Tracer) or isinstance(normalize, jax.core.Tracer):
+    masked = mask is not None
+    if is_traced(n_iter) or is_traced(normalize):
         raise sc.ArgumentError(
             "n_iter and normalize must not be traced: give optax.inject_hyperparams "
             'static_args=("n_iter", "normalize", "n_vectors", "seed", "mask")'
         )
-    checked_int(n_iter, "n_iter")
+    check_int(n_iter, "n_iter")
 
     def init(params: Any) -> SpectralNormState:
-        return start(params, layouts, everything, seed, n_vectors, keeps_u=False)
+        return initial_state(params, layouts, masked, seed, n_vectors, keeps_u=False)
 
     def update(
         updates: Any, state: SpectralNormState, params: Any = None
@@ -96,26 +105,25 @@ def constrain_spectral_norm(
         count = optax.safe_increment(state.count)
         if not jax.tree.leaves(params):
             return updates, state._replace(count=count)
-        before, chosen = choose(params, layouts, everything)
+        before, chosen = choose(params, layouts, masked)
         leaves, structure = named_leaves(updates)
-        # What has no update stays as it is.
+        # A weight without an update stays as it is.
         moved = {name: before[name] + leaf for name, _, leaf in leaves if name in before}
         moved = {name: weight.astype(before[name].dtype) for name, weight in moved.items()}
-        whole = of_core(state, chosen)
-        bounds = factors_of(at_step(bound, state.count), before, "bound")
-        with jax.default_matmul_precision("highest"):
-            weights, after = sc.constrain(
-                moved,
-                part_of(whole, moved),
-                bound={name: bounds[name] for name in moved},
-                normalize=normalize,
-                n_iter=n_iter,
-                step=refresh,
-            )
+        whole = to_core(state, chosen)
+        bounds = check_factors(at_step(bound, state.count), before, "bound")
+        weights, after = sc.constrain(
+            moved,
+            select(whole, moved),
+            bound={name: bounds[name] for name in moved},
+            normalize=normalize,
+            n_iter=n_iter,
+            engines=[XlaEngine()],
+        )
         new = [
             weights[name] - before[name] if name in weights else leaf for name, _, leaf in leaves
         ]
-        return jax.tree.unflatten(structure, new), of_optax(count, with_part(whole, after))
+        return jax.tree.unflatten(structure, new), from_core(count, merge(whole, after))
 
     transformation = optax.GradientTransformation(init, update)
-    return optax.masked(transformation, mask) if everything else transformation
+    return optax.masked(transformation, mask) if masked else transformation

@@ -1,4 +1,4 @@
-"""Which leaves of a JAX parameter tree are weights, and what their axes are."""
+"""Choose the weights in a JAX parameter tree, and their layouts."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
-from spectral_core.layout import as_layout
-from spectral_core.patterns import by_name
 
 from spectral_core import Layout, NamesError
+from spectral_core.engine import as_layout, by_name
 
 Path: TypeAlias = tuple[Any, ...]
 
-# In a tree without modules: what stands under these names, and leaves of these names, are no
-# weights whatever their number of axes.
+# In a tree without modules, leaves below the first names and leaves with the second names are not
+# weights, whatever their number of axes.
 _NO_WEIGHTS_IN = re.compile(r"embed|norm", re.IGNORECASE)
 _NO_WEIGHT = re.compile(r"b|bias.*|scale|pos.*", re.IGNORECASE)
 
 
 def named_leaves(tree: Any) -> tuple[list[tuple[str, Path, Any]], Any]:
-    """Leaves with their names and paths, and the structure to put them back into.
+    """Return the leaves as (name, path, leaf), and the structure to put them back into.
 
     Raises
     ------
@@ -41,19 +40,25 @@ def named_leaves(tree: Any) -> tuple[list[tuple[str, Path, Any]], Any]:
 
 
 def name_of(path: Path) -> str:
-    """The path as a name: ``"encoder/layers/0/kernel"``."""
+    """Return a path as a name such as ``"encoder/layers/0/kernel"``."""
     # Flax NNX ends each path with the attribute of its Variable.
     variable = len(path) > 1 and path[-1] == GetAttrKey("value") and isinstance(path[-2], DictKey)
     return jax.tree_util.keystr(path[:-1] if variable else path, simple=True, separator="/")
 
 
 def choose(
-    params: Any, layouts: Mapping[str, Layout | str] | None, everything: bool
+    params: Any, layouts: Mapping[str, Layout | str] | None, masked: bool
 ) -> tuple[dict[str, Any], dict[str, Layout]]:
-    """The weights by name, and their layouts.
+    """Return the weights by name, and their layouts.
 
-    With ``everything``, all leaves: a mask has chosen them. Else the weights of linear,
-    convolution and recurrent layers, and what ``layouts`` names.
+    Parameters
+    ----------
+    params : pytree
+    layouts : mapping of name or pattern to Layout or str, or None
+        Leaves named here are weights.
+    masked : bool
+        True if a mask has chosen the leaves already: all of them are weights. Otherwise the
+        weights are those of linear, convolution and recurrent layers.
 
     Raises
     ------
@@ -61,23 +66,24 @@ def choose(
         If a pattern of ``layouts`` matches nothing, or there is no weight.
     """
     leaves, _ = named_leaves(params)
-    given = by_name(layouts or {}, [name for name, _, _ in leaves], "layouts")
+    own = by_name(layouts or {}, [name for name, _, _ in leaves], "layouts")
     weights, chosen = {}, {}
     for name, path, leaf in leaves:
         known = _known_layout(params, path, name, leaf)
-        if everything or name in given or known is not None:
+        if masked or name in own or known is not None:
             weights[name] = jnp.asarray(leaf)
             default = known or _channels_last(jnp.ndim(leaf))
-            chosen[name] = as_layout(given[name]) if name in given else default
+            chosen[name] = as_layout(own[name]) if name in own else default
     if not weights:
         raise NamesError(
             "there is nothing to regularize: no leaf has two axes and a weight's name among "
-            f"{[name for name, _, _ in leaves]}; say which by mask or layouts"
+            f"{[name for name, _, _ in leaves]}; choose leaves by mask or layouts"
         )
     return weights, chosen
 
 
 def _known_layout(params: Any, path: Path, name: str, leaf: Any) -> Layout | None:
+    """Return the layout of a leaf that is a weight, or None."""
     ndim = getattr(leaf, "ndim", 0)
     if ndim < 2 or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
         return None
@@ -98,7 +104,7 @@ def _known_layout(params: Any, path: Path, name: str, leaf: Any) -> Layout | Non
 
 
 def _channels_last(ndim: int) -> Layout:
-    """Kernel, input, output: JAX's order, in Flax and Haiku."""
+    """Return kernel, input, output: the order of Flax and Haiku."""
     return Layout("k" * (ndim - 2) + "io")
 
 
@@ -113,7 +119,7 @@ def _equinox_layout(module: Any, attribute: str, ndim: int) -> Layout | None:
 
 
 def _owner(tree: Any, path: Path) -> Any:
-    """The node whose attribute the leaf is, where the tree is made of modules."""
+    """Return the module whose attribute the leaf is, or None in a tree without modules."""
     if not path or not isinstance(path[-1], GetAttrKey):
         return None
     for key in path[:-1]:

@@ -1,0 +1,190 @@
+"""The weights of each library's parameter trees, and their layouts."""
+
+import numpy as np
+import pytest
+
+import spectral_core as sc
+
+jax = pytest.importorskip("jax", reason="JAX is not installed")
+optax = pytest.importorskip("optax", reason="optax is not installed")
+import jax.numpy as jnp  # noqa: E402
+
+import spectral_jax  # noqa: E402
+from jax_params import params_of, run  # noqa: E402
+from spectral_jax import add_spectral_norm_regularization  # noqa: E402
+
+RNG = np.random.default_rng(0)
+
+
+def test_a_tree_without_weights_is_refused_and_an_empty_one_is_not():
+    with pytest.raises(sc.NamesError, match=r"nothing to regularize.*'norm/scale'"):
+        add_spectral_norm_regularization(factor=0.1).init({"norm": {"scale": jnp.ones((3, 3))}})
+    nothing = optax.masked(
+        add_spectral_norm_regularization(factor=0.1), {"conv": False, "dense": False}
+    )
+    updates, state = run(nothing, params_of())
+    assert not updates["dense"]["kernel"].any()
+    assert spectral_jax.sigmas(state) == {}
+
+
+def test_a_name_for_two_leaves_is_refused():
+    params = {"a/b": jnp.ones((3, 2)), "a": {"b": jnp.ones((4, 3))}}
+    with pytest.raises(sc.NamesError, match=r"several leaves have the path \['a/b'\]"):
+        add_spectral_norm_regularization(factor=0.1).init(params)
+
+
+def test_layouts_by_pattern_reach_scanned_and_left_out_leaves():
+    params = {"blocks": {"kernel": jnp.asarray(RNG.standard_normal((3, 4, 5)), jnp.float32)}}
+    params["embed"] = {"embedding": jnp.ones((7, 3))}
+    tx = add_spectral_norm_regularization(factor=0.1, layouts={"blocks/*": "sio", "embed/*": "io"})
+    _, state = run(tx, params, steps=100)
+    exact = np.linalg.svd(np.asarray(params["blocks"]["kernel"]), compute_uv=False)[:, 0]
+    np.testing.assert_allclose(spectral_jax.sigmas(state)["blocks/kernel"], exact, rtol=1e-4)
+    assert "embed/embedding" in spectral_jax.sigmas(state)
+    with pytest.raises(sc.NamesError, match="'block/\\*' matches none"):
+        add_spectral_norm_regularization(factor=0.1, layouts={"block/*": "sio"}).init(params)
+
+
+def test_hand_written_trees():
+    params = [(jnp.ones((4, 3)), jnp.zeros(3)), (jnp.ones((3, 2)), jnp.zeros(2))]
+    _, state = run(add_spectral_norm_regularization(factor=0.1), params)
+    assert sorted(spectral_jax.sigmas(state)) == ["0/0", "1/0"]
+    named = {
+        "W1": jnp.ones((4, 3)),
+        "b1": jnp.zeros(3),
+        "pos_embedding": jnp.ones((9, 4)),
+        "layer": {"W": jnp.ones((3, 2)), "bias": jnp.ones((1, 2)), "b": jnp.ones((1, 2))},
+        "b": [jnp.ones((2, 2))],  # a branch, not a bias
+    }
+    _, state = run(add_spectral_norm_regularization(factor=0.1), named)
+    assert sorted(spectral_jax.sigmas(state)) == ["W1", "b/0", "layer/W"]
+
+
+def matrices(state):
+    return {name: v.shape for name, v in state.v.items()}
+
+
+def test_flax_nnx():
+    nnx = pytest.importorskip("flax.nnx", reason="Flax is not installed")
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(3, 4, (2, 5), rngs=rngs)
+            self.attend = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+            self.embed = nnx.Embed(5, 8, rngs=rngs)
+            self.norm = nnx.BatchNorm(8, rngs=rngs)
+            self.layers = nnx.List([nnx.Linear(8, 6, rngs=rngs)])
+
+    model = Model(nnx.Rngs(0))
+    expected = {
+        "conv/kernel": (1, 30),
+        "attend/key/kernel": (1, 8),
+        "attend/query/kernel": (1, 8),
+        "attend/value/kernel": (1, 8),
+        "attend/out/kernel": (1, 8),
+        "layers/0/kernel": (1, 8),
+    }
+    tx = add_spectral_norm_regularization(factor=0.01)
+    assert matrices(tx.init(nnx.state(model, nnx.Param))) == expected
+
+    optimizer = nnx.Optimizer(model, optax.chain(tx, optax.sgd(0.1)), wrt=nnx.Param)
+    before = np.asarray(model.layers[0].kernel[...])
+
+    @nnx.jit
+    def step(model, optimizer):
+        grads = nnx.grad(lambda m: 0.0 * jnp.sum(m.layers[0](jnp.ones((1, 8)))))(model)
+        optimizer.update(model, grads)
+
+    for _ in range(60):
+        step(model, optimizer)
+    after = np.asarray(model.layers[0].kernel[...])
+    assert np.linalg.norm(after, 2) < np.linalg.norm(before, 2)
+    found = spectral_jax.sigmas(optimizer.opt_state)
+    assert sorted(found) == sorted(expected)
+    sigma = found["layers/0/kernel"]
+    assert float(jnp.asarray(sigma)) == pytest.approx(float(np.linalg.norm(after, 2)), rel=0.01)
+
+
+def test_flax_linen():
+    nn = pytest.importorskip("flax.linen", reason="Flax is not installed")
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(4, (3, 3))(x)
+            x = nn.ConvTranspose(6, (2, 2))(x)
+            x = nn.LayerNorm()(x).reshape(x.shape[0], -1)
+            x = nn.RNN(nn.LSTMCell(5))(x[:, None, :])
+            return nn.Dense(2)(x)
+
+    params = Model().init(jax.random.key(0), jnp.ones((1, 4, 4, 3), jnp.float32))["params"]
+    _, state = run(add_spectral_norm_regularization(factor=0.1), params)
+    shapes = matrices(state)
+    assert shapes["Conv_0/kernel"] == (1, 27)
+    assert shapes["ConvTranspose_0/kernel"] == (1, 16)
+    assert shapes["Dense_0/kernel"] == (1, 5)
+    assert len([name for name in shapes if "LSTM" in name]) == 8
+    assert all(name.endswith("kernel") for name in shapes)
+
+
+def test_flax_scan():
+    nn = pytest.importorskip("flax.linen", reason="Flax is not installed")
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(4)(x), None
+
+    stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
+    params = stack.init(jax.random.key(0), jnp.ones((1, 4)), None)["params"]
+    tx = add_spectral_norm_regularization(factor=0.1, layouts={"Dense_0/kernel": "sio"})
+    updates, state = run(tx, params, steps=200)
+    exact = np.linalg.svd(np.asarray(params["Dense_0"]["kernel"]), compute_uv=False)[:, 0]
+    np.testing.assert_allclose(spectral_jax.sigmas(state)["Dense_0/kernel"], exact, rtol=1e-4)
+    lengths = np.linalg.norm(np.asarray(updates["Dense_0"]["kernel"]), axis=(1, 2))
+    np.testing.assert_allclose(lengths, 0.1 * exact, rtol=1e-4)
+
+
+def test_equinox():
+    eqx = pytest.importorskip("equinox", reason="Equinox is not installed")
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    model = {
+        "mlp": eqx.nn.MLP(3, 2, 4, 1, key=next(keys)),
+        "conv": eqx.nn.Conv2d(4, 6, 3, groups=2, key=next(keys)),
+        "up": eqx.nn.ConvTranspose1d(4, 6, 3, key=next(keys)),
+        "cell": eqx.nn.GRUCell(3, 5, key=next(keys)),
+        "embed": eqx.nn.Embedding(7, 3, key=next(keys)),
+        "norm": eqx.nn.LayerNorm((3, 4)),
+        "attend": eqx.nn.MultiheadAttention(2, 8, key=next(keys)),
+    }
+    params = eqx.filter(model, eqx.is_inexact_array)
+    _, state = run(add_spectral_norm_regularization(factor=0.1), params)
+    assert matrices(state) == {
+        "mlp/layers/0/weight": (1, 3),
+        "mlp/layers/1/weight": (1, 4),
+        "conv/weight": (2, 1, 18),
+        "up/weight": (1, 12),
+        "cell/weight_ih": (1, 3),
+        "cell/weight_hh": (1, 5),
+        "attend/query_proj/weight": (1, 8),
+        "attend/key_proj/weight": (1, 8),
+        "attend/value_proj/weight": (1, 8),
+        "attend/output_proj/weight": (1, 8),
+    }
+
+
+def test_haiku():
+    hk = pytest.importorskip("haiku", reason="Haiku is not installed")
+
+    def forward(x):
+        x = hk.Conv2D(4, 3)(x)
+        x = hk.Conv2DTranspose(6, 2)(x)
+        return hk.Linear(2)(x.reshape(x.shape[0], -1))
+
+    params = hk.transform(forward).init(jax.random.key(0), jnp.ones((1, 4, 4, 3)))
+    _, state = run(add_spectral_norm_regularization(factor=0.1), params)
+    assert matrices(state) == {
+        "conv2_d/w": (1, 27),
+        "conv2_d_transpose/w": (1, 16),
+        "linear/w": (1, 96),
+    }
