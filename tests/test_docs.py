@@ -71,6 +71,12 @@ def snippets() -> list[Snippet]:
     return found
 
 
+def examples() -> list[str]:
+    """Return the scripts of examples/ that the pages include."""
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    return sorted(set(EXAMPLE.findall(pages)))
+
+
 def skip_without(modules: set[str]) -> None:
     """Skip the test if a module that the code needs is not installed."""
     needed = {root for module in modules for root in NEEDS.get(module, ())}
@@ -100,21 +106,15 @@ def test_a_snippet_runs(snippet):
     exec(compile(snippet.code, snippet.place, "exec"), {"__name__": "snippet"})
 
 
-@pytest.mark.parametrize(
-    "page", sorted((ROOT / "docs" / "howto").glob("*.md")), ids=lambda p: p.stem
-)
-def test_the_example_of_a_how_to_runs(page, monkeypatch, tmp_path):
-    examples = EXAMPLE.findall(page.read_text(encoding="utf-8"))
-    if not examples:
-        pytest.skip("the page has no script of examples/")
+@pytest.mark.parametrize("example", examples())
+def test_the_example_of_a_how_to_runs(example, monkeypatch, tmp_path):
+    code = (ROOT / "examples" / f"{example}.py").read_text(encoding="utf-8")
+    skip_without(Snippet(example, code).imports())
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     monkeypatch.chdir(tmp_path)  # TensorBoard's script writes into a folder
-    for example in examples:
-        code = (ROOT / "examples" / f"{example}.py").read_text(encoding="utf-8")
-        skip_without(Snippet(example, code).imports())
-        main = importlib.import_module(example).main
-        short = {"epochs": 1, "steps": 5}
-        main(**{name: short[name] for name in signature(main).parameters if name in short})
+    main = importlib.import_module(example).main
+    short = {"epochs": 1, "steps": 5}
+    main(**{name: short[name] for name in signature(main).parameters if name in short})
 
 
 def test_readme_shows_each_framework():
