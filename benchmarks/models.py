@@ -79,10 +79,6 @@ def densenet(
     return DenseNet(stem, start, (count,) * 3, scaled(growth, width), False, classes)
 
 
-def densenet_40() -> DenseNet:
-    return densenet(40)
-
-
 def densenet_121() -> DenseNet:
     """For 224 × 224 images."""
     stem = nn.Sequential(*normalized(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))

@@ -25,16 +25,3 @@ def test_an_example_runs(block):
     if "numba_step" in block:
         pytest.importorskip("numba", reason="Numba is not installed")
     exec(block, {})
-
-
-def test_its_numbers_are_those_of_the_committed_results():
-    from benchmarks.readme import written
-
-    assert written(README) == README
-
-
-def test_its_table_has_all_stacks_that_are_tested():
-    from benchmarks.stacks import STACKS
-
-    files = (Path(__file__).parent / "integrations").glob("test_*.py")
-    assert sorted(f"test_{stack.test}.py" for stack in STACKS) == sorted(f.name for f in files)
