@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 import spectral_core as sc
 
-from .common import RESULTS, STYLE, markdown, read_json, save_figure, write_json
+from .common import RESULTS, markdown, panels, read_json, save_figure, write_json
 
 Matrix = NDArray[Any]
 Outcome = tuple[Any, Matrix, Matrix, Matrix]  # σ, u, v, and the rows V to start the next step from
@@ -28,6 +28,7 @@ FILE = "accuracy.json.gz"
 BUDGET = 120  # readings of W from a cold start
 SHAPE, RATIOS = (256, 384), (0.9, 0.99, 0.999)
 SKIPPED = 50  # steps of training, before the vectors have settled
+QS = (0.5, 0.95, 1.0)
 GROUPS = ("vanilla", "spectral", "synthetic")
 
 
@@ -46,34 +47,19 @@ def block(W: Matrix, V: Matrix) -> Outcome:
     return found.sigma, found.u, found.v, found.V
 
 
-def ritz(W: Matrix, V: Matrix) -> tuple[Matrix, Matrix, Matrix]:
-    """Return all (σ, u, v) of QQᵀW, where Q is a basis of W·V."""
-    Q = np.linalg.qr(W @ V.T)[0]
-    C, s, Vh = np.linalg.svd(Q.T @ W, full_matrices=False)
-    return s, Q @ C, Vh
+def ritz(keep: Callable[[Matrix, Matrix], Matrix], extra: int = 0) -> Step:
+    """Take the best of all u in a basis of W·V, then start the next step from ``keep(Vh, V)``.
 
-
-def subspace(W: Matrix, V: Matrix) -> Outcome:
-    """Subspace iteration: all k Ritz vectors are kept."""
-    s, U, Vh = ritz(W, V)
-    return s[0], U[:, 0], Vh[0], Vh
-
-
-def history(W: Matrix, V: Matrix) -> Outcome:
-    """Locally optimal momentum: v and the k − 1 vectors v before it."""
-    s, U, Vh = ritz(W, V)
-    return s[0], U[:, 0], Vh[0], basis(np.vstack([Vh[:1], V[:-1]]))
-
-
-def krylov(extra: int) -> Step:
-    """Golub and Kahan: further steps of bidiagonalization, two readings each, from v alone."""
+    ``extra`` steps of Golub and Kahan's bidiagonalization, two readings each, extend V before.
+    """
 
     def step(W: Matrix, V: Matrix) -> Outcome:
         rows = V
         for _ in range(extra):
             rows = basis(np.vstack([rows, (W @ rows[-1]) @ W]))
-        s, U, Vh = ritz(W, rows)
-        return s[0], U[:, 0], Vh[0], Vh[:1]
+        Q = np.linalg.qr(W @ rows.T)[0]
+        C, s, Vh = np.linalg.svd(Q.T @ W, full_matrices=False)
+        return s[0], Q @ C[:, 0], Vh[0], keep(Vh, V)
 
     return step
 
@@ -84,11 +70,16 @@ def basis(rows: Matrix) -> Matrix:
     return (Q * np.where(np.diag(R) < 0, -1, 1)).T
 
 
+SUBSPACE = ritz(lambda Vh, _: Vh)  # all k Ritz vectors
+HISTORY = ritz(lambda Vh, V: basis(np.vstack([Vh[:1], V[:-1]])))  # v and those before it
 SCHEMES = {
     "power": Scheme(block, 1),
-    **{f"history, k = {k}": Scheme(history, k) for k in (2, 3)},
-    **{f"Golub–Kahan, {k} extra": Scheme(krylov(k), 1, 2 + 2 * k) for k in (1, 2)},
-    **{f"subspace, k = {k}": Scheme(subspace, k) for k in (3, 4, 8)},
+    **{f"history, k = {k}": Scheme(HISTORY, k) for k in (2, 3)},
+    **{
+        f"Golub–Kahan, {k} extra": Scheme(ritz(lambda Vh, _: Vh[:1], k), 1, 2 + 2 * k)
+        for k in (1, 2)
+    },
+    **{f"subspace, k = {k}": Scheme(SUBSPACE, k) for k in (3, 4, 8)},
     **{f"block, k = {k}": Scheme(block, k) for k in (2, 3, 4, 8)},
 }
 # On matrices that stay, these are the same with fewer readings: they matter where W moves.
@@ -212,49 +203,33 @@ def static(seeds: int) -> dict[str, Any]:
     return found
 
 
-def tracking() -> dict[str, Any]:
-    """Return the errors on matrices that move, one step of the scheme each."""
+def tracking() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the errors on matrices that move, one step of the scheme each, and their quantiles.
+
+    The errors are those of every fifth step, for a small file; the quantiles are of all but the
+    first ones.
+    """
     paths: dict[str, list[Matrix]] = {}
     for method, factor in {"vanilla": 0.0, "spectral": 0.01}.items():
         steps = training(factor)
         for layer in steps[0]:
             paths[f"{method} training, {layer}"] = [step[layer] for step in steps]
     paths["synthetic drift"] = list(drifting())
-    found: dict[str, Any] = {}
+    tracks: dict[str, Any] = {title: {} for title in paths}
+    summary: dict[str, Any] = {title: {} for title in paths}
     for title, matrices in paths.items():
         truths = [exact(W) for W in matrices]
-        found[title] = {
-            name: {"passes": scheme.passes, **errors(scheme, matrices, truths)}
-            for name, scheme in (SCHEMES | SELDOM).items()
-        }
-    return found
-
-
-def summary(tracks: Mapping[str, Any]) -> dict[str, Any]:
-    """Return quantiles over all steps but the first ones, by path, scheme and error."""
-
-    def quantiles(values: Sequence[float]) -> dict[str, float]:
-        found = np.quantile(values[SKIPPED:], [0.5, 0.95, 1.0])
-        return dict(zip(("median", "p95", "max"), map(float, found), strict=True))
-
-    return {
-        title: {
-            name: {key: quantiles(found[key]) for key in ("sigma", "angle", "term")}
-            for name, found in rows.items()
-        }
-        for title, rows in tracks.items()
-    }
-
-
-def thinned(tracks: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep every fifth step of each path, for a small file."""
-    return {
-        title: {
-            name: {key: value if key == "passes" else value[::5] for key, value in found.items()}
-            for name, found in rows.items()
-        }
-        for title, rows in tracks.items()
-    }
+        for name, scheme in (SCHEMES | SELDOM).items():
+            found = errors(scheme, matrices, truths)
+            thinned = {key: values[::5] for key, values in found.items()}
+            tracks[title][name] = {"passes": scheme.passes, **thinned}
+            summary[title][name] = {
+                key: dict(
+                    zip(("median", "p95", "max"), np.quantile(values[SKIPPED:], QS), strict=True)
+                )
+                for key, values in found.items()
+            }
+    return tracks, summary
 
 
 def page(folder: Path = RESULTS) -> str:
@@ -299,10 +274,6 @@ def everything(results: Mapping[str, Any]) -> str:
 
 def draw(path: Path, results: Mapping[str, Any]) -> None:
     """Draw the error against readings of W, and the term's error over steps of training."""
-    import matplotlib as mpl
-    import pandas as pd
-    import seaborn as sns
-
     shown = ("power", "Golub–Kahan, 1 extra", "history, k = 2", "block, k = 2")
     shown += ("subspace, k = 4", "block, k = 4", "block, k = 8")
     rows = []
@@ -314,22 +285,10 @@ def draw(path: Path, results: Mapping[str, Any]) -> None:
                 unit = found[name]["passes"] if kind == "static" else 5
                 for k, error in enumerate(errors, 1):
                     rows.append({"panel": panel, "x": k * unit, "y": error, "scheme": name})
-    with mpl.rc_context(STYLE):
-        grid = sns.relplot(
-            pd.DataFrame(rows),
-            x="x",
-            y="y",
-            hue="scheme",
-            style="scheme",
-            col="panel",
-            col_wrap=3,
-            kind="line",
-            palette="colorblind",
-            height=2.9,
-            aspect=1.2,
-            facet_kws={"sharex": False, "sharey": False},
-        )
-        grid.set_titles("{col_name}").set_axis_labels("step", "relative error of σuvᵀ")
+    with panels(
+        rows, x="x", col_wrap=3, hue="scheme", style="scheme", palette="colorblind"
+    ) as grid:
+        grid.set_axis_labels("step", "relative error of σuvᵀ")
         for panel, axis in grid.axes_dict.items():
             still = panel.startswith("one matrix")
             axis.set(yscale="log", ylim=(1e-16, 1) if still else (1e-8, 3))
@@ -347,9 +306,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("accuracy-output"), help="where to write")
     parser.add_argument("--save", action="store_true", help="write the repository's results")
     options = parser.parse_args()
-    tracks = tracking()
-    results = {"static": static(options.seeds), "summary": summary(tracks)}
-    results["tracking"] = thinned(tracks)
+    tracks, summary = tracking()
+    results = {"static": static(options.seeds), "tracking": tracks, "summary": summary}
     Console(width=170).print(Markdown(everything(results)))
     folder = RESULTS if options.save else options.out
     write_json(folder / FILE, results, 4)

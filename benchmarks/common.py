@@ -8,7 +8,8 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import distributions, version
 from math import isfinite
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from seaborn import FacetGrid
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "numpy", "jax", "jaxlib", "optax", "flax", "scipy", "numba", "cupy-cuda13x")
@@ -77,6 +79,19 @@ def save_figure(figure: Figure, path: Path, dpi: int = 110) -> None:
     figure.savefig(buffer, dpi=dpi)
     image = Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE)
     image.save(path, optimize=True)
+
+
+@contextmanager
+def panels(rows: Iterable[Mapping[str, Any]], **options: Any) -> Iterator[FacetGrid]:
+    """Draw y over x in a panel for each value of ``panel``, in the common style."""
+    import matplotlib as mpl
+    import pandas as pd
+    import seaborn as sns
+
+    options |= {"y": "y", "col": "panel", "kind": "line", "height": 3.2, "aspect": 1.3}
+    free = {"sharex": False, "sharey": False}
+    with mpl.rc_context(STYLE):
+        yield sns.relplot(pd.DataFrame(rows), facet_kws=free, **options).set_titles("{col_name}")
 
 
 def machine(device: str) -> dict[str, Any]:

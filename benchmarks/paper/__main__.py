@@ -44,7 +44,15 @@ def search(options: Namespace) -> None:
 def finish(options: Namespace, suite: str, planned: list[Run]) -> None:
     """Do the runs, and show what they say once all are done."""
     folder = options.out / suite
-    found = sweep(planned, settings(options), folder, CONSOLE, options.workers, options.data)
+    settings = Settings(
+        device=options.device,
+        bfloat16=options.bfloat16,
+        compiled=options.compile,
+        channels_last=options.channels_last,
+        threads=options.threads,
+        deadline=monotonic() + 60 * options.minutes if options.minutes else None,
+    )
+    found = sweep(planned, settings, folder, CONSOLE, options.workers, options.data)
     CONSOLE.print(f"{len(found)} of {len(planned)} runs are done, in {folder}.")
     if diverged := [result.run.name for result in found if result.diverged]:
         CONSOLE.print(f"Diverged: {', '.join(diverged)}")
@@ -56,17 +64,6 @@ def finish(options: Namespace, suite: str, planned: list[Run]) -> None:
     if options.save:
         runs.commit(suite, found)
         CONSOLE.print(f"Committed {suite}; now: python -m benchmarks.readme")
-
-
-def settings(options: Namespace) -> Settings:
-    return Settings(
-        device=options.device,
-        bfloat16=options.bfloat16,
-        compiled=options.compile,
-        channels_last=options.channels_last,
-        threads=options.threads,
-        deadline=monotonic() + 60 * options.minutes if options.minutes else None,
-    )
 
 
 def table(options: Namespace) -> None:

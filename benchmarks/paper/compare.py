@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, log10, nan
+from statistics import mean
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -103,10 +104,7 @@ def network(run: Run) -> str:
 def groups(results: Iterable[Result]) -> list[Group]:
     """Return the rows of Table 1, in its order; runs tested on held-out images only chose settings.
 
-    Raises
-    ------
-    RunError
-        If two runs differ in what a row of the table does not show.
+    Raises `RunError` if two runs differ in what a row of the table does not show.
     """
     rows = pd.DataFrame(described(one) for one in results if not one.run.validate)
     if rows.empty:
@@ -221,31 +219,23 @@ def better_seeds(group: Group) -> tuple[bool, bool] | None:
 
 
 def spectra_compared(found: Iterable[Group]) -> pd.DataFrame:
-    """Return a row for each seed of spectral: its spectra beside vanilla's, from the same weights."""
+    """Return a row for each seed of spectral: its spectra and vanilla's from the same weights."""
     rows = []
     for group in found:
-        spectra = {
-            (one.run.method, one.run.seed): one.spectra
-            for one in group.kept["result"]
-            if one.spectra
-        }
-        for (method, seed), ours in spectra.items():
-            if method == "spectral" and (theirs := spectra.get(("vanilla", seed))):
-                first, ranks = (
-                    [
-                        pd.Series({name: measure(pd.Series(all)) for name, all in one.items()})
-                        for one in (ours, theirs)
-                    ]
-                    for measure in (pd.Series.max, stable_rank)
-                )
+        kept = {(one.run.method, one.run.seed): one.spectra for one in group.kept["result"]}
+        for (method, seed), ours in kept.items():
+            theirs = kept.get(("vanilla", seed))
+            if method == "spectral" and ours and theirs:
+                lower = [values[0] < theirs[name][0] for name, values in ours.items()]
+                largest = [max(values[0] for values in one.values()) for one in (ours, theirs)]
                 rows.append(
                     {
                         "title": f"{group.title}, seed {seed}",
-                        "lower": first[0].max() < first[1].max(),
-                        "lower weights": (first[0] < first[1]).sum(),
-                        "weights": len(ours),
-                        "rank": ranks[0].mean(),
-                        "vanilla's rank": ranks[1].mean(),
+                        "lower": largest[0] < largest[1],
+                        "lower weights": sum(lower),
+                        "weights": len(lower),
+                        "rank": mean(map(stable_rank, ours.values())),
+                        "vanilla's rank": mean(map(stable_rank, theirs.values())),
                     }
                 )
     return pd.DataFrame(rows)
@@ -279,9 +269,9 @@ def agreements(found: Iterable[Group]) -> list[str]:
     return sentences
 
 
-def stable_rank(values: pd.Series) -> float:
+def stable_rank(values: Sequence[float]) -> float:
     """Return ‖W‖_F²/σ₁²: 1 if one singular value is all, their number if all are equal."""
-    return float(((values / values.max()) ** 2).sum()) if values.max() else 0.0
+    return sum((value / values[0]) ** 2 for value in values) if values[0] else 0.0
 
 
 def points(value: float) -> str:

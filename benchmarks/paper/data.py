@@ -90,20 +90,16 @@ def located(name: str, source: Source, folder: Path | None) -> list[Path]:
     """Return the files, each plain or compressed, in the folder or in its archive's folder."""
     if folder is None:
         raise DataError(f"{name} needs a folder; get the data set from {source.origin}")
-    places = [
-        [either(at, file) for file in source.files] for at in (folder, folder / source.unpacked)
-    ]
+    places = []
+    for at in (folder, folder / source.unpacked):
+        choices = [(at / file, at / f"{file}.gz") for file in source.files]
+        places.append([next((path for path in one if path.is_file()), None) for one in choices])
     paths = max(places, key=lambda place: sum(path is not None for path in place))
     missing = [file for file, path in zip(source.files, paths, strict=True) if path is None]
     if missing:
         at = folder if paths is places[0] else folder / source.unpacked
         raise DataError(f"{at} lacks {', '.join(missing)}; get the data set from {source.origin}")
     return [path for path in paths if path is not None]
-
-
-def either(folder: Path, name: str) -> Path | None:
-    choices = (folder / name, folder / f"{name}.gz")
-    return next((path for path in choices if path.is_file()), None)
 
 
 def read_cifar(paths: list[Path], label_bytes: int, classes: int) -> tuple[Part, Part]:
@@ -120,20 +116,23 @@ def read_cifar(paths: list[Path], label_bytes: int, classes: int) -> tuple[Part,
 
 def read_stl(paths: list[Path]) -> tuple[Part, Part]:
     """Read images and labels from files of their own; pixels are in columns, labels from 1."""
-    shape, parts = (3, 96, 96), []
-    for images, labels in (paths[:2], paths[2:]):
-        pixels = rows(images, prod(shape)).reshape(-1, *shape).swapaxes(2, 3)
-        parts.append(paired(images, pixels, labels, checked(labels, rows(labels, 1)[:, 0], 1, 10)))
-    return parts[0], parts[1]
+
+    def part(images: Path, labels: Path) -> Part:
+        pixels = rows(images, 3 * 96 * 96).reshape(-1, 3, 96, 96).swapaxes(2, 3)
+        return paired(images, pixels, labels, checked(labels, rows(labels, 1)[:, 0], 1, 10))
+
+    return part(*paths[:2]), part(*paths[2:])
 
 
 def read_idx(paths: list[Path]) -> tuple[Part, Part]:
     """Read the four files of MNIST and its like."""
-    parts = []
-    for images, labels in (paths[:2], paths[2:]):
-        pixels = idx(images, 3)[:, None]
-        parts.append(paired(images, pixels, labels, checked(labels, idx(labels, 1), 0, 10)))
-    return parts[0], parts[1]
+
+    def part(images: Path, labels: Path) -> Part:
+        return paired(
+            images, idx(images, 3)[:, None], labels, checked(labels, idx(labels, 1), 0, 10)
+        )
+
+    return part(*paths[:2]), part(*paths[2:])
 
 
 def idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
@@ -142,10 +141,9 @@ def idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     magic = bytes([0, 0, 0x08, dimensions])  # 8: unsigned bytes
     if content[:4] != magic or len(content) < start:
         raise DataError(f"{path} starts with {content[:4].hex()}, not with IDX's {magic.hex()}")
-    shape = [int(size) for size in np.frombuffer(content, ">u4", dimensions, 4)]
+    shape = np.frombuffer(content, ">u4", dimensions, 4).tolist()
     if len(content) - start != prod(shape) or not prod(shape):
-        size = " × ".join(map(str, shape))
-        raise DataError(f"{path} has {len(content) - start} bytes after its header, not {size}")
+        raise DataError(f"{path} has {len(content) - start} bytes after its header, not {shape}")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
@@ -179,41 +177,18 @@ def paired(images: Path, pixels: NDArray[np.uint8], path: Path, labels: Labels) 
     return pixels, labels
 
 
+CIFAR_10 = (*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin")
+STL_10 = ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin")
+KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
+MNIST = tuple(f"{part}-{kind}" for part in ("train", "t10k") for kind in KINDS)
+PACKAGE = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts its files
+COARSE = partial(read_cifar, label_bytes=1, classes=10)
+FINE = partial(read_cifar, label_bytes=2, classes=100)
 SOURCES = {
-    "cifar-10": Source(
-        partial(read_cifar, label_bytes=1, classes=10),
-        (*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin"),
-        "cifar-10-batches-bin",
-        CIFAR,
-        10,
-    ),
-    "cifar-100": Source(
-        partial(read_cifar, label_bytes=2, classes=100),
-        ("train.bin", "test.bin"),
-        "cifar-100-binary",
-        CIFAR,
-        100,
-    ),
-    "stl-10": Source(
-        read_stl,
-        ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin"),
-        "stl10_binary",
-        STL,
-        10,
-        augmented=True,
-    ),
-    "fashion-mnist": Source(
-        read_idx,
-        tuple(
-            f"{part}-{kind}-ubyte"
-            for part in ("train", "t10k")
-            for kind in ("images-idx3", "labels-idx1")
-        ),
-        "fashion-mnist",
-        FASHION,
-        10,
-        folder=Path("/usr/share/datasets/fashion-mnist"),  # where the package puts it
-    ),
+    "cifar-10": Source(COARSE, CIFAR_10, "cifar-10-batches-bin", CIFAR, 10),
+    "cifar-100": Source(FINE, ("train.bin", "test.bin"), "cifar-100-binary", CIFAR, 100),
+    "stl-10": Source(read_stl, STL_10, "stl10_binary", STL, 10, augmented=True),
+    "fashion-mnist": Source(read_idx, MNIST, "fashion-mnist", FASHION, 10, folder=PACKAGE),
 }
 
 
@@ -237,8 +212,9 @@ def limited(data: Data, subset: int | None) -> Data:
         return data
     if not 1 <= subset <= len(data.train_labels):
         raise DataError(f"{len(data.train_labels)} training images have no subset of {subset}")
-    images, labels = data.train_images[:subset], data.train_labels[:subset]
-    return data._replace(train_images=images, train_labels=labels)
+    return data._replace(
+        train_images=data.train_images[:subset], train_labels=data.train_labels[:subset]
+    )
 
 
 def held_out(data: Data) -> Data:
@@ -259,10 +235,7 @@ def batches(count: int, size: int, seed: int, epoch: int) -> Iterator[NDArray[np
 
     A short last batch is dropped.
 
-    Raises
-    ------
-    DataError
-        If there is not one batch.
+    Raises `DataError` if there is not one batch.
     """
     if not 1 <= size <= count:
         raise DataError(f"a batch of {size} cannot be drawn from {count} training images")

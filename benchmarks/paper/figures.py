@@ -6,11 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
-import seaborn as sns
 
-from benchmarks.common import STYLE, save_figure
+from benchmarks.common import panels, save_figure
 
 from .compare import Group, groups
 from .runs import STRENGTHS, Result
@@ -82,26 +80,19 @@ def draw(table: pd.DataFrame, label: str, path: Path) -> None:
     """Draw a panel for each network and batch: means over seeds, and the range of the seeds."""
     x = "index" if "index" in table else "epoch"
     methods = sorted(table["method"].unique(), key=[*STRENGTHS, *table["method"]].index)
-    with mpl.rc_context(STYLE):
-        grid = sns.relplot(
-            table,
-            x=x,
-            y="y",
-            col="panel",
-            col_wrap=min(2, table["panel"].nunique()),
-            hue="method",
-            hue_order=methods,
-            palette=dict(zip(methods, COLORS, strict=False)) if len(methods) < 9 else None,
-            style="part" if "part" in table else None,
-            dashes=DASHES if "part" in table else None,
-            kind="line",
-            errorbar=("pi", 100),
-            err_kws={"alpha": 0.1, "lw": 0},
-            height=3.2,
-            aspect=1.35,
-            facet_kws={"sharex": False, "sharey": False},
-        )
-        grid.set_titles("{col_name}").set_axis_labels(x, label)
+    with panels(
+        table,
+        x=x,
+        col_wrap=min(2, table["panel"].nunique()),
+        hue="method",
+        hue_order=methods,
+        palette=dict(zip(methods, COLORS, strict=False)),
+        style="part" if "part" in table else None,
+        dashes=DASHES if "part" in table else None,
+        errorbar=("pi", 100),
+        err_kws={"alpha": 0.1, "lw": 0},
+    ) as grid:
+        grid.set_axis_labels(x, label)
         for panel, axis in grid.axes_dict.items():
             if label == "accuracy" and "−" not in panel:  # the first epochs are alike
                 axis.set_ylim(table["y"][table["panel"] == panel].quantile(0.03), 1.01)

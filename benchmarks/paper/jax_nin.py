@@ -70,10 +70,7 @@ def conv(channels: int, features: int, side: int, rngs: nnx.Rngs) -> nnx.Conv:
 def train_in_jax(run: Run, data: Data, advance: Callable[[], object] = lambda: None) -> Result:
     """Train one network.
 
-    Raises
-    ------
-    RunError
-        If the run or its data ask for what only the runs in PyTorch have.
+    Raises `RunError` if the run or its data ask for what only the runs in PyTorch have.
     """
     if run.model != "nin" or run.method not in METHODS or data.augmented:
         raise RunError(f"JAX trains NIN only, by {', '.join(METHODS)}, on images as they are")

@@ -29,25 +29,11 @@ State = dict[str, Tensor]
 Build = Callable[..., nn.Module]  # from channels, classes, size and width
 
 
-def vgg(channels: int, classes: int, size: int, width: float) -> nn.Module:
-    return models.vgg_16(channels, size, classes, width)
-
-
-def nin(channels: int, classes: int, size: int, width: float) -> nn.Module:
-    del size  # it averages over all pixels
-    return models.nin(channels, classes, width)
-
-
-def densenet(channels: int, classes: int, size: int, width: float, *, depth: int) -> nn.Module:
-    del size
-    return models.densenet(depth, channels, classes, width)
-
-
 MODELS: dict[str, Build] = {
-    "vgg": vgg,
-    "nin": nin,
-    "densenet-40": partial(densenet, depth=40),
-    "densenet-22": partial(densenet, depth=22),
+    "vgg": models.vgg_16,
+    "nin": models.nin,
+    "densenet-40": partial(models.densenet, depth=40),
+    "densenet-22": partial(models.densenet, depth=22),
 }
 
 

@@ -111,10 +111,7 @@ def from_json(fields: Mapping[str, Any]) -> Result:
 def finished(run: Run, folder: Path) -> Result | None:
     """Return the run's result if the folder has it.
 
-    Raises
-    ------
-    RunError
-        If the file of that name is of another run.
+    Raises `RunError` if the file of that name is of another run.
     """
     path = folder / f"{run.name}.json"
     if not path.exists():
@@ -183,10 +180,7 @@ class Suite:
     ) -> list[Run]:
         """Return all runs, or those chosen, seed by seed: a sweep cut short can be compared.
 
-        Raises
-        ------
-        RunError
-            If the suite has no such batch size.
+        Raises `RunError` if the suite has no such batch size.
         """
         if unknown := set(batches) - set(self.batches):
             raise RunError(f"the suite has the batch sizes {self.batches}, not {sorted(unknown)}")

@@ -157,10 +157,7 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Go on from what `save` wrote.
 
-        Raises
-        ------
-        RunError
-            If it was written by another run, or computed in another way.
+        Raises `RunError` if it was written by another run, or computed in another way.
         """
         states = torch.load(path, map_location=self.settings.device, weights_only=True)
         result = runs.from_json(states["result"])

@@ -62,10 +62,10 @@ def squares() -> list[Case]:
 
 
 def layer_sets() -> list[Case]:
-    densenet = models.weight_shapes(models.densenet_40)
+    densenet = models.weight_shapes(models.densenet)
     convolutions = {name: shape for name, shape in densenet.items() if len(shape) == 4}
     in_blocks = {name: shape for name, shape in convolutions.items() if shape[0] == 12}
-    gpt2 = models.weight_shapes(models.gpt2_small_blocks)
+    gpt2 = models.weight_shapes(models.GPT2)
     sets: list[tuple[str, str, Mapping[str, Shape], tuple[str, ...]]] = [
         ("vgg-16", "VGG-16", models.weight_shapes(models.vgg_16), ("float32",)),
         ("densenet-40-36", "DenseNet-40, blocks", in_blocks, ("float32",)),

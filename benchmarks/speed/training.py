@@ -38,9 +38,9 @@ def texts(count: int) -> tuple[Tensor, Tensor]:
 
 SMALL, LARGE = images(32, 10), images(224, 1000)
 TRAININGS = (
-    Training("densenet-40", "DenseNet-40, 32² images", models.densenet_40, SMALL, 64),
+    Training("densenet-40", "DenseNet-40, 32² images", models.densenet, SMALL, 64),
     Training("vgg-16", "VGG-16, 32² images", models.vgg_16, SMALL, 64),
-    Training("gpt2-small", "GPT-2 small, 256 tokens", models.gpt2_small, texts, 2),
+    Training("gpt2-small", "GPT-2 small, 256 tokens", models.GPT2, texts, 2),
     Training("resnet-50", "ResNet-50, 224² images", models.resnet_50, LARGE, 32),
 )
 
@@ -78,7 +78,7 @@ def share(training: Training, device: str, budget: Budget) -> dict[str, Any]:
 
 def replayed(budget: Budget) -> dict[str, Any]:
     """Time the step for DenseNet-40 as a CUDA graph, where launching kernels costs nothing."""
-    case = Case("graph", "DenseNet-40", models.weight_shapes(models.densenet_40))
+    case = Case("graph", "DenseNet-40", models.weight_shapes(models.densenet))
     regularizer = regularizer_of(tensors(case, "cuda", 0), tensors(case, "cuda", 1))
     try:
         graph = captured(regularizer.add_gradients_)
