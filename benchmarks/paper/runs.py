@@ -98,11 +98,6 @@ class Result:
         """Return the last value measured."""
         return list(self.curve(key).values())[-1]
 
-    @property
-    def best(self) -> float:
-        """The highest test accuracy of any epoch."""
-        return max(self.curve("test").values())
-
 
 def from_json(fields: Mapping[str, Any]) -> Result:
     return Result(**{**fields, "run": Run(**fields["run"])})
@@ -167,10 +162,6 @@ class Suite:
     hessians: int = 0
     frameworks: Sequence[str] = ("torch",)
 
-    def setting(self, model: str) -> Setting:
-        """Return the model's setting; a model that the suite does not name has the first one."""
-        return self.models.get(model, next(iter(self.models.values())))
-
     def runs(
         self,
         models: Sequence[str] = (),
@@ -216,7 +207,8 @@ class Suite:
         ]
 
     def _run(self, model: str, batch: int) -> Run:
-        setting = self.setting(model)
+        # A model that the suite does not name is trained like its first one.
+        setting = self.models.get(model, next(iter(self.models.values())))
         return Run(
             data=self.data,
             model=model,

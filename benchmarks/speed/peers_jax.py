@@ -153,11 +153,11 @@ def compile_times(counts: tuple[int, ...] = BLOCKS) -> dict[str, dict[str, dict[
     """Return seconds to trace and to compile a step for so many blocks of GPT-2; nothing runs."""
     jax.config.update("jax_enable_x64", False)
     stacks = ours(layouts={"*/kernel": "sio"})  # one leaf a kind for all blocks, as in nn.scan
-    decay = optax.add_decayed_weights(FACTOR)
+    decay, start = optax.add_decayed_weights(FACTOR), partial(start_vectors, dtype="float32")
     makers: dict[str, Callable[[int], tuple[Callable[..., Any], Any, Any]]] = {
         OURS["jax"]: lambda count: traceable(ours(), blocks(count)),
         STACKED: lambda count: traceable(stacks, blocks(count, stacked=True)),
-        LOOP: lambda count: (loop_step, blocks(count), vectors_of(blocks(count))),
+        LOOP: lambda count: (loop_step, blocks(count), jax.eval_shape(start, blocks(count))),
         FLOOR: lambda count: traceable(decay, blocks(count)),
     }
     return {
@@ -168,17 +168,12 @@ def compile_times(counts: tuple[int, ...] = BLOCKS) -> dict[str, dict[str, dict[
 
 def blocks(count: int, *, stacked: bool = False) -> Tree:
     """Return shapes: each weight a leaf, or stacked in one leaf a kind."""
-    if stacked:
-        return {name: leaf((count, *shape)) for name, shape in GPT_2.items()}
-    return {f"{k}_{name}": leaf(shape) for k in range(count) for name, shape in GPT_2.items()}
-
-
-def leaf(shape: tuple[int, ...]) -> Tree:
-    return {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
-
-
-def vectors_of(params: Tree) -> Tree:
-    return jax.eval_shape(lambda: start_vectors(params, "float32"))
+    copies = {"": (count,)} if stacked else {f"{k}_": () for k in range(count)}
+    return {
+        f"{prefix}{name}": {"kernel": jax.ShapeDtypeStruct((*axes, *shape), jnp.float32)}
+        for prefix, axes in copies.items()
+        for name, shape in GPT_2.items()
+    }
 
 
 def traceable(tx: optax.GradientTransformation, params: Tree) -> tuple[Any, Any, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,13 +43,8 @@ class Options:
     quick: bool = False
     budget: Budget = field(default_factory=Budget)
 
-    def wanted(self, name: str) -> bool:
-        chosen = any(fnmatch(name, pattern) for pattern in self.only)
-        return chosen and (not self.quick or name in QUICK)
 
-
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One measurement, and the section of the result that it belongs to."""
 
     name: str
@@ -69,7 +64,12 @@ def parts(options: Options, bytes_per_second: float = 1.0) -> list[Part]:
     found.append(Part("compilation", "compilation", lambda: compilation(options)))
     if options.device == "cuda":
         found.append(Part("graph", "graph", lambda: training.replayed(options.budget)))
-    return [part for part in found if options.wanted(part.name)]
+    patterns = QUICK if options.quick else ("*",)
+    return [
+        part
+        for part in found
+        if all(any(fnmatch(part.name, one) for one in many) for many in (options.only, patterns))
+    ]
 
 
 def run(

@@ -1,13 +1,14 @@
-"""What is said about runs: table, verdict, sentences, figures, from runs made up here."""
+"""What is said about runs made up here, and what pages have from the committed results."""
 
 import re
+from pathlib import Path
 
-import numpy as np
 import pytest
 
 for _package in ("pandas", "scipy"):
     pytest.importorskip(_package, reason=f"{_package} is not installed: nox -s paper has it")
 
+from benchmarks import accuracy, readme  # noqa: E402
 from benchmarks.paper import compare, page  # noqa: E402
 from benchmarks.paper.compare import groups, verdict  # noqa: E402
 from benchmarks.paper.runs import Result, Run, RunError  # noqa: E402
@@ -114,11 +115,21 @@ def test_a_grid_shows_each_rate_and_what_diverged():
     assert page.block(runs).endswith("| .900 | **.950** | diverged |")
 
 
-def test_figures_are_the_same_files_twice(tmp_path):
-    pytest.importorskip("seaborn", reason="seaborn is not installed")
-    from benchmarks.paper.figures import figures
+@pytest.mark.parametrize("path", readme.pages(), ids=lambda path: path.name)
+def test_blocks_are_what_the_committed_results_give(path):
+    text = path.read_text(encoding="utf-8")
+    assert readme.written(text, readme.blocks()) == text
 
-    runs = [made(m, k, tuple(np.linspace(0.2, 0.9, 5))) for m in SPECTRA for k in range(2)]
-    first, second = (figures(runs, tmp_path / name) for name in "ab")
-    assert [path.stem for path in first] == ["figure-1", "figure-4"]  # the rest has no data
-    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+
+def test_every_stack_that_is_tested_is_in_the_table():
+    files = (Path(__file__).parents[1] / "integrations").glob("test_*.py")
+    assert sorted(f"test_{stack['test']}.py" for stack in readme.stack_list()) == sorted(
+        path.name for path in files
+    )
+
+
+@pytest.mark.parametrize("name", accuracy.SCHEMES)
+def test_every_scheme_comes_to_the_svd(name):
+    matrix = accuracy.close_pair(0.5, 0)
+    found = accuracy.errors(accuracy.SCHEMES[name], [matrix] * 60, [accuracy.exact(matrix)] * 60)
+    assert all(errors[-1] < 1e-6 for errors in found.values())
