@@ -80,14 +80,17 @@ def train_in_jax(run: Run, data: Data, advance: Callable[[], object] = lambda: N
     count = len(data.train_labels)
     tx = transformation(run, steps=count // run.batch)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    result = Result(run, rounded(machine("cpu"), DIGITS), sum(leaf.size for leaf in leaves(model)))
+    weights = jax.tree.leaves(nnx.state(model, nnx.Param))
+    result = Result(run, rounded(machine("cpu"), DIGITS), sum(leaf.size for leaf in weights))
     start = perf_counter()
     while result.epochs < run.epochs and not result.diverged:
         chosen = batches(count, run.batch, run.seed, result.epochs)
         # Read at the end of the epoch only: a step need not wait for the one before.
         losses = [train_step(model, optimizer, train_set, batch) for batch in chosen]
         measured = {"loss": float(jnp.stack(losses).mean())}
-        finite = isfinite(measured["loss"]) and all(jnp.isfinite(w).all() for w in leaves(model))
+        finite = isfinite(measured["loss"]) and all(
+            jnp.isfinite(w).all() for w in jax.tree.leaves(nnx.state(model, nnx.Param))
+        )
         result.diverged = not finite
         result.record(measured | (measures(model, train_set, test_set) if finite else {}))
         advance()
@@ -128,8 +131,7 @@ def train_step(
     return loss
 
 
-def losses_of(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+losses_of = optax.softmax_cross_entropy_with_integer_labels
 
 
 def measures(model: NIN, train_set: Labelled, test_set: Labelled) -> dict[str, float]:
@@ -169,10 +171,6 @@ def gradient_norms(model: NIN, images: jax.Array, labels: jax.Array) -> jax.Arra
 
     gradients = jax.grad(total)(images)
     return jnp.linalg.norm(gradients.reshape(len(images), -1), axis=1)
-
-
-def leaves(model: NIN) -> list[jax.Array]:
-    return jax.tree.leaves(nnx.state(model, nnx.Param))
 
 
 def spectra(model: NIN) -> dict[str, list[float]]:

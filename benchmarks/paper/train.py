@@ -62,8 +62,8 @@ class Trainer:
         self.run, self.data, self.settings = run, images, settings
         self.method: Method = METHODS[run.method](run.strength, run.seed)
         self.model = build(run.model, images, run.width, run.seed).to(settings.device)
-        if settings.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)
+        self._layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        self.model = self.model.to(memory_format=self._layout)
         torch.manual_seed(run.seed)  # for what the method draws
         self.method.prepare(self.model)
         self.optimizer = torch.optim.SGD(
@@ -84,21 +84,21 @@ class Trainer:
         self.result = Result(run, rounded(about, runs.DIGITS), parameters)
 
     def _on_device(self, images: data.Images, labels: data.Labels) -> tuple[Tensor, Tensor]:
-        x = torch.from_numpy(images).to(self.settings.device)
-        if self.settings.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        return x, torch.from_numpy(labels).to(self.settings.device)
+        x, y = (torch.from_numpy(part).to(self.settings.device) for part in (images, labels))
+        return (x.contiguous(memory_format=self._layout), y)
 
     def train_epoch(self) -> None:
         """Go over the images once, measure and record."""
         start, epoch, seed = perf_counter(), self.result.epochs, self.run.seed
-        self._set_rate(epoch)
+        drops = (epoch >= self.run.epochs // 2) + (epoch >= 3 * self.run.epochs // 4)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.run.rate / 10**drops
         # Random numbers depend on seed and epoch alone, so a resumed run draws the same ones.
         torch.manual_seed(seed * 100_003 + epoch)
         self._rng = np.random.default_rng([seed, epoch, 1])
         total, steps = torch.zeros((), device=self.settings.device), 0
         for chosen in data.batches(len(self.data.train_labels), self.run.batch, seed, epoch):
-            total += self._step(*self._batch(chosen))
+            total += self._step(chosen)
             steps += 1
         measured = {"loss": float(total) / steps}
         finite = all(bool(p.isfinite().all()) for p in self.model.parameters())
@@ -109,20 +109,14 @@ class Trainer:
         seconds = self.result.seconds + perf_counter() - start
         self.result.seconds = rounded(seconds, runs.DIGITS)
 
-    def _set_rate(self, epoch: int) -> None:
-        drops = (epoch >= self.run.epochs // 2) + (epoch >= 3 * self.run.epochs // 4)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.run.rate / 10**drops
-
-    def _batch(self, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def _step(self, chosen: NDArray[np.int64]) -> Tensor:
+        """Do a step on the images chosen, and return the plain loss."""
         if self.data.augmented:
             images = data.augment(self.data.train_images[chosen], self._rng)
-            return self._on_device(images, self.data.train_labels[chosen])
-        x, y = self._train
-        index = torch.from_numpy(chosen).to(x.device)
-        return x[index], y[index]
-
-    def _step(self, x: Tensor, y: Tensor) -> Tensor:
+            x, y = self._on_device(images, self.data.train_labels[chosen])
+        else:
+            index = torch.from_numpy(chosen).to(self.settings.device)
+            x, y = (part[index] for part in self._train)
         self.optimizer.zero_grad()
         with self.settings.precision():
             loss, plain = self.method.loss(self.network, x, y)
