@@ -71,16 +71,13 @@ class DenseNet(nn.Module):
 
 
 def densenet(
-    depth: int, channels: int = 3, classes: int = 10, width: float = 1.0, growth: int = 12
+    channels: int = 3, classes: int = 10, size: int = 32, width: float = 1.0, depth: int = 40
 ) -> DenseNet:
-    """For small images: three blocks, 16 channels to start with, as in the paper."""
+    """Return the one for small images: three blocks, 16 channels to start with, as in the paper."""
+    del size  # it averages over all pixels
     start, count = scaled(16, width), (depth - 4) // 3
     stem = conv(channels, start, 3)
-    return DenseNet(stem, start, (count,) * 3, scaled(growth, width), False, classes)
-
-
-def densenet_40() -> DenseNet:
-    return densenet(40)
+    return DenseNet(stem, start, (count,) * 3, scaled(12, width), False, classes)
 
 
 def densenet_121() -> DenseNet:
@@ -119,7 +116,7 @@ def resnet_50() -> nn.Sequential:
 
 
 def vgg_16(
-    channels: int = 3, size: int = 32, classes: int = 10, width: float = 1.0, hidden: int = 512
+    channels: int = 3, classes: int = 10, size: int = 32, width: float = 1.0, hidden: int = 512
 ) -> nn.Sequential:
     """Simonyan & Zisserman, 2015: 13 convolutions, here with batch normalization, and 3 layers."""
     layers: list[nn.Module] = []
@@ -138,8 +135,9 @@ def vgg_16(
     return nn.Sequential(*layers, nn.Linear(hidden, classes))
 
 
-def nin(channels: int = 3, classes: int = 10, width: float = 1.0) -> nn.Sequential:
-    """Network in Network, Lin et al., 2014: no batch normalization, but dropout."""
+def nin(channels: int = 3, classes: int = 10, size: int = 32, width: float = 1.0) -> nn.Sequential:
+    """Return Network in Network (Lin et al., 2014): no batch normalization, but dropout."""
+    del size
     layers: list[nn.Module] = []
     ends: tuple[list[nn.Module], ...] = (
         [nn.MaxPool2d(3, 2, 1), nn.Dropout()],
@@ -162,54 +160,30 @@ def scaled(published: int, width: float) -> int:
     return max(1, round(published * width))
 
 
-class Block(nn.Module):
-    """Attention and MLP of GPT-2."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc, self.out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        q, k, v = (part.transpose(-2, -3) for part in (q, k, v))
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(mixed.transpose(-2, -3).flatten(-2))
-        return x + self.out(functional.gelu(self.fc(self.norm_2(x)), approximate="tanh"))
-
-
 class GPT2(nn.Module):
     """Radford et al., 2019: 12 blocks of width 768; the head is the embedding."""
 
-    def __init__(self, vocabulary: int, context: int, width: int, blocks: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(vocabulary, width)
-        self.positions = nn.Embedding(context, width)
-        self.blocks = blocks
-        self.norm = nn.LayerNorm(width)
+        self.tokens, self.positions = nn.Embedding(50257, 768), nn.Embedding(1024, 768)
+        options = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+        block = nn.TransformerEncoderLayer(768, 12, 3072, **options)
+        self.blocks = nn.TransformerEncoder(block, 12, nn.LayerNorm(768), False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        logits = functional.linear(self.norm(self.blocks(x)), self.tokens.weight)
-        return logits.flatten(0, 1)
-
-
-def gpt2_small_blocks() -> nn.Sequential:
-    return nn.Sequential(*(Block(width=768, heads=12) for _ in range(12)))
-
-
-def gpt2_small() -> GPT2:
-    return GPT2(vocabulary=50257, context=1024, width=768, blocks=gpt2_small_blocks())
+        length = tokens.shape[1]
+        x = self.tokens(tokens) + self.positions.weight[:length]
+        mask = nn.Transformer.generate_square_subsequent_mask(length, x.device)
+        x = self.blocks(x, mask, is_causal=True)
+        return functional.linear(x, self.tokens.weight).flatten(0, 1)
 
 
 def weight_shapes(make: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Of the convolutions and linear layers, by name; without taking memory for them."""
+    """Return the shapes of all weights but embeddings, by name; they are never allocated."""
     with torch.device("meta"):
         model = make()
     return {
-        name: tuple(module.weight.shape)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear))
+        name: tuple(weight.shape)
+        for name, weight in model.named_parameters()
+        if weight.ndim > 1 and not name.startswith(("tokens", "positions"))
     }

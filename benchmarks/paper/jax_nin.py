@@ -1,11 +1,10 @@
-"""Network in Network in JAX: as in PyTorch, but for the random numbers; without the Hessian."""
+"""Network in Network in JAX, as in PyTorch but for the random numbers and the Hessian."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from math import isfinite, prod
 from time import perf_counter
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +14,13 @@ from flax import nnx
 
 import spectral_core
 import spectral_jax
+from benchmarks.common import machine, rounded
 
 from .data import Data, batches
-from .results import MEASURED, MOMENTUM, Result, Run
+from .runs import DIGITS, MEASURED, MOMENTUM, Result, Run, RunError
 
-# Side of the first kernel, channels of the convolutions; all but the first are 1 × 1. The last
-# block ends in one more, which gives the classes.
+# Side of the first kernel, channels of the convolutions; all but the first are 1 × 1. One more
+# convolution after the last block gives the classes.
 BLOCKS = ((5, (192, 160, 96)), (5, (192, 192, 192)), (3, (192, 192)))
 
 # Flax's `he_normal` is truncated, PyTorch's is not. Made once: nnx.jit compiles anew with another.
@@ -32,7 +32,7 @@ METHODS: dict[str, Callable[[Run], optax.GradientTransformation]] = {
     "vanilla": lambda _: optax.identity(),
     "decay": lambda run: optax.add_decayed_weights(run.strength),
     "spectral": lambda run: spectral_jax.add_spectral_norm_regularization(
-        run.strength, seed=run.seed
+        factor=run.strength, seed=run.seed
     ),
 }
 
@@ -40,7 +40,7 @@ Labelled = tuple[jax.Array, jax.Array]  # images, (n, height, width, channels), 
 
 
 class NIN(nnx.Module):
-    """Lin et al., 2014: images, channels last, to logits."""
+    """Lin et al., 2014. Images have their channels last."""
 
     def __init__(self, channels: int, classes: int, width: float, *, rngs: nnx.Rngs) -> None:
         convs = []
@@ -52,13 +52,13 @@ class NIN(nnx.Module):
         self.convs = nnx.List([*convs, conv(channels, classes, 1, rngs)])
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
 
-    def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         for k, layer in enumerate(self.convs[:-1]):
             x = jax.nn.relu(layer(x))
             if k in (2, 5):
                 pool = nnx.max_pool if k == 2 else nnx.avg_pool
                 x = pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-                x = self.dropout(x, deterministic=deterministic)
+                x = self.dropout(x)
         return self.convs[-1](x).mean((1, 2))
 
 
@@ -67,43 +67,46 @@ def conv(channels: int, features: int, side: int, rngs: nnx.Rngs) -> nnx.Conv:
     return nnx.Conv(channels, features, kernel, padding=side // 2, kernel_init=HE, rngs=rngs)
 
 
-def train(run: Run, data: Data, machine: dict[str, Any]) -> Result:
+def train_in_jax(run: Run, data: Data, advance: Callable[[], object] = lambda: None) -> Result:
     """Train one network.
 
-    Raises
-    ------
-    ValueError
-        If the run or its data ask for what only the runs in PyTorch have.
+    Raises `RunError` if the run or its data ask for what only the runs in PyTorch have.
     """
     if run.model != "nin" or run.method not in METHODS or data.augmented:
-        raise ValueError(f"JAX trains NIN alone, by {', '.join(METHODS)}, on images as they are")
+        raise RunError(f"JAX trains NIN only, by {', '.join(METHODS)}, on images as they are")
     model = NIN(data.train_images.shape[1], data.classes, run.width, rngs=nnx.Rngs(run.seed))
     train_set = labelled(data.train_images, data.train_labels)
     test_set = labelled(data.test_images, data.test_labels)
-    tx = transformation(run, steps=len(data.train_labels) // run.batch)
+    count = len(data.train_labels)
+    tx = transformation(run, steps=count // run.batch)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    result = Result(run, machine, parameters=sum(leaf.size for leaf in leaves(model)))
-    for epoch in range(run.epochs):
-        start = perf_counter()
-        chosen = batches(data, run.batch, run.seed, epoch)
-        loss = train_epoch(model, optimizer, train_set, chosen)
-        result.diverged = not (isfinite(loss) and all(jnp.isfinite(w).all() for w in leaves(model)))
-        if result.diverged:
-            break
-        line = {"epoch": epoch + 1, "loss": loss, **measured(model, train_set, test_set)}
-        result.epochs.append({**line, "seconds": perf_counter() - start})
-    result.spectra = {} if result.diverged else spectra(model)
-    result.done = True
+    weights = jax.tree.leaves(nnx.state(model, nnx.Param))
+    result = Result(run, rounded(machine("cpu"), DIGITS), sum(leaf.size for leaf in weights))
+    start = perf_counter()
+    while result.epochs < run.epochs and not result.diverged:
+        chosen = batches(count, run.batch, run.seed, result.epochs)
+        # Read at the end of the epoch only: a step need not wait for the one before.
+        losses = [train_step(model, optimizer, train_set, batch) for batch in chosen]
+        measured = {"loss": float(jnp.stack(losses).mean())}
+        finite = isfinite(measured["loss"]) and all(
+            jnp.isfinite(w).all() for w in jax.tree.leaves(nnx.state(model, nnx.Param))
+        )
+        result.diverged = not finite
+        result.record(measured | (measures(model, train_set, test_set) if finite else {}))
+        advance()
+    result.seconds = rounded(perf_counter() - start, DIGITS)
+    if not result.diverged:
+        result.spectra = rounded(spectra(model), DIGITS)
     return result
 
 
 def labelled(images: np.ndarray, labels: np.ndarray) -> Labelled:
-    """On the device, as Flax has images."""
+    """Return them on the device, in Flax's order of axes."""
     return jnp.asarray(images.transpose(0, 2, 3, 1)), jnp.asarray(labels, jnp.int32)
 
 
 def transformation(run: Run, steps: int) -> optax.GradientTransformation:
-    """The method before SGD, whose rate falls at a half and at three quarters of the epochs."""
+    """Chain the method and SGD, whose rate falls at a half and at three quarters of the epochs."""
 
     def rate(count: jax.Array) -> jax.Array:
         epoch = count // steps
@@ -114,15 +117,6 @@ def transformation(run: Run, steps: int) -> optax.GradientTransformation:
     return optax.chain(METHODS[run.method](run), sgd)
 
 
-def train_epoch(
-    model: NIN, optimizer: nnx.Optimizer, train_set: Labelled, chosen: Iterable[np.ndarray]
-) -> float:
-    """One step for each batch; the mean of their losses."""
-    # Made numbers at the end alone: a step need not wait for the one before.
-    losses = [train_step(model, optimizer, train_set, batch) for batch in chosen]
-    return float(jnp.stack(losses).mean())
-
-
 @nnx.jit
 def train_step(
     model: NIN, optimizer: nnx.Optimizer, train_set: Labelled, batch: jax.Array
@@ -130,31 +124,33 @@ def train_step(
     images, labels = train_set
 
     def mean_loss(model: NIN) -> jax.Array:
-        return losses_of(model(images[batch], deterministic=False), labels[batch]).mean()
+        return losses_of(model(images[batch]), labels[batch]).mean()
 
     loss, grads = nnx.value_and_grad(mean_loss)(model)
     optimizer.update(model, grads)
     return loss
 
 
-def losses_of(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+losses_of = optax.softmax_cross_entropy_with_integer_labels
 
 
-def measured(model: NIN, train_set: Labelled, test_set: Labelled) -> dict[str, float]:
-    """An epoch's line, but for its loss and its time."""
+def measures(model: NIN, train_set: Labelled, test_set: Labelled) -> dict[str, float]:
+    """Return what is measured after an epoch."""
     some = [(x[:MEASURED], y[:MEASURED]) for x, y in (train_set, test_set)]
-    return {
+    model.eval()  # no dropout
+    found = {
         "train": mean_of(are_right, model, train_set),
         "test": mean_of(are_right, model, test_set),
         "train_gradient": mean_of(gradient_norms, model, some[0]),
         "test_gradient": mean_of(gradient_norms, model, some[1]),
         "sigma_product": prod(values[0] for values in spectra(model).values()),
     }
+    model.train()
+    return found
 
 
 def mean_of(function: Callable[..., jax.Array], model: NIN, images: Labelled) -> float:
-    """In chunks: what a wide network computes of all images at once would fill the memory."""
+    """Return the mean over images, in chunks: a wide network needs much memory for each."""
     x, y = images
     starts = range(0, len(x), CHUNK)
     parts = [function(model, x[i : i + CHUNK], y[i : i + CHUNK]) for i in starts]
@@ -163,26 +159,22 @@ def mean_of(function: Callable[..., jax.Array], model: NIN, images: Labelled) ->
 
 @nnx.jit
 def are_right(model: NIN, images: jax.Array, labels: jax.Array) -> jax.Array:
-    return model(images, deterministic=True).argmax(1) == labels
+    return model(images).argmax(1) == labels
 
 
 @nnx.jit
 def gradient_norms(model: NIN, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """‖∇ₓ loss‖₂ of each image."""
+    """Return ‖∇ₓ loss‖₂ of each image."""
 
     def total(images: jax.Array) -> jax.Array:
-        return losses_of(model(images, deterministic=True), labels).sum()
+        return losses_of(model(images), labels).sum()
 
     gradients = jax.grad(total)(images)
     return jnp.linalg.norm(gradients.reshape(len(images), -1), axis=1)
 
 
-def leaves(model: NIN) -> list[jax.Array]:
-    return jax.tree.leaves(nnx.state(model, nnx.Param))
-
-
 def spectra(model: NIN) -> dict[str, list[float]]:
-    """All singular values of each weight, the largest first."""
+    """Return all singular values of each weight, the largest first."""
     found = {}
     for k, layer in enumerate(model.convs):
         matrix = spectral_core.as_matrix(np.asarray(layer.kernel[...], np.float64), "hwio")

@@ -1,13 +1,15 @@
-"""What is compared: each method is the loss it minimizes, and what it does to model and optimizer.
+"""The models and methods that are compared. Add your own to `MODELS` or `METHODS`.
 
-Vanilla, weight decay, adversarial training and spectral norm regularization are the paper's.
-Jacobian regularization it describes and leaves out; spectral normalization came after it.
+A method is the loss that it minimizes, and what it does to model and optimizer. Vanilla, weight
+decay, adversarial training and spectral norm regularization are the paper's. It describes Jacobian
+regularization and leaves it out; spectral normalization came after it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,9 +19,38 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim import Optimizer
 
 import spectral_torch
+from benchmarks import models
+
+from .data import Data
+from .runs import RunError
 
 Network = Callable[[Tensor], Tensor]
 State = dict[str, Tensor]
+Build = Callable[..., nn.Module]  # from channels, classes, size and width
+
+
+MODELS: dict[str, Build] = {
+    "vgg": models.vgg_16,
+    "nin": models.nin,
+    "densenet-40": partial(models.densenet, depth=40),
+    "densenet-22": partial(models.densenet, depth=22),
+}
+
+
+def build(name: str, data: Data, width: float, seed: int) -> nn.Module:
+    """Return a model for these images, initialized after He et al., 2015; biases start at zero."""
+    if name not in MODELS:
+        raise RunError(f"no model is named {name!r}: {', '.join(MODELS)}")
+    _, channels, size, _ = data.train_images.shape
+    model = MODELS[name](channels, data.classes, size, width)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+    return model
 
 
 @dataclass
@@ -34,19 +65,19 @@ class Method:
         """Change the model before the optimizer sees it."""
 
     def options(self) -> dict[str, Any]:
-        """What to give to the optimizer."""
+        """Return options for the optimizer."""
         return {}
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Connect to the optimizer."""
 
     def loss(self, network: Network, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """What to minimize, and the plain loss to report."""
+        """Return what to minimize, and the plain loss to report."""
         plain = cross_entropy(network(x), y)
         return plain, plain
 
     def state(self) -> State:
-        """What a run that goes on later needs, besides model and optimizer."""
+        """Return what a resumed run needs, besides model and optimizer."""
         return {}
 
     def load(self, state: State) -> None: ...
@@ -117,7 +148,8 @@ class Normalization(Method):
 
 
 def unit(rows: Tensor) -> Tensor:
-    """Each row of norm 1, or 0; of an image that is fit well the squares would underflow."""
+    """Scale each row to norm 1, or 0."""
+    # First by the largest entry: the squares of an image that is fit well would underflow.
     largest = rows.abs().amax(dim=1, keepdim=True)
     return normalize(rows / largest.clamp_min(torch.finfo(rows.dtype).tiny))
 

@@ -4,127 +4,92 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
-from benchmarks.speed.device import machine
-
-from . import data, results
-from .data import Data
-from .results import Result, Run
+from . import data, runs
+from .runs import Result, Run
 from .train import Settings, train
+
+EPOCHS_DONE: Any = None  # a counter that all processes of a sweep share
 
 
 def sweep(
-    runs: Sequence[Run],
+    planned: Sequence[Run],
     settings: Settings,
     folder: Path,
-    checkpoints: Path,
-    *,
-    workers: int,
-    source: Path | None,
     console: Console,
+    workers: int = 1,
+    source: Path | None = None,
 ) -> list[Result]:
-    """Do what of the runs is not done yet, until it is late."""
+    """Do what is not done yet, side by side in processes; return the finished runs."""
     context = multiprocessing.get_context("spawn")  # neither CUDA nor OpenMP outlives a fork
-    with (
-        ProcessPoolExecutor(workers, context, torch.set_num_threads, (settings.threads,)) as pool,
-        _progress(console) as progress,
-    ):
-        futures = [pool.submit(work, run, settings, folder, checkpoints, source) for run in runs]
-        bar = progress.add_task("epochs", total=sum(run.epochs for run in runs))
-        _watch(futures, lambda: progress.update(bar, completed=epochs_done(runs, folder)))
-    return [future.result() for future in futures]
+    counter = context.Value("i", 0)
+    pool = ProcessPoolExecutor(workers, context, begin, (counter, settings.threads))
+    with pool, Progress(console=console) as progress:
+        bar = progress.add_task("epochs", total=sum(one.epochs for one in planned))
+        futures = [pool.submit(work, one, settings, folder, source) for one in planned]
+        waiting = set(futures)
+        try:
+            while waiting:
+                _, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
+                progress.update(bar, completed=counter.value)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [result for future in futures if (result := future.result()) is not None]
 
 
-def work(
-    run: Run, settings: Settings, folder: Path, checkpoints: Path, source: Path | None
-) -> Result:
-    """One run, in whatever process."""
-    if settings.late():
-        return Result(run)
-    images = load(run.data, source, run.subset, run.validate)
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    # A process that was left behind may be at its last epoch still.
-    with FileLock(checkpoints / f"{run.name}.lock"):
-        if run.framework == "jax":
-            return _in_jax(run, images, folder / f"{run.name}.jsonl")
-        return train(run, images, settings, folder, checkpoints, _leave_if_left)
+def begin(counter: Any, threads: int) -> None:
+    """Prepare a process of the pool."""
+    global EPOCHS_DONE
+    EPOCHS_DONE = counter
+    torch.set_num_threads(threads)
 
 
-def _leave_if_left() -> None:
-    """End this process if the one that began it was killed: nobody waits for it."""
+def leave_if_orphaned() -> None:
+    """End this process if the one that started it was killed: nobody waits for it."""
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         os._exit(1)
 
 
-def _in_jax(run: Run, images: Data, path: Path) -> Result:
-    """So short that it begins anew if it was stopped."""
-    import jax  # who has no JAX needs none for the rest
+def advance(epochs: int = 1) -> None:
+    leave_if_orphaned()
+    if EPOCHS_DONE is not None:
+        with EPOCHS_DONE.get_lock():
+            EPOCHS_DONE.value += epochs
 
-    from . import jax_nin
 
-    jax.config.update("jax_platforms", "cpu")
-    result = results.begun(run, path)
-    if not result.done:
-        result = jax_nin.train(run, images, machine("cpu"))
-        results.write(path, result)
-    return result
+def work(one: Run, settings: Settings, folder: Path, source: Path | None) -> Result | None:
+    """Do one run; None if it is not finished."""
+    if settings.late():
+        return None
+    images = load(one.data, source, one.subset, one.validate)
+    folder.mkdir(parents=True, exist_ok=True)
+    # A process that was left behind may be at its last epoch still.
+    with FileLock(folder / f"{one.name}.lock"):
+        if one.framework == "jax" and runs.finished(one, folder) is None:
+            import jax  # only these runs need it
+
+            from .jax_nin import train_in_jax
+
+            jax.config.update("jax_platforms", "cpu")
+            return runs.write(folder, train_in_jax(one, images, advance))
+        train(one, images, settings, folder, advance)
+        return runs.finished(one, folder)
 
 
 @cache
-def load(name: str, source: Path | None, subset: int | None, validate: bool) -> Data:
-    """The images of a run: once for each process."""
+def load(name: str, source: Path | None, subset: int | None, validate: bool) -> data.Data:
+    """Return the images of a run; each process reads them once."""
     images = data.limited(data.load(name, source), subset)
     return data.held_out(images) if validate else images
-
-
-def epochs_done(runs: Sequence[Run], folder: Path) -> int:
-    """Read off the files, which the processes write; a run that diverged has done its all."""
-    return sum(_epochs_of(run, folder / f"{run.name}.jsonl") for run in runs)
-
-
-def _epochs_of(run: Run, path: Path) -> int:
-    if not path.exists():
-        return 0
-    result = results.read(path)
-    return run.epochs if result.done else len(result.epochs)
-
-
-def _watch(futures: Sequence[Future[Result]], show: Callable[[], None]) -> None:
-    """Until all are done, or have failed; an interrupt ends what has not begun."""
-    waiting = set(futures)
-    try:
-        while waiting:
-            _, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
-            show()
-    except BaseException:
-        for future in waiting:
-            future.cancel()
-        raise
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )

@@ -1,36 +1,39 @@
-"""One training loop for all methods; a run that was stopped goes on where it was."""
+"""One training loop for all methods, and what is measured after each epoch.
+
+A run that was stopped goes on from its checkpoint, which holds the results so far as well.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 from time import monotonic, perf_counter
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from benchmarks.speed.device import machine
+import spectral_core as sc
+from benchmarks.common import machine, rounded
 
-from . import data, measure, results
+from . import data, runs
 from .data import Data
-from .methods import METHODS, Method
-from .networks import build
-from .results import MEASURED, MOMENTUM, Result, Run
+from .methods import METHODS, Method, build
+from .runs import MEASURED, MOMENTUM, Result, Run, RunError
 
-Epoch = dict[str, float]
+CHUNK = 500  # images at a time, where nothing is trained
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How runs are computed, which is no part of what they are, but for rounding."""
+    """How runs are computed, which changes their results by no more than rounding."""
 
     device: str = "cpu"
     bfloat16: bool = False
@@ -46,18 +49,22 @@ class Settings:
     def late(self) -> bool:
         return self.deadline is not None and monotonic() > self.deadline
 
+    def how(self) -> dict[str, object]:
+        """Return what a resumed run must have in common with its checkpoint."""
+        keys = ("device", "bfloat16", "compiled", "channels_last")
+        return {key: value for key, value in asdict(self).items() if key in keys}
+
 
 class Trainer:
     """A run in progress."""
 
     def __init__(self, run: Run, images: Data, settings: Settings) -> None:
-        self.run, self.data, self.settings, self.epoch = run, images, settings, 0
-        self.diverged = False
+        self.run, self.data, self.settings = run, images, settings
         self.method: Method = METHODS[run.method](run.strength, run.seed)
         self.model = build(run.model, images, run.width, run.seed).to(settings.device)
-        if settings.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)
-        torch.manual_seed(run.seed)  # of what the method draws
+        self._layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        self.model = self.model.to(memory_format=self._layout)
+        torch.manual_seed(run.seed)  # for what the method draws
         self.method.prepare(self.model)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
@@ -72,47 +79,44 @@ class Trainer:
         self.network = torch.compile(self.model) if compiled else self.model
         self._train = self._on_device(images.train_images, images.train_labels)
         self._test = self._on_device(images.test_images, images.test_labels)
+        parameters = sum(p.numel() for p in self.model.parameters())
+        about = {**machine(settings.device), **settings.how()}
+        self.result = Result(run, rounded(about, runs.DIGITS), parameters)
 
     def _on_device(self, images: data.Images, labels: data.Labels) -> tuple[Tensor, Tensor]:
-        x = torch.from_numpy(images).to(self.settings.device)
-        if self.settings.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        return x, torch.from_numpy(labels).to(self.settings.device)
+        x, y = (torch.from_numpy(part).to(self.settings.device) for part in (images, labels))
+        return (x.contiguous(memory_format=self._layout), y)
 
-    def train_epoch(self) -> Epoch:
-        """Go over the images once, and measure."""
-        start = perf_counter()
-        self._set_rate()
-        # Whatever is drawn depends on seed and epoch alone, so a run that goes on draws the same.
-        torch.manual_seed(self.run.seed * 100_003 + self.epoch)
-        self._rng = np.random.default_rng([self.run.seed, self.epoch, 1])
-        total, steps = torch.zeros((), device=self.settings.device), 0
-        for chosen in data.batches(self.data, self.run.batch, self.run.seed, self.epoch):
-            total += self._step(*self._batch(chosen))
-            steps += 1
-        self.epoch += 1
-        line: Epoch = {"epoch": self.epoch, "loss": float(total) / steps}
-        finite = all(bool(p.isfinite().all()) for p in self.model.parameters())
-        self.diverged = not (finite and isfinite(line["loss"]))
-        if not self.diverged:
-            line |= self._measured()
-        return {**line, "seconds": perf_counter() - start}
-
-    def _set_rate(self) -> None:
-        half, three_quarters = self.run.epochs // 2, 3 * self.run.epochs // 4
-        drops = (self.epoch >= half) + (self.epoch >= three_quarters)
+    def train_epoch(self) -> None:
+        """Go over the images once, measure and record."""
+        start, epoch, seed = perf_counter(), self.result.epochs, self.run.seed
+        drops = (epoch >= self.run.epochs // 2) + (epoch >= 3 * self.run.epochs // 4)
         for group in self.optimizer.param_groups:
             group["lr"] = self.run.rate / 10**drops
+        # Random numbers depend on seed and epoch alone, so a resumed run draws the same ones.
+        torch.manual_seed(seed * 100_003 + epoch)
+        self._rng = np.random.default_rng([seed, epoch, 1])
+        total, steps = torch.zeros((), device=self.settings.device), 0
+        for chosen in data.batches(len(self.data.train_labels), self.run.batch, seed, epoch):
+            total += self._step(chosen)
+            steps += 1
+        measured = {"loss": float(total) / steps}
+        finite = all(bool(p.isfinite().all()) for p in self.model.parameters())
+        self.result.diverged = not (finite and isfinite(measured["loss"]))
+        if not self.result.diverged:
+            measured |= self._measured(epoch + 1)
+        self.result.record(measured)
+        seconds = self.result.seconds + perf_counter() - start
+        self.result.seconds = rounded(seconds, runs.DIGITS)
 
-    def _batch(self, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def _step(self, chosen: NDArray[np.int64]) -> Tensor:
+        """Do a step on the images chosen, and return the plain loss."""
         if self.data.augmented:
             images = data.augment(self.data.train_images[chosen], self._rng)
-            return self._on_device(images, self.data.train_labels[chosen])
-        x, y = self._train
-        index = torch.from_numpy(chosen).to(x.device)
-        return x[index], y[index]
-
-    def _step(self, x: Tensor, y: Tensor) -> Tensor:
+            x, y = self._on_device(images, self.data.train_labels[chosen])
+        else:
+            index = torch.from_numpy(chosen).to(self.settings.device)
+            x, y = (part[index] for part in self._train)
         self.optimizer.zero_grad()
         with self.settings.precision():
             loss, plain = self.method.loss(self.network, x, y)
@@ -120,58 +124,47 @@ class Trainer:
         self.optimizer.step()
         return plain.detach()
 
-    def _measured(self) -> Epoch:
-        some = [(x[:MEASURED], y[:MEASURED]) for x, y in (self._train, self._test)]
-        with measure.evaluating(self.model):
-            line: Epoch = {
-                "train": measure.accuracy(self.model, *self._train),
-                "test": measure.accuracy(self.model, *self._test),
-                "train_gradient": measure.input_gradient(self.model, *some[0]),
-                "test_gradient": measure.input_gradient(self.model, *some[1]),
-                "sigma_product": measure.sigma_product(self.model),
-            }
-            if self.epoch in self._hessian_epochs():
-                line["train_hessian"] = measure.hessian(self.model, *some[0])
-                line["test_hessian"] = measure.hessian(self.model, *some[1])
-        return line
+    def _measured(self, epoch: int) -> dict[str, float]:
+        hessians = self.run.hessians
+        with_hessian = {round(self.run.epochs * (k + 1) / hessians) for k in range(hessians)}
+        measured = {}
+        with evaluating(self.model):
+            for part, (x, y) in {"train": self._train, "test": self._test}.items():
+                some = x[:MEASURED], y[:MEASURED]
+                measured[part] = accuracy(self.model, x, y)
+                measured[f"{part}_gradient"] = input_gradient(self.model, *some)
+                if epoch in with_hessian:
+                    measured[f"{part}_hessian"] = hessian(self.model, *some)
+            measured["sigma_product"] = sigma_product(self.model)
+        return measured
 
-    def _hessian_epochs(self) -> set[int]:
-        count = self.run.hessians
-        return {round(self.run.epochs * (k + 1) / count) for k in range(count)}
+    def save(self, path: Path) -> None:
+        """Write all that the run needs to go on, and its results so far."""
+        parts = {"model": self.model, "optimizer": self.optimizer}
+        states: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+        states |= {"method": self.method.state(), "result": asdict(self.result)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        torch.save(states, partial)
+        partial.replace(path)
 
-    def state(self) -> dict[str, Tensor]:
-        """All that the run needs to go on, flat."""
-        names = {p: name for name, p in self.model.named_parameters()}
-        momenta = {
-            names[p]: state["momentum_buffer"]
-            for p, state in self.optimizer.state.items()
-            if state.get("momentum_buffer") is not None
-        }
-        parts = {
-            "model": self.model.state_dict(),
-            "momentum": momenta,
-            "method": self.method.state(),
-            "run": {"epoch": torch.tensor(self.epoch)},
-        }
-        return {
-            f"{part}.{key}": value.detach().contiguous()
-            for part, values in parts.items()
-            for key, value in values.items()
-        }
+    def load(self, path: Path) -> None:
+        """Go on from what `save` wrote.
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
-
-        def part(name: str) -> dict[str, Tensor]:
-            start = f"{name}."
-            return {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
-
-        self.model.load_state_dict(part("model"))
-        for name, momentum in part("momentum").items():
-            parameter = self.model.get_parameter(name)
-            self.optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device)
-        self.method.load(part("method"))
-        self.epoch = int(state["run.epoch"])
+        Raises `RunError` if it was written by another run, or computed in another way.
+        """
+        states = torch.load(path, map_location=self.settings.device, weights_only=True)
+        result = runs.from_json(states["result"])
+        how = {key: result.machine.get(key) for key in self.settings.how()}
+        if (result.run, how) != (self.run, self.settings.how()):
+            raise RunError(
+                f"{path.name} is a checkpoint of {result.run}, computed with {how}: go on with the "
+                "same settings, or remove it"
+            )
+        self.model.load_state_dict(states["model"])
+        self.optimizer.load_state_dict(states["optimizer"])
+        self.method.load(states["method"])
+        self.result = result
 
 
 def train(
@@ -179,78 +172,113 @@ def train(
     images: Data,
     settings: Settings,
     folder: Path,
-    checkpoints: Path,
     advance: Callable[[], object] = lambda: None,
 ) -> Result:
-    """Train, or go on training, and leave a file of results in ``folder``.
+    """Train, or go on training; a finished run leaves a file of results in ``folder``.
 
-    Raises
-    ------
-    ResultsError
-        If the file there belongs to another run.
+    ``advance`` is called after each epoch. Past the deadline an unfinished result is returned,
+    and a checkpoint is left.
     """
-    path, checkpoint = folder / f"{run.name}.jsonl", checkpoints / f"{run.name}.safetensors"
-    result = results.begun(run, path)
-    if result.done:
-        return result
-    trainer = Trainer(run, images, settings)
-    if checkpoint.exists() and result.epochs:
-        trainer.load(_loaded(checkpoint, trainer))
-    if trainer.epoch > len(result.epochs):
-        trainer = Trainer(run, images, settings)  # the checkpoint is of a file that was removed
-    result.epochs = result.epochs[: trainer.epoch]
-    result.parameters = _count(trainer.model)
-    result.machine = {**machine(settings.device), **_how(settings)}
-    results.write(path, result)
+    if (done := runs.finished(run, folder)) is not None:
+        return done
+    trainer, checkpoint = Trainer(run, images, settings), folder / f"{run.name}.pt"
+    if checkpoint.exists():
+        trainer.load(checkpoint)
     saved = monotonic()
-    while trainer.epoch < run.epochs and not result.diverged:
+    while trainer.result.epochs < run.epochs and not trainer.result.diverged:
         if settings.late():
-            _save(checkpoint, trainer)
-            return result
-        line = trainer.train_epoch()
-        result.diverged = trainer.diverged
-        result.epochs.append(dict(line))
-        results.append(path, line)
+            trainer.save(checkpoint)
+            return trainer.result
+        trainer.train_epoch()
         if monotonic() - saved > settings.save_every:
-            _save(checkpoint, trainer)
+            trainer.save(checkpoint)
             saved = monotonic()
         advance()
-    with measure.evaluating(trainer.model):
-        result.spectra = {} if result.diverged else measure.spectra(trainer.model)
-    result.done = True
-    results.write(path, result)
+    if not trainer.result.diverged:
+        with evaluating(trainer.model):
+            trainer.result.spectra = rounded(spectra(trainer.model), runs.DIGITS)
+    result = runs.write(folder, trainer.result)
     checkpoint.unlink(missing_ok=True)
     return result
 
 
-def _save(path: Path, trainer: Trainer) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(trainer.state(), partial, _about(trainer))
-    partial.replace(path)
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off, and batch normalization to its running statistics."""
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
 
 
-def _loaded(path: Path, trainer: Trainer) -> dict[str, Tensor]:
-    with safe_open(path, "pt") as file:
-        about = file.metadata()
-    if about != _about(trainer):
-        raise results.ResultsError(
-            f"{path.name} is a checkpoint of {about}, not of {_about(trainer)}: go on with the "
-            "same settings, or remove it"
-        )
-    return load_file(path, device=trainer.settings.device)
+@torch.inference_mode()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    pairs = zip(x.split(CHUNK), y.split(CHUNK), strict=True)
+    right = sum((model(some).argmax(1) == labels).sum() for some, labels in pairs)
+    return float(right) / len(y)
 
 
-def _about(trainer: Trainer) -> dict[str, str]:
-    """What must be the same for a run to go on."""
-    how = {**_how(trainer.settings), "device": trainer.settings.device}
-    return {"run": json.dumps(asdict(trainer.run)), "how": json.dumps(how)}
+def input_gradient(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Return the mean over images of ‖∇ₓ loss‖₂ (paper, figures 2 and 6)."""
+    total = torch.zeros((), device=x.device)
+    for some, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+        some = some.detach().requires_grad_()
+        loss = cross_entropy(model(some), labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, some)
+        total += gradient.flatten(1).norm(dim=1).sum()
+    return float(total) / len(x)
 
 
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def hessian(model: nn.Module, x: Tensor, y: Tensor, seed: int = 0) -> float:
+    """Return the largest eigenvalue of the loss's Hessian, within some 2 % (paper, figure 3).
+
+    Lanczos' method needs fewer Hessian-vector products than the paper's power iteration, and finds
+    the largest eigenvalue rather than the largest in magnitude.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(cross_entropy(model(x), y), parameters, create_graph=True)
+    sizes = [p.numel() for p in parameters]
+
+    def product(vector: NDArray[np.float64]) -> NDArray[np.float64]:
+        parts = torch.from_numpy(vector.ravel()).to(x.device, torch.float32).split(sizes)
+        pieces = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+        products = torch.autograd.grad(gradients, parameters, pieces, retain_graph=True)
+        return torch.cat([part.flatten() for part in products]).double().cpu().numpy()
+
+    size = sum(sizes)
+    operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
+    start = np.random.default_rng(seed).standard_normal(size)
+    try:
+        values = eigsh(operator, 1, which="LA", v0=start, ncv=6, tol=0.02, maxiter=30)[0]
+    except ArpackError:  # not converged, or a Hessian that is zero or not finite
+        return float("nan")
+    return float(values[0])
 
 
-def _how(settings: Settings) -> dict[str, object]:
-    how = asdict(settings)
-    return {key: how[key] for key in ("bfloat16", "compiled", "channels_last")}
+@torch.no_grad()
+def spectra(model: nn.Module) -> dict[str, list[float]]:
+    """Return all singular values of each weight, the largest first (paper, figure 4)."""
+    return {name: torch.linalg.svdvals(W).tolist() for name, W in matrices(model).items()}
+
+
+@torch.no_grad()
+def sigma_product(model: nn.Module) -> float:
+    """Return Π σ, which bounds how much the model can amplify a perturbation.
+
+    Batch normalization's factors are not in it.
+    """
+    # From the smaller of WWᵀ and WᵀW: much faster than an SVD, and as good for σ₁.
+    squares = (W @ W.T if len(W) < W.shape[1] else W.T @ W for W in matrices(model).values())
+    return prod(float(torch.linalg.eigvalsh(square)[-1]) ** 0.5 for square in squares)
+
+
+def matrices(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of convolutions and linear layers, in float64."""
+    layouts = {nn.Conv2d: "oihw", nn.Linear: "oi"}
+    return {
+        name: sc.as_matrix(module.weight.detach(), layout).double()
+        for name, module in model.named_modules()
+        for kind, layout in layouts.items()
+        if isinstance(module, kind)
+    }

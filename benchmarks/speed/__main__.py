@@ -1,12 +1,17 @@
-"""`python -m benchmarks.speed`: time a step beside its peers, report, and save the numbers."""
+"""Time a step beside its peers: `python -m benchmarks.speed --help`."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from pathlib import Path
+from time import perf_counter
 
 from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import track
+
+from benchmarks.common import RESULTS, write_json
 
 
 def main() -> None:
@@ -14,12 +19,36 @@ def main() -> None:
     # Before the frameworks are imported: each on the device that is asked for, and quiet.
     os.environ["JAX_PLATFORMS"] = "cpu" if options.device == "cpu" else ""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler counts memory, and announces itself
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler that counts memory announces itself
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
-    from .session import session
+    measure(options)
 
-    terminal = Console()
-    session(options, terminal if terminal.is_terminal else Console(width=140))
+
+def measure(given: argparse.Namespace) -> None:
+    from . import figure, report
+    from .suite import Options, parts, run
+    from .timing import LEAST_ROUNDS, Budget
+
+    console = Console()
+    console = console if console.is_terminal else Console(width=140)
+    seconds = 0.3 if given.quick else given.seconds
+    budget = Budget(seconds, given.rounds, min(LEAST_ROUNDS, given.rounds))
+    options = Options(given.device, tuple(given.only), given.quick, budget)
+    if not (wanted := parts(options)):
+        raise SystemExit(f"no case matches {given.only}: --list names them")
+    if given.list:
+        console.print("\n".join(part.name for part in wanted))
+        return
+    folders = [folder for folder in (given.out, RESULTS if given.save else None) if folder]
+    start = perf_counter()
+    for result in run(options, lambda all: track(all, "measuring", console=console)):
+        result["seconds"] = perf_counter() - start
+        for folder in folders:
+            write_json(folder / f"{report.stem(result)}.json.gz", result, report.DIGITS)
+    console.print(Markdown(f"{report.summary(result, picture=False)}\n\n{report.goals(result)}"))
+    for folder in folders:
+        figure.save(folder / f"{report.stem(result)}.png", result)
+        console.print(f"wrote {folder.name}/{report.stem(result)}.json.gz and .png")
 
 
 def arguments() -> argparse.Namespace:
@@ -28,20 +57,16 @@ def arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        metavar="PATTERN",
-        default=["*"],
-        help="cases by name, such as 'square-4096-*', 'training-*', compilation",
-    )
-    parser.add_argument("--list", action="store_true", help="the names of the cases")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a case and framework")
-    parser.add_argument("--rounds", type=int, default=200, help="at most, of a case and framework")
-    parser.add_argument("--quick", action="store_true", help="a few small cases, briefly")
-    parser.add_argument("--out", type=Path, help="folder to write the results into")
-    parser.add_argument("--save", action="store_true", help="write the repository's results")
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
+    example = "cases by name, such as 'square-4096-*', 'training-*', compilation"
+    add("--only", nargs="+", metavar="PATTERN", default=["*"], help=example)
+    add("--list", action="store_true", help="print the names of the cases")
+    add("--seconds", type=float, default=2.0, help="for a case and framework")
+    add("--rounds", type=int, default=200, help="at most, for a case and framework")
+    add("--quick", action="store_true", help="a few small cases, briefly")
+    add("--out", type=Path, help="folder to write the results into")
+    add("--save", action="store_true", help="write the repository's results")
     options = parser.parse_args()
     if options.save and (options.quick or options.only != ["*"]):
         parser.error("--save writes a whole run: leave --quick and --only out")

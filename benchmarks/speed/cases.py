@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ ITEMSIZE = {"float32": 4, "float64": 8, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Case:
-    """Weights by shape, in the order of axes of PyTorch: output, input, kernel."""
+    """Weights by shape, in PyTorch's order of axes: output, input, kernel."""
 
     name: str  # what --only matches
     title: str
@@ -27,7 +28,7 @@ class Case:
 
     @property
     def n(self) -> int | None:
-        """Of one n × n matrix."""
+        """The size of a single n × n matrix, else None."""
         rows, *columns = next(iter(self.shapes.values()))
         return rows if len(self.shapes) == 1 and columns == [rows] else None
 
@@ -37,17 +38,17 @@ class Case:
 
     @cached_property
     def size(self) -> int:
-        """Bytes of all weights."""
+        """The bytes of all weights."""
         return ITEMSIZE[self.dtype] * sum(m * n for m, n in self.matrices)
 
     @property
     def bytes_moved(self) -> int:
-        """What any step must move: it reads W, and reads and writes G."""
+        """The bytes that any step must move: it reads W, and reads and writes G."""
         return 3 * self.size
 
     @cached_property
     def vectors_size(self) -> int:
-        """Bytes of one left and one right vector of each matrix."""
+        """The bytes of one left and one right vector of each matrix."""
         return ITEMSIZE[self.dtype] * sum(m + n for m, n in self.matrices)
 
 
@@ -61,10 +62,10 @@ def squares() -> list[Case]:
 
 
 def layer_sets() -> list[Case]:
-    densenet = models.weight_shapes(models.densenet_40)
+    densenet = models.weight_shapes(models.densenet)
     convolutions = {name: shape for name, shape in densenet.items() if len(shape) == 4}
     in_blocks = {name: shape for name, shape in convolutions.items() if shape[0] == 12}
-    gpt2 = models.weight_shapes(models.gpt2_small_blocks)
+    gpt2 = models.weight_shapes(models.GPT2)
     sets: list[tuple[str, str, Mapping[str, Shape], tuple[str, ...]]] = [
         ("vgg-16", "VGG-16", models.weight_shapes(models.vgg_16), ("float32",)),
         ("densenet-40-36", "DenseNet-40, blocks", in_blocks, ("float32",)),
@@ -82,7 +83,7 @@ def layer_sets() -> list[Case]:
 
 
 def llama(layers: int = 16, hidden: int = 2048, kv: int = 512, mlp: int = 8192) -> dict[str, Shape]:
-    """The linear layers of a Llama-like model of a billion parameters."""
+    """Return the linear layers of a Llama-like model of a billion parameters."""
     block = {
         "q": (hidden, hidden),
         "k": (kv, hidden),
@@ -95,11 +96,29 @@ def llama(layers: int = 16, hidden: int = 2048, kv: int = 512, mlp: int = 8192) 
     return {f"{k}.{name}": shape for k in range(layers) for name, shape in block.items()}
 
 
-def filled(shape: Shape, seed: int = 0) -> NDArray[np.float32]:
-    """Normal numbers of the scale of weights, drawn once and repeated: drawing takes long.
+def by_formula(xp: Any, weights: dict[str, Any], grads: dict[str, Any]) -> Callable[[], None]:
+    """Return a loop over the layers as it is commonly copied, but for the misprint."""
+    vectors = {name: xp.ones_like(w[0].reshape(-1)) for name, w in weights.items()}
+    norm, outer = xp.linalg.norm, xp.outer
 
-    Never zeros: untouched pages of a zero array are one page, and reading it costs nothing. The
-    period is a prime, and so rows are not alike.
+    def step() -> None:
+        for name, w in weights.items():
+            matrix = w.reshape(w.shape[0], -1)
+            u = matrix @ vectors[name]
+            v = matrix.T @ u
+            sigma = norm(v) / norm(u)
+            u, v = u / norm(u), v / norm(v)
+            vectors[name] = v
+            grads[name] += (0.01 * sigma * outer(u, v)).reshape(w.shape)
+
+    return step
+
+
+def filled(shape: Shape, seed: int = 0) -> NDArray[np.float32]:
+    """Return normal numbers of the scale of weights, a million of them repeated.
+
+    Drawing them all would take long, and reading the untouched pages of a zero array costs nothing.
+    The period is a prime, so that rows differ.
     """
     pool = np.random.default_rng(seed).standard_normal(1_000_003, dtype=np.float32)
     pool *= prod(shape[1:]) ** -0.5

@@ -1,124 +1,239 @@
-"""Tables for the terminal."""
+"""The results as tables in Markdown, for the pages and for the terminal.
+
+It imports no framework: pages are checked where there may be none.
+"""
 
 from __future__ import annotations
 
+import re
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from .markdown import ms, percent, times, where
+from benchmarks.common import RESULTS, markdown, read_json
 
 Result = dict[str, Any]
-STYLES = {"pass": "green", "FAIL": "bold red", "not measured": "dim"}
+
+DIGITS = 4  # significant ones
+NOTES = tomllib.loads(Path(__file__).with_name("peers.toml").read_text(encoding="utf-8"))
+TITLES = {"torch": "PyTorch", "jax": "JAX", "numpy": "NumPy", "cupy": "CuPy"}
+OURS = {group: next(iter(NOTES[group])) for group in TITLES}
+BY_HAND = {group: "jitted loop" if group == "jax" else "paper's formula" for group in TITLES}
+WRAPPER = {"torch": "torch spectral_norm", "jax": "nnx.SpectralNorm", "numpy": ""}
+COMPILED = "with NumbaEngine"
+SMALL, LARGE = "densenet-40-36-float32", "gpt2-small-float32"
 
 
-def show(console: Console, result: Result) -> None:
-    console.print(where(result["machine"]), f"{result['bytes_per_second'] / 1e9:.1f} GB/s")
-    for each in (cases_table, memory_table, training_table, compilation_table, bars_table):
-        shown = each(result)
-        if shown.row_count:
-            console.print(shown)
+def stem(result: Result) -> str:
+    machine = result["machine"]
+    if machine["device"] == "cpu":
+        return "speed-cpu"
+    name = re.sub(r"[^a-z0-9]+", "-", machine["device_name"].lower()).strip("-")
+    return f"speed-cuda-{name}"
 
 
-def new_table(title: str, *columns: str) -> Table:
-    shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for k, column in enumerate(columns):
-        shown.add_column(column, justify="right" if k > 1 else "left")
-    return shown
+def committed(folder: Path = RESULTS) -> list[Result]:
+    """Return the results of each device that was measured, the CPU first."""
+    paths = sorted(folder.glob("speed-*.json.gz"), key=lambda path: ("cpu" not in path.name, path))
+    return [read_json(path) for path in paths]
 
 
-def cases_table(result: Result) -> Table:
-    shown = new_table(
-        "One step",
-        *("case", "step", "median", "quartiles", "rounds", "to ours", "to bytes / bandwidth"),
-    )
-    for case in result["cases"]:
-        label = f"{case['title']} {case['dtype']}"
-        for row in case_rows(case):
-            shown.add_row(label, *row)
-            label = ""
-        shown.add_section()
-    return shown
+def where(machine: Result) -> str:
+    versions = f"PyTorch {machine['torch']}"
+    if "jax" in machine:
+        versions += f", JAX {machine['jax']}"
+    if machine["device"] == "cpu":
+        cores = f"{machine['threads']} threads on {machine['cores']} cores"
+        return f"{versions}, {cores} of {machine['processor']} ({machine['architecture']})"
+    return f"{versions}, {machine['device_name']}"
 
 
-def case_rows(case: Result) -> Iterator[tuple[str, ...]]:
-    for group, outcome in case["peers"].items():
-        for name, step in outcome["steps"].items():
-            low, high = step["quartiles_ms"]
-            yield (
-                f"{group}: {name}",
-                ms(step["median_ms"]),
-                f"{low:.3g}–{high:.3g}",
-                str(step["rounds"]),
-                times(step["ratio_to_ours"]),
-                times(step["ratio_to_bytes"]),
-            )
-        for name, reason in outcome["left_out"].items():
-            yield f"{group}: {name}", f"[dim]{reason}[/dim]", "", "", "", ""
+def ms(value: float) -> str:
+    return f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.3g} s"
 
 
-def memory_table(result: Result) -> Table:
-    shown = new_table(
-        "Peak memory of a step beside W, G and the state",
-        *("case", "step", "bytes", "of u and v", "of the largest matrix", "Python and NumPy"),
-    )
-    for case in result["cases"]:
-        label = f"{case['title']} {case['dtype']}"
-        for group, outcome in case["peers"].items():
-            for name, taken in outcome["memory"].items():
-                python = taken["python_bytes"]
-                shown.add_row(
-                    label,
-                    f"{group}: {name}",
-                    f"{taken['bytes']:,}",
-                    times(taken["of_vectors"]),
-                    times(taken["of_largest_matrix"]),
-                    "" if python is None else f"{python:,}",
-                )
-                label = ""
-    return shown
+def times(ratio: float) -> str:
+    return f"{ratio:.2g} ×" if ratio < 10 else f"{ratio:.0f} ×"
 
 
-def training_table(result: Result) -> Table:
-    shown = new_table(
-        "Training steps",
-        *("model", "weights", "without", "with", "regularizer", "share", "by difference"),
-    )
-    for training in result["training"].values():
-        steps = training["steps"]
-        shown.add_row(
-            training["title"],
-            str(training["weights"]),
-            ms(steps["without"]["median_ms"]),
-            ms(steps["with"]["median_ms"]),
-            ms(training["regularizer_ms"]),
-            percent(training["share"]),
-            percent(training["share_by_difference"]),
-        )
-    return shown
+def steps_of(result: Result, case: str, group: str) -> Result:
+    found = [one["peers"][group]["steps"] for one in result["cases"] if one["name"] == case]
+    return dict(found[0]) if found else {}
 
 
-def compilation_table(result: Result) -> Table:
-    shown = new_table("JAX compiles GPT-2 blocks", "who", "blocks", "trace", "compile", "sum")
-    for who, by_count in result["compilation"].get("times", {}).items():
-        for count, taken in by_count.items():
-            shown.add_row(
-                who, count, *(f"{taken[key]:.2f} s" for key in ("trace_s", "compile_s", "sum_s"))
-            )
-    return shown
+def label(case: Result) -> str:
+    return f"{case['title']}, {case['dtype']}"
 
 
-def bars_table(result: Result) -> Table:
-    shown = new_table("Bars", "what", "verdict", "value", "limit")
-    for bar in result["bars"]:
-        verdict, value = bar["verdict"], bar["value"]
-        shown.add_row(
-            bar["text"],
-            f"[{STYLES[verdict]}]{verdict}[/]",
-            "" if value is None else f"{value:.3g}",
-            f"{bar['limit']:g}",
-        )
-    return shown
+def costs(result: Result) -> str:
+    """Return four rows for README: a small and a large network, and the other frameworks."""
+    rows = []
+    for title, case, group, ours, training in (
+        ("PyTorch, 36 convolutions of DenseNet-40", SMALL, "torch", OURS["torch"], "densenet-40"),
+        ("PyTorch, GPT-2 small", LARGE, "torch", OURS["torch"], "gpt2-small"),
+        ("JAX, GPT-2 small", LARGE, "jax", OURS["jax"], ""),
+        ("NumPy with Numba, GPT-2 small", LARGE, "numpy", COMPILED, ""),
+    ):
+        steps = steps_of(result, case, group)
+        own, row = steps[ours]["median_ms"], [title]
+        row.append(f"**{ms(own)}**")
+        for other in (BY_HAND[group], WRAPPER[group]):
+            step = steps.get(other)
+            ratio = step and times(step["median_ms"] / own)
+            row.append(f"{ms(step['median_ms'])} ({ratio})" if step else "–")
+        share = result["training"].get(training, {}).get("share")
+        rows.append([*row, "–" if share is None else f"{100 * share:.2g} %"])
+    header = ["step", "this library", "the formula by hand", "spectral normalization"]
+    table = markdown([*header, "share of a training step"], rows)
+    return f"{table}\n\nOne step of all weights in float32: {where(result['machine'])}."
+
+
+def summary(result: Result, *, picture: bool = True) -> str:
+    """Return all tables of a device, and what each peer is."""
+    machine = result["machine"]
+    parts = [
+        f"Measured on {machine['date']} with {where(machine)}. A large copy moves "
+        f"{result['bytes_per_second'] / 1e9:.1f} GB/s. Times are medians of interleaved rounds; "
+        "in brackets the multiple of ours.",
+    ]
+    parts += [f"![Time of a step](../benchmarks/results/{stem(result)}.png)"] if picture else []
+    for group, title in TITLES.items():
+        if any(case["peers"][group]["steps"] for case in result["cases"]):
+            notes = [f"- `{name}`: {note}." for name, note in NOTES[group].items()]
+            table = peers_table(result, group, floor=machine["device"] != "cpu")
+            parts += [f"### One step in {title}", "\n".join(notes), table]
+    for title, name, table in (
+        ("Peak memory of a step", "memory", memory(result)),
+        ("Whole training steps in PyTorch", "training", training(result)),
+        ("Tracing and compiling in JAX", "compilation", compilation(result)),
+    ):
+        if table.count("\n") > 1:
+            note = NOTES["other"][name]
+            parts += [f"### {title}", f"{note[0].upper()}{note[1:]}.", table]
+    return "\n\n".join([*parts, *graph_lines(result)])
+
+
+def peers_table(result: Result, group: str, *, floor: bool) -> str:
+    """Return ours and its peers; a dash where a peer was left out, and the reasons below."""
+    cases = [case for case in result["cases"] if case["peers"][group]["steps"]]
+    names = dict.fromkeys(name for case in cases for name in case["peers"][group]["steps"])
+    others = [name for name in names if name != OURS[group]]
+    rows, reasons = [], {}
+    for case in cases:
+        steps, left_out = case["peers"][group]["steps"], case["peers"][group]["left_out"]
+        ours = steps[OURS[group]]
+        row = [label(case), f"**{ms(ours['median_ms'])}**"]
+        for name in others:
+            step = steps.get(name)
+            text = step and f"{ms(step['median_ms'])} ({times(step['ratio_to_ours'])})"
+            row.append(text or "–")
+        if floor:
+            ratio = times(1 / ours["ratio_to_bytes"])
+            row.append(f"{ms(case['bytes_over_bandwidth_ms'])} ({ratio})")
+        rows.append(row)
+        reasons |= {f"`{name}`, {label(case)}": reason for name, reason in left_out.items()}
+    header = ["weights", *(f"`{name}`" for name in (OURS[group], *others))]
+    table = markdown(header + ["bytes / bandwidth"] * floor, rows)
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return f"{table}\n\nLeft out: {why}." if why else table
+
+
+def memory(result: Result) -> str:
+    rows = [
+        [
+            label(case),
+            f"{TITLES[group]}, `{name}`",
+            f"{taken['bytes']:,}",
+            times(taken["of_vectors"]),
+            times(taken["of_largest_matrix"]),
+            "" if taken["python_bytes"] is None else f"{taken['python_bytes']:,}",
+        ]
+        for case in result["cases"]
+        for group, outcome in case["peers"].items()
+        for name, taken in outcome["memory"].items()
+    ]
+    header = ["weights", "step", "bytes", "of u and v", "of the largest matrix", "Python, NumPy"]
+    return markdown(header, rows)
+
+
+def training(result: Result) -> str:
+    rows = []
+    for one in result["training"].values():
+        medians = [one["steps"][key]["median_ms"] for key in ("without", "with")]
+        cells = map(ms, [*medians, one["regularizer_ms"]])
+        rows.append([one["title"], *cells, f"{100 * one['share']:.2g} %"])
+    return markdown(["model", "without", "with", "the regularizer's own", "share"], rows)
+
+
+def compilation(result: Result) -> str:
+    rows = [
+        [f"`{who}`", count, *(f"{taken[key]:.2g} s" for key in ("trace_s", "compile_s", "sum_s"))]
+        for who, by_count in result["compilation"].get("times", {}).items()
+        for count, taken in by_count.items()
+    ]
+    return markdown(["step", "blocks", "trace", "compile", "sum"], rows)
+
+
+def graph_lines(result: Result) -> Iterator[str]:
+    graph = result["graph"]
+    if "steps" in graph:
+        replay, launched = (ms(graph["steps"][key]["median_ms"]) for key in ("replay", "launched"))
+        yield f"DenseNet-40: {replay} as a replayed CUDA graph, {launched} launched one by one."
+    elif "left_out" in graph:
+        yield f"CUDA graph: {graph['left_out']}."
+
+
+# What the project sets itself to reach: our time as a multiple of a peer's, or of the bytes that a
+# step must move over the bandwidth (no peer). Case, framework, peer, limit.
+CPU_GOALS = (
+    ("square-4096-float32", "torch", "G.add_(W)", 1.5),
+    ("square-8192-float32", "torch", "G.add_(W)", 1.5),
+    (SMALL, "torch", WRAPPER["torch"], 0.15),
+)
+GPU_GOALS = (
+    ("square-8192-float32", "torch", "", 1.3),
+    ("square-8192-bfloat16", "torch", "", 1.3),
+)
+
+
+def goals(result: Result) -> str:
+    """Return the goals that the project sets itself, and whether these results reach them."""
+    rows = []
+    for text, limit, value in reached(result):
+        verdict = "not measured" if value is None else "pass" if value <= limit else "FAIL"
+        rows.append([text, verdict, "" if value is None else f"{value:.3g}", f"{limit:g}"])
+    return markdown(["goal", "", "value", "limit"], rows)
+
+
+def reached(result: Result) -> Iterator[tuple[str, float, float | None]]:
+    """Yield each goal, its limit, and the value that was measured."""
+    for group, limit in {"torch": 1.0, "jax": 1.2}.items():
+        peer = BY_HAND[group]
+        found = (ours_to(result, case["name"], group, peer) for case in result["cases"])
+        worst = max((ratio for ratio in found if ratio is not None), default=None)
+        yield f"{TITLES[group]}: the worst case to the {peer}", limit, worst
+    for who, counts in result["compilation"].get("times", {}).items():
+        if who.startswith(OURS["jax"]) and {"12", "96"} <= counts.keys():
+            ratio = counts["96"]["sum_s"] / counts["12"]["sum_s"]
+            yield f"{who}: compiling 96 blocks to compiling 12", 1.5, ratio
+    training, on_cpu = result["training"], result["machine"]["device"] == "cpu"
+    share = training.get("resnet-50", {}).get("share")
+    yield "ResNet-50: share of the training step", 0.02, share
+    for case, group, peer, limit in CPU_GOALS if on_cpu else GPU_GOALS:
+        text = f"{case}: ours to {peer or 'bytes / bandwidth'}"
+        yield text, limit, ours_to(result, case, group, peer)
+    if not on_cpu:
+        replay = result["graph"].get("steps", {}).get("replay", {}).get("median_ms")
+        yield "DenseNet-40: ms of a graph replay", 0.06, replay
+        step = training.get("densenet-40", {}).get("steps", {}).get("with", {}).get("median_ms")
+        ratio = replay / step if replay and step else None
+        yield "DenseNet-40: graph replay to the training step", 0.03, ratio
+
+
+def ours_to(result: Result, case: str, group: str, peer: str) -> float | None:
+    """Return our time as a multiple of the peer's, or of bytes / bandwidth."""
+    steps = steps_of(result, case, group)
+    if not peer:
+        return steps[OURS[group]]["ratio_to_bytes"] if steps else None
+    return 1 / steps[peer]["ratio_to_ours"] if peer in steps else None

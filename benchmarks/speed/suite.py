@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from importlib import import_module
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from . import graph, memory, training
-from .bars import bars
-from .cases import Case, layer_sets, squares
-from .device import bandwidth, clock_of, machine
-from .timing import Budget, LeftOutError, Step, Timing, interleaved
+from benchmarks.common import machine
 
-GROUPS = ("torch", "jax", "numpy", "cupy")
+from . import training
+from .cases import Case, layer_sets, squares
+from .report import BY_HAND, OURS
+from .timing import (
+    Budget,
+    LeftOutError,
+    Step,
+    bandwidth,
+    clock_of,
+    interleaved,
+    peak_by_tracemalloc,
+    peak_memory,
+)
+
+GROUPS = {"torch": "peers_torch", "jax": "peers_jax", "numpy": "peers_numpy", "cupy": "peers_numpy"}
 QUICK = (
     *("square-256-float32", "square-1024-float32", "square-1024-bfloat16"),
     *("densenet-40-36-float32", "training-densenet-40", "compilation", "graph"),
 )
 QUICK_BLOCKS, QUICK_BATCH = (1, 4), 2
+Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,79 +42,54 @@ class Options:
     only: tuple[str, ...] = ("*",)
     quick: bool = False
     budget: Budget = field(default_factory=Budget)
-    patience: float = 10.0  # seconds that a single call of a peer may take
-
-    def wanted(self, name: str) -> bool:
-        chosen = any(fnmatch(name, pattern) for pattern in self.only)
-        return chosen and (not self.quick or name in QUICK)
 
 
-@dataclass(frozen=True)
-class Part:
-    """One measurement: its place in the result is ``section``, and ``name`` within it."""
+class Part(NamedTuple):
+    """One measurement, and the section of the result that it belongs to."""
 
     name: str
     section: str
     measure: Callable[[], Any]
 
 
-def parts(options: Options, bytes_per_second: float) -> list[Part]:
-    cases = [
+def parts(options: Options, bytes_per_second: float = 1.0) -> list[Part]:
+    found = [
         Part(case.name, "cases", lambda case=case: case_result(case, options, bytes_per_second))
         for case in [*squares(), *layer_sets()]
     ]
-    trained = [
+    found += [
         Part(f"training-{one.name}", "training", lambda one=one: training_result(one, options))
-        for one in training.trainings()
+        for one in training.TRAININGS
     ]
-    rest = [Part("compilation", "compilation", lambda: compilation(options))]
+    found.append(Part("compilation", "compilation", lambda: compilation(options)))
     if options.device == "cuda":
-        rest.append(Part("graph", "graph", lambda: graph.replayed(options.budget)))
-    return [*cases, *trained, *rest]
-
-
-def names(device: str) -> list[str]:
-    return [part.name for part in parts(Options(device), bytes_per_second=1.0)]
-
-
-def training_result(one: training.Training, options: Options) -> dict[str, Any]:
-    """Training steps are slow and steady: few are enough."""
-    budget = Budget(3 * options.budget.seconds, options.budget.rounds, least=3)
-    one = replace(one, batch=QUICK_BATCH) if options.quick else one
-    return {one.name: training.share(one, options.device, budget)}
+        found.append(Part("graph", "graph", lambda: training.replayed(options.budget)))
+    patterns = QUICK if options.quick else ("*",)
+    return [
+        part
+        for part in found
+        if all(any(fnmatch(part.name, one) for one in many) for many in (options.only, patterns))
+    ]
 
 
 def run(
-    options: Options, progress: Callable[[list[Part]], Iterator[Part]]
+    options: Options, progress: Callable[[list[Part]], Iterable[Part]]
 ) -> Iterator[dict[str, Any]]:
-    """The result as it grows, after each part: a run that is cut off loses its last part only."""
+    """Yield the result after each part: a run that is cut off loses its last part only."""
     bytes_per_second = bandwidth(options.device)
-    result: dict[str, Any] = {
+    result: Result = {
         "machine": machine(options.device),
         "bytes_per_second": bytes_per_second,
-        "notes": {"all": {"memory": memory.NOTE[options.device], "training": training.NOTE}},
-        "cases": [],
-        "training": {},
-        "compilation": {},
-        "graph": {},
+        **{"cases": [], "training": {}, "compilation": {}, "graph": {}},
     }
-    wanted = [part for part in parts(options, bytes_per_second) if options.wanted(part.name)]
-    for part in progress(wanted):
+    for part in progress(parts(options, bytes_per_second)):
         measured = part.measure()
         if part.section == "cases":
             result["cases"].append(measured)
         else:
             result[part.section].update(measured)
         give_memory_back(options.device)
-        result["notes"].update(notes(result["cases"]))
-        result["bars"] = [bar.as_json() for bar in bars(result)]
         yield result
-
-
-def notes(cases: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """What the peers are, of the groups that took part."""
-    groups = [g for g in GROUPS if any(case["peers"][g]["steps"] for case in cases)]
-    return {group: dict(import_module(f".peers_{group}", __package__).NOTES) for group in groups}
 
 
 def give_memory_back(device: str) -> None:
@@ -114,9 +98,24 @@ def give_memory_back(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def case_result(case: Case, options: Options, bytes_per_second: float) -> dict[str, Any]:
-    floor = case.bytes_moved / bytes_per_second
-    result: dict[str, Any] = {
+def training_result(one: training.Training, options: Options) -> Result:
+    # Training steps are slow and steady: few are enough.
+    budget = Budget(3 * options.budget.seconds, options.budget.rounds, least=3)
+    one = replace(one, batch=QUICK_BATCH) if options.quick else one
+    return {one.name: training.share(one, options.device, budget)}
+
+
+def compilation(options: Options) -> Result:
+    try:
+        module = import_module(".peers_jax", __package__)
+    except ImportError as reason:
+        return {"left_out": str(reason)}
+    return {"times": module.compile_times(QUICK_BLOCKS if options.quick else module.BLOCKS)}
+
+
+def case_result(case: Case, options: Options, bytes_per_second: float) -> Result:
+    floor_ms = 1e3 * case.bytes_moved / bytes_per_second
+    result: Result = {
         "name": case.name,
         "title": case.title,
         "weights": len(case.shapes),
@@ -124,37 +123,21 @@ def case_result(case: Case, options: Options, bytes_per_second: float) -> dict[s
         "dtype": case.dtype,
         "bytes_of_weights": case.size,
         "bytes_moved": case.bytes_moved,
-        "bytes_over_bandwidth_ms": 1e3 * floor,
+        "bytes_over_bandwidth_ms": floor_ms,
         "peers": {},
     }
     for group in GROUPS:
-        result["peers"][group] = group_result(group, case, options, floor)
+        result["peers"][group] = group_result(group, case, options, floor_ms)
         give_memory_back(options.device)
     return result
 
 
-def group_result(group: str, case: Case, options: Options, floor: float) -> dict[str, Any]:
+def group_result(group: str, case: Case, options: Options, floor_ms: float) -> Result:
     try:
-        module = import_module(f".peers_{group}", __package__)
-        makers = module.peers(case, options.device, options.patience)
+        module = import_module(f".{GROUPS[group]}", __package__)
+        makers = module.peers(case, options.device, group)
     except (ImportError, LeftOutError) as reason:
         return {"steps": {}, "left_out": {"all": str(reason)}, "memory": {}}
-    with made(makers) as (steps, left_out):
-        if module.OURS not in steps:
-            return {"steps": {}, "left_out": left_out, "memory": {}}
-        timings = interleaved(steps, options.budget, clock_of(options.device, group))
-        return {
-            "steps": compared(timings, timings[module.OURS], floor),
-            "left_out": left_out,
-            "memory": memory_result(module, group, case, steps, options.device),
-        }
-
-
-@contextmanager
-def made(
-    makers: dict[str, Callable[[], Step]],
-) -> Iterator[tuple[dict[str, Step], dict[str, str]]]:
-    """The steps of those who can take part, gone afterwards with their memory."""
     steps: dict[str, Step] = {}
     left_out: dict[str, str] = {}
     for name, make in makers.items():
@@ -162,42 +145,30 @@ def made(
             steps[name] = make()
         except LeftOutError as reason:
             left_out[name] = str(reason)
-    yield steps, left_out
-    steps.clear()
-    makers.clear()
+    if (ours := OURS[group]) not in steps:
+        return {"steps": {}, "left_out": left_out, "memory": {}}
+    timings = interleaved(steps, options.budget, clock_of(options.device, group))
+    median = timings[ours]["median_ms"]
+    for timing in timings.values():
+        timing["ratio_to_ours"] = timing["median_ms"] / median
+        timing["ratio_to_bytes"] = timing["median_ms"] / floor_ms
+    # JAX and CuPy have no honest way to count.
+    counted = (ours, BY_HAND[group]) if group in ("torch", "numpy") else ()
+    memory = {name: memory_result(case, steps[name], group, options.device) for name in counted}
+    return {"steps": timings, "left_out": left_out, "memory": memory}
 
 
-def compared(timings: dict[str, Timing], ours: Timing, floor: float) -> dict[str, Any]:
-    return {
-        name: {
-            **timing.as_json(),
-            "ratio_to_ours": timing.median_s / ours.median_s,
-            "ratio_to_bytes": timing.median_s / floor,
-        }
-        for name, timing in timings.items()
-    }
-
-
-def memory_result(
-    module: ModuleType, group: str, case: Case, steps: dict[str, Step], device: str
-) -> dict[str, Any]:
-    """Of ours and of the naive formula, where there is an honest way to count."""
+def memory_result(case: Case, step: Step, group: str, device: str) -> Result:
+    """Return bytes beyond weights, gradients and state, and as multiples."""
     if group == "torch":
-        return {
-            name: memory.extra(case, steps[name], device) for name in (module.OURS, module.NAIVE)
-        }
-    if group == "numpy":
-        return {
-            name: memory.as_json(case, memory.by_tracemalloc(steps[name]), None)
-            for name in (module.OURS, module.NAIVE)
-        }
-    return {}
-
-
-def compilation(options: Options) -> dict[str, Any]:
-    try:
-        module = import_module(".compilation", __package__)
-    except ImportError as reason:
-        return {"left_out": str(reason)}
-    counts = QUICK_BLOCKS if options.quick else module.BLOCKS
-    return {"times": module.compile_times(counts)}
+        taken, python = peak_memory(step, device)
+    else:
+        taken, python = peak_by_tracemalloc(step), None
+    largest = max(m * n for m, n in case.matrices) * case.size
+    largest //= sum(m * n for m, n in case.matrices)
+    return {
+        "bytes": taken,
+        "python_bytes": python,
+        "of_vectors": taken / case.vectors_size,
+        "of_largest_matrix": taken / largest,
+    }

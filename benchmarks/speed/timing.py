@@ -1,21 +1,28 @@
-"""Steps timed in turns, so that a slow moment of the machine hits all of them."""
+"""Steps timed in turns, so that a slow moment of the machine hits all of them; and their memory."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import tracemalloc
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import quantiles
 from time import perf_counter
-from typing import Any, NamedTuple
+from timeit import timeit
+from typing import Any
+
+import psutil
+import torch
+from torch.profiler import ProfilerActivity, profile
 
 Step = Callable[[], object]
-Makers = Mapping[str, Callable[[], Step]]
 
 LEAST_ROUNDS, MOST_ROUNDS = 7, 200
-SLOW_SECONDS, SLOW_ROUNDS = 1.0, 3  # so slow a step is noisy by a small part of it only
+SLOW_SECONDS, SLOW_ROUNDS = 1.0, 3  # the noise of so slow a step is a small part of it
 WARM_UPS = 3
+USABLE_MEMORY = 0.9  # the rest is for the interpreter, libraries and a step's own intermediates
+COPIED = 2**28  # bytes, well beyond the caches
 
 
 class LeftOutError(Exception):
@@ -30,88 +37,132 @@ class Clock:
     least_seconds: float = 0.0
 
 
+def clock_of(device: str, group: str = "torch") -> Clock:
+    """Return the clock of a device.
+
+    On a GPU, steps are launched one after another and waited for once, as a training loop does.
+    JAX's steps here wait for themselves; CuPy's are waited for with PyTorch's, for both wait for
+    the device.
+    """
+    if device == "cpu" or group == "jax":
+        return Clock()
+    return Clock(torch.cuda.synchronize, least_seconds=5e-3)
+
+
 @dataclass(frozen=True)
 class Budget:
-    """Of a case and a group of peers."""
+    """The time that a case and a group of peers may take."""
 
     seconds: float = 3.0
     rounds: int = MOST_ROUNDS
     least: int = LEAST_ROUNDS
 
 
-class Timing(NamedTuple):
-    median_s: float
-    quartiles_s: tuple[float, float]
-    rounds: int
-
-    @classmethod
-    def of(cls, seconds: list[float]) -> Timing:
-        if len(seconds) == 1:
-            return cls(seconds[0], (seconds[0], seconds[0]), 1)
-        low, middle, high = quantiles(seconds, n=4, method="inclusive")
-        return cls(middle, (low, high), len(seconds))
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "median_ms": 1e3 * self.median_s,
-            "quartiles_ms": [1e3 * quartile for quartile in self.quartiles_s],
-            "rounds": self.rounds,
-        }
-
-
-class Plan(NamedTuple):
-    """Of one step: at most how often it is timed, and how many calls make a sample."""
-
-    rounds: int
-    calls: int
+Timing = dict[str, Any]  # median_ms, quartiles_ms, rounds
 
 
 def interleaved(
     steps: Mapping[str, Step], budget: Budget, clock: Clock | None = None
 ) -> dict[str, Timing]:
-    """Round by round until the time is spent; a slow step takes part in the first few."""
+    """Time round by round until the time is spent; a slow step takes part in the first few."""
     clock = clock or Clock()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    with no_garbage_collection():
-        plans = {name: planned(step, budget, clock) for name, step in steps.items()}
-        for _ in rounds_within(budget):
-            for name, step in steps.items():
-                if len(seconds[name]) < plans[name].rounds:
-                    seconds[name].append(sample(step, plans[name].calls, clock))
-    return {name: Timing.of(taken) for name, taken in seconds.items()}
-
-
-def rounds_within(budget: Budget) -> Iterator[int]:
+    gc.collect()
+    plans = {name: planned(step, budget, clock) for name, step in steps.items()}
     start = perf_counter()
     for turn in range(budget.rounds):
         if turn >= budget.least and perf_counter() - start > budget.seconds:
-            return
-        yield turn
+            break
+        for name, step in steps.items():
+            rounds, calls = plans[name]
+            if turn < rounds:
+                seconds[name].append(sample(step, calls, clock))
+    return {name: timing(taken) for name, taken in seconds.items()}
 
 
-def planned(step: Step, budget: Budget, clock: Clock) -> Plan:
-    """Warm up: fill caches and take memory. Libraries are loaded and code compiled before."""
+def timing(seconds: list[float]) -> Timing:
+    low, middle, high = quantiles(seconds * 2 if len(seconds) == 1 else seconds, method="inclusive")
+    quartiles = [1e3 * low, 1e3 * high]
+    return {"median_ms": 1e3 * middle, "quartiles_ms": quartiles, "rounds": len(seconds)}
+
+
+def planned(step: Step, budget: Budget, clock: Clock) -> tuple[int, int]:
+    """Warm up, and return how often to time the step and how many calls make a sample."""
     for _ in range(WARM_UPS):
         seconds = sample(step, 1, clock)
         if seconds > SLOW_SECONDS:
-            return Plan(SLOW_ROUNDS, 1)
-    return Plan(budget.rounds, max(1, round(clock.least_seconds / seconds)))
+            return SLOW_ROUNDS, 1
+    return budget.rounds, max(1, round(clock.least_seconds / seconds))
 
 
 def sample(step: Step, calls: int, clock: Clock) -> float:
+    """Return the seconds of a call; `timeit` switches garbage collection off."""
+
+    def called() -> None:
+        for _ in range(calls):
+            step()
+        clock.wait()
+
     clock.wait()
-    start = perf_counter()
-    for _ in range(calls):
-        step()
-    clock.wait()
-    return (perf_counter() - start) / calls
+    return timeit(called, number=1) / calls
 
 
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
+def bandwidth(device: str) -> float:
+    """Return the bytes a second that a large copy reads and writes."""
+    source = torch.ones(COPIED, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    steps = {"copy": lambda: target.copy_(source)}
+    taken = interleaved(steps, Budget(1.0, least=20), clock_of(device))["copy"]
+    return 2e3 * COPIED / taken["median_ms"]
+
+
+def require_memory(needed: int, device: str) -> None:
+    """Raise `LeftOutError` unless there are as many bytes free."""
+    if device.startswith("cuda"):
+        free = torch.cuda.mem_get_info()[0]
+        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    else:
+        free = psutil.virtual_memory().available
+    if needed > USABLE_MEMORY * free:
+        raise LeftOutError(f"needs {needed / 2**30:.0f} GiB more, {free / 2**30:.0f} GiB are free")
+
+
+def require_short(work: float, most: float) -> None:
+    """Raise `LeftOutError` if a call would take many seconds."""
+    if work > most:
+        raise LeftOutError("a call would take longer than 10 s or so")
+
+
+def peak_memory(step: Step, device: str) -> tuple[int, int | None]:
+    """Return the bytes that a step takes at its peak, by PyTorch and by Python and NumPy."""
+    step()
+    if device == "cpu":
+        return peak_by_profiler(step), peak_by_tracemalloc(step)
     gc.collect()
-    gc.disable()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before, None
+
+
+def peak_by_profiler(step: Step) -> int:
+    """Return the highest sum of what was allocated and freed since the step began."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    events = recorded.profiler.kineto_results.events()
+    memory = [event for event in events if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns())]
+    return max(accumulate(changes), default=0)
+
+
+def peak_by_tracemalloc(step: Step) -> int:
+    gc.collect()
+    tracemalloc.start()
     try:
-        yield
+        before, _ = tracemalloc.get_traced_memory()
+        step()
+        return tracemalloc.get_traced_memory()[1] - before
     finally:
-        gc.enable()
+        tracemalloc.stop()

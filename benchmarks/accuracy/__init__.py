@@ -1,1 +1,0 @@
-"""How near each warm-started scheme comes to the SVD for a number of readings of W."""

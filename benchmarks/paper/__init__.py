@@ -1,1 +1,0 @@
-"""The paper's experiments: python -m benchmarks.paper --help."""

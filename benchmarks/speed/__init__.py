@@ -1,1 +1,0 @@
-"""What one step of the regularizer costs, beside its peers in the same run."""

@@ -1,0 +1,135 @@
+"""What is said about runs made up here, and what pages have from the committed results."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+for _package in ("pandas", "scipy"):
+    pytest.importorskip(_package, reason=f"{_package} is not installed: nox -s paper has it")
+
+from benchmarks import accuracy, readme  # noqa: E402
+from benchmarks.paper import compare, page  # noqa: E402
+from benchmarks.paper.compare import groups, verdict  # noqa: E402
+from benchmarks.paper.runs import Result, Run, RunError  # noqa: E402
+
+SPECTRA = {"vanilla": {"a": [4.0, 1.0, 0.5]}, "spectral": {"a": [1.5, 1.4, 1.3]}}
+
+
+def made(method="vanilla", seed=0, tests=(0.5, 0.9), gap=0.1, diverged=False, **run):
+    """A run whose gap is the same after each epoch."""
+    plan = {"data": "cifar-10", "model": "vgg", "batch": 4096, "strength": 0.01, "rate": 0.1}
+    result = Result(Run(**plan | {"method": method, "seed": seed, "epochs": len(tests)} | run))
+    for test in tests:
+        result.record({"train": test + gap, "test": test, "sigma_product": 100.0 + seed})
+    result.diverged, result.spectra = diverged, SPECTRA.get(method, SPECTRA["vanilla"])
+    return result
+
+
+def of_gaps(**gaps):
+    """A group whose methods have these gaps, one for each seed."""
+    (group,) = groups(made(m, k, gap=gap) for m, all in gaps.items() for k, gap in enumerate(all))
+    return group
+
+
+def cells(runs, line=2):
+    text = page.table(groups(runs)).splitlines()[line]
+    return [cell.strip() for cell in text.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("hundredth", range(3, 101))
+def test_alpha_is_the_highest_hundredth_below_every_best_accuracy(hundredth):
+    for best in (hundredth / 100, hundredth / 100 - 0.0049):
+        alpha = groups([made(tests=(best,)), made("normalization", tests=(0.01,))])[0].alpha
+        assert alpha < best <= alpha + 0.01 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("gaps", "says"),
+    [
+        ({"decay": (0.08, 0.09, 0.1), "adversarial": (0.2, 0.21, 0.22)}, "confirmed, .*decay's by"),
+        ({"decay": (0.02, 0.03, 0.04)}, r"refuted, .*larger than decay's by .030 ±.000"),
+        ({"decay": (0.10, 0.03, 0.09)}, "undecided, .*smaller than decay's .*chance"),
+        ({"decay": (0.05, 0.02, 0.09)}, "undecided, .*larger than decay's .*chance"),
+        ({}, "undecided, no run of decay or adversarial"),
+    ],
+)
+def test_the_claim_must_hold_against_every_method_beyond_chance(gaps, says):
+    group = of_gaps(vanilla=(0.2, 0.21, 0.22), spectral=(0.05, 0.06, 0.07), **gaps)
+    assert re.match(says, verdict(group))
+
+
+def test_the_claim_is_undecided_where_runs_diverged_are_single_or_never_left_chance():
+    assert "one seed" in verdict(of_gaps(vanilla=(0.2,), spectral=(0.1,)))
+    runs = [made(m, k) for m in ("vanilla", "spectral") for k in range(3)]
+    lost = [*runs[:-1], made("spectral", 2, diverged=True)]
+    assert "diverged in 1 of 3" in verdict(groups(lost)[0])
+    stuck = groups([*runs[1:], made(tests=(0.1, 0.11))])
+    assert "1 runs never left chance" in verdict(stuck[0])
+    assert page.counts(stuck) == ""
+
+
+def test_the_table_has_bold_bests_counts_of_diverged_and_the_papers_numbers():
+    runs = [made("decay", k, tests=(0.5, 0.95), diverged=k > 0) for k in range(3)]
+    runs += [made(m, k, tests=(0.5, 0.9001)) for m in ("vanilla", "spectral") for k in range(3)]
+    row = cells(runs)
+    assert row[2:5] == [
+        "**.900 ±.000** (paper .858)",
+        ".950, diverged 2/3 (paper .863)",
+        "**.900 ±.000** (paper .885)",
+    ]
+    assert row[5] == ".90 (paper .85)"
+    assert "paper" not in "".join(cells([made(width=0.25)]) + cells([made(subset=100)]))
+    assert cells([made(diverged=True, data="digits")])[2:] == ["diverged 1/1", "–", "diverged 1/1"]
+    with pytest.raises(RunError, match="same cell"):
+        groups([made("spectral"), made("spectral", strength=0.1)])
+
+
+def test_rows_are_counted_where_all_seeds_agree():
+    runs = [made(seed=k, tests=(0.5, 0.8), model=m) for m in ("vgg", "nin") for k in range(2)]
+    runs += [made("spectral", k, (0.5, 0.9), 0.05) for k in range(2)]
+    runs += [made("spectral", k, (0.5, 0.7), 0.2, model="nin") for k in range(2)]
+    text = page.counts(groups(runs))
+    assert "in 1 of 2 rows (VGGNet CIFAR-10, B = 4096). It is worse in both in 1." in text
+    text = page.spectra(groups(runs))
+    assert "lower in 4 of 4 runs (σ₁ of 4 of 4 weights)" in text
+    assert "flatter in 4 of 4" in text
+
+
+def test_two_frameworks_agree_where_the_seeds_cover_their_difference():
+    def sentences(tests):
+        found = {"jax": tests, "torch": (0.90, 0.92, 0.91)}
+        runs = [
+            made(seed=k, tests=(t,), framework=f) for f in found for k, t in enumerate(found[f])
+        ]
+        return compare.agreements(groups(runs))
+
+    assert ["no difference is found" in one for one in sentences((0.91, 0.90, 0.92))] == [True]
+    assert ["they differ" in one for one in sentences((0.80, 0.82, 0.81))] == [True]
+    assert ["too few runs" in one for one in sentences((0.9,))] == [True]
+
+
+def test_a_grid_shows_each_rate_and_what_diverged():
+    rates = ((0.1, 0.9), (0.3, 0.95), (3.0, 0.1))
+    runs = [made(rate=r, tests=(t,), validate=True, diverged=r > 1) for r, t in rates]
+    assert page.block(runs).endswith("| .900 | **.950** | diverged |")
+
+
+@pytest.mark.parametrize("path", readme.pages(), ids=lambda path: path.name)
+def test_blocks_are_what_the_committed_results_give(path):
+    text = path.read_text(encoding="utf-8")
+    assert readme.written(text, readme.blocks()) == text
+
+
+def test_every_stack_that_is_tested_is_in_the_table():
+    files = (Path(__file__).parents[1] / "integrations").glob("test_*.py")
+    assert sorted(f"test_{stack['test']}.py" for stack in readme.stack_list()) == sorted(
+        path.name for path in files
+    )
+
+
+@pytest.mark.parametrize("name", accuracy.SCHEMES)
+def test_every_scheme_comes_to_the_svd(name):
+    matrix = accuracy.close_pair(0.5, 0)
+    found = accuracy.errors(accuracy.SCHEMES[name], [matrix] * 60, [accuracy.exact(matrix)] * 60)
+    assert all(errors[-1] < 1e-6 for errors in found.values())

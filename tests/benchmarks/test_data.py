@@ -1,0 +1,133 @@
+"""The readers of published data sets, on files made up here, and what is done to images."""
+
+import gzip
+import itertools
+
+import numpy as np
+import pytest
+
+from benchmarks.paper import data
+from benchmarks.paper.data import DataError
+
+RNG = np.random.default_rng(0)
+
+
+def part(shape, classes, count=4):
+    images = RNG.integers(256, size=(count, *shape), dtype=np.uint8)
+    return images, np.r_[classes - 1, RNG.integers(classes, size=count - 1)].astype(np.uint8)
+
+
+def idx(array):
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+def made(name):
+    """The files of a data set, its training and its test images with their labels."""
+    shape = {"stl-10": (3, 96, 96), "fashion-mnist": (1, 5, 7)}.get(name, (3, 32, 32))
+    classes = 100 if name == "cifar-100" else 10
+    *train, test = (part(shape, classes) for _ in range(6 if name == "cifar-10" else 2))
+    contents = []
+    for x, y in [*train, test]:
+        if name == "stl-10":
+            contents += [x.swapaxes(2, 3).tobytes(), (y + 1).tobytes()]
+        elif name == "fashion-mnist":
+            contents += [idx(x[:, 0]), idx(y)]
+        else:
+            labels = np.stack([y // 5, y] if classes == 100 else [y], axis=1)
+            contents.append(np.hstack([labels, x.reshape(len(x), -1)]).tobytes())
+    files = dict(zip(data.SOURCES[name].files, contents, strict=True))
+    return files, [np.concatenate(arrays) for arrays in zip(*train, strict=True)], test
+
+
+each = pytest.mark.parametrize("name", data.SOURCES)
+
+
+def write(folder, files, packed=False):
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        path = folder / (f"{name}.gz" if packed else name)
+        path.write_bytes(gzip.compress(content) if packed else content)
+    return folder
+
+
+@each
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_written_is_read(tmp_path, name, packed):
+    files, train, test = made(name)
+    write(tmp_path / data.SOURCES[name].unpacked, files, packed)
+    found = data.load(name, tmp_path)
+    expected = (data.normalized(train[0]), train[1], data.normalized(test[0]), test[1])
+    for one, other in zip(found[:4], expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert found.classes == (100 if name == "cifar-100" else 10)
+    assert found.augmented == (name == "stl-10")
+
+
+@each
+def test_damaged_and_missing_files_are_named(tmp_path, name):
+    files, *_ = made(name)
+    write(tmp_path, files)
+    for path in sorted(tmp_path.iterdir()):
+        whole = path.read_bytes()
+        for damaged in (whole[:-1], whole[:3], b""):
+            path.write_bytes(damaged)
+            with pytest.raises(DataError, match=path.name):
+                data.load(name, tmp_path)
+        path.unlink()
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(whole)[:-9])
+        with pytest.raises(DataError, match=rf"{path.name}\.gz cannot be decompressed"):
+            data.load(name, tmp_path)
+        path.with_name(f"{path.name}.gz").unlink()
+        with pytest.raises(DataError, match=rf"lacks {path.name}; get the data set from"):
+            data.load(name, tmp_path)
+        path.write_bytes(whole)
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    with pytest.raises(DataError, match="'mnist': digits, cifar-10"):
+        data.load("mnist")
+    with pytest.raises(DataError, match=r"needs a folder; .*https://"):
+        data.load("stl-10")
+    files, *_ = made("stl-10")
+    files["train_y.bin"] = b"\0" * 4
+    with pytest.raises(DataError, match=r"train_y\.bin has labels 0 to 0, expected 1 to 10"):
+        data.load("stl-10", write(tmp_path, files))
+    files = made("stl-10")[0]
+    files["test_y.bin"] += b"\1"
+    with pytest.raises(DataError, match=r"4 images, but .* has 5 labels"):
+        data.load("stl-10", write(tmp_path, files))
+    with pytest.raises(DataError, match="cannot be drawn from 3"):
+        data.batches(3, 4, seed=0, epoch=0)
+
+
+def test_every_image_has_zero_mean_and_unit_deviation_but_a_constant_one():
+    images = RNG.integers(256, size=(2500, 1, 2, 2), dtype=np.uint8)
+    images[7] = 200
+    result = data.normalized(images)
+    np.testing.assert_allclose(result.mean(axis=(1, 2, 3)), 0, atol=1e-5)
+    deviations = np.where(np.ptp(images, axis=(1, 2, 3)) > 0, 1, 0)
+    np.testing.assert_allclose(result.std(axis=(1, 2, 3)), deviations, rtol=1e-4)
+    assert (data.normalized(np.full((1, 1, 1, 7), 0.1)) == 0).all()  # its mean is rounded
+
+
+@pytest.mark.parametrize("size", [1, 7, 25])
+def test_batches_cover_the_set_once_in_an_order_of_seed_and_epoch(size):
+    order = np.concatenate(list(data.batches(25, size, seed=1, epoch=2))).tolist()
+    (whole,) = data.batches(25, 25, seed=1, epoch=2)
+    assert order == whole.tolist()[: 25 // size * size]
+    assert sorted(whole) == list(range(25)) != whole.tolist()
+    assert any(next(data.batches(25, 25, 1, 3)) != whole)
+    images = data.Data(np.zeros((25, 1, 2, 2)), whole, np.zeros((1, 1, 2, 2)), whole[:1], 25)
+    assert data.limited(images, size).train_labels.tolist() == whole.tolist()[:size]
+    assert data.held_out(images).test_labels.tolist() == whole.tolist()[-2:]
+
+
+def test_augmented_images_are_shifted_up_to_an_eighth_and_mirrored():
+    images = np.arange(1, 1 + 40 * 16 * 8, dtype=np.float32).reshape(40, 1, 16, 8)
+    padded = np.pad(images, [(0, 0), (0, 0), (2, 2), (1, 1)])
+    found = set()
+    for image, source in zip(data.augment(images, RNG), padded, strict=True):
+        for top, left, step in itertools.product(range(5), range(3), (1, -1)):
+            if (source[:, top : top + 16, left : left + 8][..., ::step] == image).all():
+                found.add((top, left, step))
+    assert [{one[k] for one in found} for k in range(3)] == [set(range(5)), {0, 1, 2}, {1, -1}]

@@ -1,0 +1,209 @@
+"""The paper's models, methods and measurements, and runs that stop and go on."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+for _package in ("scipy", "filelock", "rich", "pandas", "seaborn"):
+    pytest.importorskip(_package, reason=f"{_package} is not installed: nox -s paper has it")
+
+from torch import nn  # noqa: E402
+from torch.nn.functional import cross_entropy  # noqa: E402
+
+from benchmarks import models  # noqa: E402
+from benchmarks.paper import __main__ as cli  # noqa: E402
+from benchmarks.paper import runs, train  # noqa: E402
+from benchmarks.paper.data import Data, batches  # noqa: E402
+from benchmarks.paper.methods import METHODS, MODELS, build  # noqa: E402
+from benchmarks.paper.runs import STRENGTHS, SUITES, Run, RunError  # noqa: E402
+from benchmarks.paper.train import Settings, Trainer  # noqa: E402
+
+torch.set_num_threads(1)  # networks this small run no faster on several
+PLAN = Run("digits", "vgg", "vanilla", 0.0, 16, rate=0.02, epochs=4, seed=0, width=0.04, hessians=2)
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Classes that differ in their mean image, so that something can be learned."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(96) % 3
+    x = rng.standard_normal((3, 1, 8, 8))[labels] + rng.standard_normal((96, 1, 8, 8))
+    x = x.astype(np.float32)
+    return Data(x[:48], labels[:48], x[48:], labels[48:], 3)
+
+
+def plan(method, **changes):
+    return replace(PLAN, method=method, strength=STRENGTHS[method], **changes)
+
+
+def linear():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5, bias=False))
+    return model, torch.randn(7, 1, 8, 8), torch.arange(7) % 5
+
+
+def test_models_have_as_many_parameters_as_published_and_their_seeds_weights(images):
+    def count(model):
+        return sum(p.numel() for p in model.parameters())
+
+    assert count(models.densenet()) == 1_019_722  # Huang et al., 2017, table 2: 1.0 M
+    assert count(models.nin()) == 966_986  # 0.97 M, as cited since Lee et al., 2015
+    # The published number, and batch normalization in place of the biases.
+    assert count(models.vgg_16(3, 1000, 224, hidden=4096)) == 138_357_544 + 4224
+    for name in MODELS:
+        first, same, other = ([*build(name, images, 0.1, seed).parameters()] for seed in (0, 0, 1))
+        assert torch.equal(first[0], same[0])
+        assert not torch.equal(first[0], other[0])
+    with pytest.raises(RunError, match="densenet-40"):
+        build("resnet", images, 1.0, 0)
+
+
+def test_decay_and_spectral_change_the_gradient_as_they_say():
+    steps, weight = {}, linear()[0][1].weight.detach()
+    for name in ("vanilla", "decay", "spectral"):
+        (model, x, y), method = linear(), METHODS[name](0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, **method.options())
+        method.attach(model, optimizer)
+        method.loss(model, x, y)[0].backward()
+        optimizer.step()
+        steps[name] = weight - model[1].weight.detach()
+    torch.testing.assert_close(steps["decay"] - steps["vanilla"], 0.5 * weight)
+    values = torch.linalg.svdvals(steps["spectral"] - steps["vanilla"])
+    assert values[1] < 1e-5
+    assert 0 < values[0] <= 0.5 * torch.linalg.matrix_norm(weight, 2) * (1 + 1e-5)
+
+
+def test_adversarial_moves_images_by_one_and_jacobian_estimates_its_norm():
+    (model, x, y), seen = linear(), []
+    for scale in (1.0, 1e-24):
+        METHODS["adversarial"]().loss(
+            lambda z, k=scale: seen.append(z.detach()) or k * model(z), x, y
+        )
+        torch.testing.assert_close((seen[-1] - seen[-2]).flatten(1).norm(dim=1), torch.ones(7))
+    method = METHODS["jacobian"](2.0)
+    terms = [loss - plain for loss, plain in (method.loss(model, x, y) for _ in range(400))]
+    exact = model[1].weight.square().sum()  # the Jacobian of a linear map is its matrix
+    torch.testing.assert_close(torch.stack(terms).mean(), exact, rtol=0.02, atol=0)
+
+
+def test_measurements_are_those_of_dense_linear_algebra(images):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3, bias=False))
+    x, y = torch.from_numpy(images.train_images), torch.from_numpy(images.train_labels)
+    weight = model[1].weight
+
+    def loss(W):
+        return cross_entropy(x.flatten(1) @ W.T, y)
+
+    dense = torch.autograd.functional.hessian(loss, weight).reshape(192, 192)
+    largest = float(torch.linalg.eigvalsh(dense.double())[-1])
+    assert train.hessian(model, x, y) == pytest.approx(largest, rel=0.03)
+    errors = model(x).softmax(1) - nn.functional.one_hot(y, 3)
+    norms = (errors @ weight).norm(dim=1)
+    assert train.input_gradient(model, x, y) == pytest.approx(float(norms.mean()), rel=1e-5)
+    values = np.linalg.svd(weight.detach().double().numpy(), compute_uv=False)
+    np.testing.assert_allclose(train.spectra(model)["1"], values, rtol=1e-6)
+    assert train.sigma_product(model) == pytest.approx(values[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_was_killed_goes_on_to_the_same_result(method, images, tmp_path):
+    run, calls = plan(method), iter((None, KeyboardInterrupt))
+
+    def interrupt():
+        if error := next(calls):
+            raise error
+
+    whole = train.train(run, images, Settings(), tmp_path / "whole")
+    assert [*whole.curve("test_hessian")] == [2, 4]
+    with pytest.raises(KeyboardInterrupt):
+        train.train(run, images, Settings(save_every=0), tmp_path, interrupt)
+    with pytest.raises(RunError, match="same settings"):
+        train.train(run, images, Settings(bfloat16=True), tmp_path)
+    resumed = train.train(run, images, Settings(), tmp_path)
+    assert (resumed.curves, resumed.spectra) == (whole.curves, whole.spectra)
+    assert runs.read_folder(tmp_path) == [resumed]  # in the same digits as just computed
+    assert train.train(run, images, Settings(), tmp_path) == resumed
+    assert not list(tmp_path.glob("*.pt"))
+    with pytest.raises(RunError, match="another run"):
+        train.train(replace(run, epochs=5), images, Settings(), tmp_path)
+
+
+def test_the_rate_falls_augmented_images_are_others_and_runs_diverge(images, tmp_path):
+    trainer, rates = Trainer(replace(PLAN, epochs=8, hessians=0), images, Settings()), []
+    for _ in range(8):
+        trainer.train_epoch()
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.02] * 4 + [0.002] * 2 + [0.0002] * 2)
+    other = Trainer(PLAN, images._replace(augmented=True), Settings(channels_last=True))
+    other.train_epoch()
+    assert other.result.last("loss") != pytest.approx(trainer.result.curve("loss")[1], rel=0.01)
+    wild = replace(plan("decay", model="nin", rate=1e4, epochs=30), strength=1e4)
+    result = train.train(wild, images, Settings(), tmp_path)
+    assert result.diverged
+    assert result.epochs < 30
+    assert train.train(PLAN, images, Settings(deadline=0.0), tmp_path).epochs == 0
+
+
+def test_suites_have_the_papers_rates_and_no_two_runs_one_file():
+    for suite in SUITES.values():
+        grid = suite.grid(suite.models, "spectral", [0.01, 0.1], [0.1, 0.2])
+        for planned in (suite.runs(), grid):
+            assert len({run.name for run in planned}) == len(planned)
+    rates = {(run.model, run.batch): run.rate for run in SUITES["cifar-100"].runs()}
+    assert (rates["nin", 64], rates["nin", 4096]) == (0.1, 1.0)
+    chosen = SUITES["quick"].runs(["nin"], ["spectral"], [64], {"spectral": 0.03})
+    assert [run.name for run in chosen] == [f"nin-b64-spectral-0.03-r0.03-s{k}" for k in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["run quick --models foo", "run quick --batches 12", "run quick --strengths l=1", "table x"],
+)
+def test_what_is_unknown_is_an_error(line, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["paper", *line.split()])
+    with pytest.raises(SystemExit) as error:
+        cli.main()
+    assert error.value.code
+
+
+def test_a_sweep_leaves_what_runs_leave_alone_in_both_frameworks(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    pytest.importorskip("flax", reason="Flax is not installed")
+    line = f"run two-frameworks --epochs 1 --seeds 1 --workers 2 --out {tmp_path}"
+    monkeypatch.setattr("sys.argv", ["paper", *line.split()])
+    cli.main()
+    assert "4 of 4 runs are done" in capsys.readouterr().out
+    (first, *_), alone = runs.read_folder(tmp_path / "two-frameworks"), tmp_path / "alone"
+    assert cli.sweep([first.run], Settings(), alone, cli.CONSOLE)[0].curves == first.curves
+
+
+def test_the_network_in_jax_steps_as_that_in_pytorch(images):
+    pytest.importorskip("flax", reason="Flax is not installed")
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from benchmarks.paper import jax_nin
+
+    source = models.nin(channels=1, classes=3, width=0.1).eval()  # without dropout
+    model = jax_nin.NIN(1, 3, 0.1, rngs=nnx.Rngs(0))
+    model.dropout.rate = 0.0
+    pairs = [m for m in source.modules() if isinstance(m, nn.Conv2d)]
+    for layer, conv in zip(model.convs, pairs, strict=True):
+        layer.kernel[...] = jnp.asarray(conv.weight.detach().permute(2, 3, 1, 0).numpy())
+        layer.bias[...] = jnp.asarray(conv.bias.detach().numpy())
+    options = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}
+    theirs = torch.optim.SGD(source.parameters(), **options)
+    run = replace(PLAN, method="decay", strength=0.1, rate=0.05, epochs=8)
+    ours = nnx.Optimizer(model, jax_nin.transformation(run, steps=1), wrt=nnx.Param)
+    train_set = jax_nin.labelled(images.train_images, images.train_labels)
+    for batch in batches(48, 16, seed=0, epoch=0):
+        theirs.zero_grad()
+        x, y = (torch.from_numpy(part[batch]) for part in images[:2])
+        expected = cross_entropy(source(x), y)
+        expected.backward()
+        theirs.step()
+        loss = jax_nin.train_step(model, ours, train_set, batch)
+        assert float(loss) == pytest.approx(expected.item(), rel=1e-4)
