@@ -42,8 +42,8 @@ SEARCH_SEEDS, FIRST_SEED = range(4), 4
 
 GRID = {
     "vanilla": (0.0,),
-    "weight decay": (0.0003, 0.001, 0.003, 0.01, 0.03),
-    "spectral": (0.003, 0.01, 0.03, 0.1, 0.3),
+    "weight decay": (0.001, 0.003, 0.01, 0.03),
+    "spectral": (0.003, 0.01, 0.03, 0.1),
 }
 # The strengths that --search chose from the grid: the decay, and λ.
 CHOSEN = {"vanilla": 0.0, "weight decay": 0.003, "spectral": 0.03}
