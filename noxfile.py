@@ -23,8 +23,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 THOROUGH = {"SPECTRAL_PROFILE": "thorough"}
 # Sessions of their own run these, with the packages that they need.
 APART = tuple(
-    f"--ignore=tests/{name}"
-    for name in ("integrations", "benchmarks", "test_readme.py", "test_docs.py")
+    f"--ignore=tests/{name}" for name in ("integrations", "benchmarks", "examples", "test_docs.py")
 )
 
 # Triton has wheels for Linux alone. Without a GPU its kernels are interpreted.
@@ -111,11 +110,8 @@ def tests_lowest(session: nox.Session) -> None:
 def integrations(session: nox.Session) -> None:
     """Real training stacks: trainers, many processes, meshes; kill and resume; the examples."""
     install(session, "-e", ".[torch,jax]", *group("test"), *group("integrations"))
-    examples = (
-        name for name in ("tests/test_readme.py", "tests/test_docs.py") if Path(name).exists()
-    )
     # One process a file: processes that talk to each other start once a file.
-    options = (*PARALLEL[:-1], "--dist=loadfile", "tests/integrations", *examples)
+    options = (*PARALLEL[:-1], "--dist=loadfile", "tests/integrations", "tests/test_docs.py")
     session.run(*PYTEST, *options, *session.posargs, env={**ONE_THREAD, **THOROUGH})
 
 
@@ -201,7 +197,7 @@ def demo(session: nox.Session) -> None:
 def paper(session: nox.Session) -> None:
     """The tests of the benchmarks, and a small setting of the paper's experiments end to end."""
     install(session, "-e", ".[torch,jax,numba]", *group("test"), *group("paper"))
-    session.run(*PYTEST, *PARALLEL, "tests/benchmarks", env=ONE_THREAD)
+    session.run(*PYTEST, *PARALLEL, "tests/benchmarks", "tests/examples", env=ONE_THREAD)
     session.run("python", "-m", "benchmarks.paper", *(session.posargs or ("run", "quick")))
 
 

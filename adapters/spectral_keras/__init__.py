@@ -1,14 +1,14 @@
 """Spectral norm regularization for Keras 3, on PyTorch and JAX: an optimizer around another."""
 
-try:
-    import keras as _keras
-except ImportError as error:
-    raise ImportError("spectral_keras needs Keras: pip install spectral-core[keras]") from error
+from importlib.util import find_spec
+
+# Not by importing it: Keras also fails where the backend that it is set to is missing, and its own
+# error says so.
+if find_spec("keras") is None:
+    raise ImportError("spectral_keras needs Keras: pip install spectral-core[keras]")
 
 from spectral_core import Layout, __version__
 
 from ._optimizer import SpectralNormRegularizer
-
-del _keras
 
 __all__ = ["Layout", "SpectralNormRegularizer", "__version__"]
