@@ -279,8 +279,9 @@ class SpectralNormRegularizer(OptimizerHook):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if kwargs.get("grad_scaler") is not None:
             raise sc.ArgumentError(
-                f"{type(optimizer).__name__} receives the GradScaler itself: detach the regularizer, "
-                "and between scaler.unscale_(optimizer) and the step call add_gradients_()"
+                f"{type(optimizer).__name__} receives the GradScaler itself: detach the "
+                "regularizer, and call add_gradients_() between scaler.unscale_(optimizer) and "
+                "the step"
             )
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": self._with_term(kwargs["closure"], optimizer)}
