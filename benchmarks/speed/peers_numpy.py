@@ -11,7 +11,7 @@ import numpy as np
 from scipy.sparse.linalg import svds
 
 import spectral_core as sc
-from spectral_core.numba_step import NumbaStep
+from spectral_core.numba import NumbaEngine
 
 from .cases import Case, by_formula, filled
 from .report import COMPILED, OURS
@@ -45,7 +45,7 @@ def peers(case: Case, device: str, group: str) -> dict[str, Callable[[], Step]]:
         return {OURS["cupy"]: ours, FORMULA: formula, FLOOR: partial(floor, weights, grads)}
     return {
         OURS["numpy"]: partial(in_place, sc, weights, grads),
-        COMPILED: partial(in_place, sc, weights, grads, {"step": NumbaStep()}),
+        COMPILED: partial(in_place, sc, weights, grads, {"engines": (NumbaEngine(),)}),
         FORMULA: formula,
         SVDS: partial(first_values, case, weights),
     }
