@@ -85,7 +85,6 @@ def axes_of(**options):
         ),
         ({"include": "out*", "layouts": {"embedding": "io"}}, {"out.weight": "oi"}),
     ],
-    ids=str,
 )
 def test_weights_are_chosen_in_the_order_of_the_candidates(options, expected):
     found = axes_of(**options)
