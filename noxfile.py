@@ -23,7 +23,8 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 THOROUGH = {"SPECTRAL_PROFILE": "thorough"}
 # Sessions of their own run these, with the packages that they need.
 APART = tuple(
-    f"--ignore=tests/{name}" for name in ("integrations", "benchmarks", "examples", "test_docs.py")
+    f"--ignore=tests/{name}"
+    for name in ("integrations", "keras", "benchmarks", "examples", "test_docs.py")
 )
 
 # Triton has wheels for Linux alone. Without a GPU its kernels are interpreted.
@@ -111,7 +112,13 @@ def integrations(session: nox.Session) -> None:
     """Real training stacks: trainers, many processes, meshes; kill and resume; the examples."""
     install(session, "-e", ".[torch,jax]", *group("test"), *group("integrations"))
     # One process a file: processes that talk to each other start once a file.
-    options = (*PARALLEL[:-1], "--dist=loadfile", "tests/integrations", "tests/test_docs.py")
+    options = (
+        *PARALLEL[:-1],
+        "--dist=loadfile",
+        "tests/integrations",
+        "tests/keras",
+        "tests/test_docs.py",
+    )
     session.run(*PYTEST, *options, *session.posargs, env={**ONE_THREAD, **THOROUGH})
 
 

@@ -55,7 +55,12 @@ def train(backend, dtype, in_place=False):
 
 
 PRECISIONS = pytest.mark.parametrize(
-    ("dtype", "precision"), [("float64", 1e-12), ("float32", 1e-5), ("complex128", 1e-12)]
+    ("dtype", "precision"),
+    [
+        ("float64", 1e-12),
+        pytest.param("float32", 1e-5, marks=pytest.mark.thorough("jax-cpu")),
+        pytest.param("complex128", 1e-12, marks=pytest.mark.thorough("jax-cpu")),
+    ],
 )
 
 

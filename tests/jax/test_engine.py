@@ -12,8 +12,6 @@ import jax.numpy as jnp  # noqa: E402
 from jax_params import assert_trees_close, by_core, run, zeros  # noqa: E402
 from spectral_jax import XlaEngine, add_spectral_norm_regularization  # noqa: E402
 
-RNG = np.random.default_rng(0)
-
 
 @pytest.mark.parametrize("layout", ["io", "oi", "sio", "hwio", "oihw"])
 @pytest.mark.parametrize(
@@ -21,8 +19,9 @@ RNG = np.random.default_rng(0)
     [jnp.float32, jnp.bfloat16, pytest.param(jnp.complex64, marks=pytest.mark.thorough)],
 )
 def test_the_iteration_equals_the_core_s(layout, dtype):
-    w = RNG.standard_normal((3, 4, 5, 2)[: len(layout)])
-    w = w + 1j * RNG.standard_normal(w.shape) if dtype == jnp.complex64 else w
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((3, 4, 5, 2)[: len(layout)])
+    w = w + 1j * rng.standard_normal(w.shape) if dtype == jnp.complex64 else w
     params = {"a": jnp.asarray(w, dtype), "b": jnp.asarray(2 * w, dtype)}
     options = {"factor": {"a": 0.1, "b": 0.4}, "n_iter": 2}
     expected, core = by_core(params, layout, **options)
@@ -32,7 +31,8 @@ def test_the_iteration_equals_the_core_s(layout, dtype):
     assert_trees_close(state.sigma, dict(core.sigma), rtol=1e-5)
     wide = {k: (np.asarray(updates[k], w.dtype), np.asarray(expected[k], w.dtype)) for k in "ab"}
     for found, wanted in wide.values():
-        np.testing.assert_allclose(found, wanted, rtol=1e-2 if dtype == jnp.bfloat16 else 1e-4)
+        rtol = 1e-2 if dtype == jnp.bfloat16 else 1e-4
+        np.testing.assert_allclose(found, wanted, rtol=rtol, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_no_product_transposes_a_weight(layout):
     assert text.count("stablehlo.dot_general") == 2
 
 
-@pytest.mark.parametrize("n_vectors", [1, 2])
+@pytest.mark.parametrize("n_vectors", [1, pytest.param(2, marks=pytest.mark.thorough)])
 def test_many_iterations_are_one_loop_that_equals_the_cores(n_vectors):
-    params = {"w": jnp.asarray(RNG.standard_normal((5, 6)))}
+    params = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((5, 6)))}
     options = {"factor": 0.1, "n_iter": 40}
     tx = add_spectral_norm_regularization(**options, n_vectors=n_vectors)
     text = jax.jit(tx.update).lower(zeros(params), tx.init(params), params).as_text()

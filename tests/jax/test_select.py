@@ -13,8 +13,6 @@ import spectral_jax  # noqa: E402
 from jax_params import params_of, run  # noqa: E402
 from spectral_jax import add_spectral_norm_regularization  # noqa: E402
 
-RNG = np.random.default_rng(0)
-
 
 def test_a_tree_without_weights_is_refused_and_an_empty_one_is_not():
     with pytest.raises(sc.NamesError, match=r"nothing to regularize.*'norm/scale'"):
@@ -34,7 +32,11 @@ def test_a_name_for_two_leaves_is_refused():
 
 
 def test_layouts_by_pattern_reach_scanned_and_left_out_leaves():
-    params = {"blocks": {"kernel": jnp.asarray(RNG.standard_normal((3, 4, 5)), jnp.float32)}}
+    params = {
+        "blocks": {
+            "kernel": jnp.asarray(np.random.default_rng(0).standard_normal((3, 4, 5)), "float32")
+        }
+    }
     params["embed"] = {"embedding": jnp.ones((7, 3))}
     tx = add_spectral_norm_regularization(factor=0.1, layouts={"blocks/*": "sio", "embed/*": "io"})
     _, state = run(tx, params, steps=100)
@@ -105,6 +107,7 @@ def test_flax_nnx():
     assert float(jnp.asarray(sigma)) == pytest.approx(float(np.linalg.norm(after, 2)), rel=0.01)
 
 
+@pytest.mark.thorough
 def test_flax_linen():
     nn = pytest.importorskip("flax.linen", reason="Flax is not installed")
 
@@ -145,6 +148,7 @@ def test_flax_scan():
     np.testing.assert_allclose(lengths, 0.1 * exact, rtol=1e-4)
 
 
+@pytest.mark.thorough
 def test_equinox():
     eqx = pytest.importorskip("equinox", reason="Equinox is not installed")
     keys = iter(jax.random.split(jax.random.key(0), 8))
@@ -173,6 +177,7 @@ def test_equinox():
     }
 
 
+@pytest.mark.thorough
 def test_haiku():
     hk = pytest.importorskip("haiku", reason="Haiku is not installed")
 
