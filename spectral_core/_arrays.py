@@ -131,7 +131,8 @@ def to_host(x: Array) -> np.ndarray[Any, Any]:
 def address_of(x: Array) -> int | None:
     """Return the address of the first element of ``x``, or None if it has no memory of its own.
 
-    That is so for JAX, and for subclasses of a tensor that wrap others, such as a sharded tensor.
+    That is so for JAX on the CPU and in a trace, and for subclasses of a tensor that wrap others,
+    such as a sharded tensor.
     """
     data_ptr = getattr(x, "data_ptr", None)  # PyTorch
     if data_ptr is not None:

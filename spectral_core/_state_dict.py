@@ -171,7 +171,7 @@ def check_fits(
     misfits = [
         f"{key} ({tuple(arrays[key].shape)}, not {tuple(value.shape)})"
         for key, value in own.items()
-        if key in arrays and not _fits(tuple(arrays[key].shape), tuple(value.shape))
+        if key in arrays and not _fits(key, tuple(arrays[key].shape), tuple(value.shape))
     ]
     if missing or unexpected or misfits:
         raise NamesError(
@@ -180,9 +180,10 @@ def check_fits(
         )
 
 
-def _fits(shape: tuple[int, ...], own: tuple[int, ...]) -> bool:
+def _fits(key: str, shape: tuple[int, ...], own: tuple[int, ...]) -> bool:
     """Return True for the same shape, and for that of a v that version 0.1.0 saved."""
-    return shape == own or (own[-2:-1] == (1,) and shape == (*own[:-2], own[-1]))
+    old_v = key.endswith(".v") and own[-2:-1] == (1,)
+    return shape == own or (old_v and shape == (*own[:-2], own[-1]))
 
 
 def like_own(value: Array, own: Array) -> Array:

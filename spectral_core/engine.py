@@ -29,7 +29,7 @@ from ._arrays import (
 )
 from ._layout import as_layout, default_layout, plan_of
 from ._logging import AsyncCopy, Log, Snapshot
-from ._penalty import Slope, add_outer, add_outer_, is_paper, outer_factors, same_slope, slope_of
+from ._penalty import Slope, add_outer, add_outer_, outer_factors, same_slope, slope_of
 from ._plan import (
     Plan,
     Shape,
@@ -51,7 +51,7 @@ from ._power import (
 )
 from ._select import Choice, by_name, choose, matches
 from ._shard import Shard, clipped, ordered, shards_of
-from ._state_dict import SpectralState, check_fits, like_own, merge, select
+from ._state_dict import SpectralState, check_fits, merge, select
 from ._validate import (
     Checks,
     Factor,
@@ -59,10 +59,7 @@ from ._validate import (
     Number,
     check_factor,
     check_factors,
-    check_grads,
     check_power,
-    check_weights,
-    check_writeable,
 )
 from .errors import ArgumentError, ShapeError
 
@@ -74,7 +71,6 @@ __all__ = [
     "Choice",
     "Engine",
     "Factor",
-    "Fitting",
     "Job",
     "JobList",
     "Log",
@@ -104,10 +100,7 @@ __all__ = [
     "check_factor",
     "check_factors",
     "check_fits",
-    "check_grads",
     "check_power",
-    "check_weights",
-    "check_writeable",
     "choose",
     "clipped",
     "conj",
@@ -115,12 +108,10 @@ __all__ = [
     "default_layout",
     "dispatch",
     "from_memory_order",
-    "is_paper",
     "iterate_rows",
     "iteration_arrays",
     "last_of",
     "left_rows",
-    "like_own",
     "make_jobs",
     "matches",
     "matrix_in_memory_order",
@@ -206,7 +197,7 @@ class Engine(Protocol):
 
 
 class Share(NamedTuple):
-    """Jobs of one engine, and their places among all jobs."""
+    """Jobs of one engine, and their places among all jobs: empty where the engine has them all."""
 
     engine: Engine
     jobs: Sequence[Job]
@@ -242,13 +233,8 @@ class JobList(list[Job]):
         """Announce that factors have changed."""
         self.numbers = object()
         for share in self._shares:
-            if share.jobs is not self and isinstance(share.jobs, JobList):
+            if isinstance(share.jobs, JobList):
                 share.jobs.numbers = self.numbers
-
-    def divide_again(self) -> None:
-        """Forget the division among engines, and what the engines derived."""
-        self._shares = []
-        self.memo.clear()
 
     def shares(self, engines: Sequence[Engine]) -> list[Share]:
         """Return the division among engines; divide again only where overlaps have changed."""
@@ -300,7 +286,8 @@ def dispatch(jobs: Sequence[Job], n_iter: int, engines: Sequence[Engine]) -> Res
     if isinstance(jobs, JobList):
         shares = jobs.shares(engines)
     else:
-        shares = _divide(jobs, engines, _overlaps(jobs, None) if len(engines) > 1 else set())
+        in_place = any(engine.in_place for engine in engines[:-1])
+        shares = _divide(jobs, engines, _overlaps(jobs, None) if in_place else set())
     if len(shares) == 1:
         return shares[0].engine.run(jobs, n_iter)
     grads: list[Array | None] = [None] * len(jobs)
@@ -433,7 +420,8 @@ def _divide(jobs: Sequence[Job], engines: Sequence[Engine], overlaps: set[int]) 
             first = next((i for i, engine in enumerate(engines) if engine.accepts(job)), first)
         places.setdefault(first, []).append(place)
     if len(places) <= 1:
-        return [Share(engines[next(iter(places), -1)], jobs, list(range(len(jobs))))]
+        # Without the jobs: a list that holds itself would keep its tensors until a collection.
+        return [Share(engines[next(iter(places), -1)], (), [])]
     return [
         Share(engines[i], JobList(jobs[place] for place in mine), mine)
         for i, mine in places.items()

@@ -196,7 +196,7 @@ class SpectralNormRegularizer(keras.optimizers.Optimizer):  # type: ignore[misc]
         weights = self._weights.variables
         gradient_of = {id(v): grad for v, grad in zip(variables, grads, strict=True)}
         own = {path: self._own(gradient_of.get(id(v))) for path, v in weights.items()}
-        state = replace(self._start, v=_values(self._v), sigma=_values(self._sigma))
+        state = replace(self._start, v=self._owned(self._v), sigma=self._owned(self._sigma))
         options = self._options()
         # The call is here, not in a method of its own: every frame between the user and the
         # product is one more to step through.
@@ -254,6 +254,11 @@ class SpectralNormRegularizer(keras.optimizers.Optimizer):  # type: ignore[misc]
             return None
         grad = keras.ops.convert_to_tensor(grad)
         return grad.detach().clone() if self._in_place else grad
+
+    def _owned(self, variables: Mapping[str, Variable]) -> dict[str, Any]:
+        """Return values that an engine may write into: those of `stateless_apply` must stay."""
+        values = _values(variables)
+        return {path: x.clone() for path, x in values.items()} if self._in_place else values
 
     def _options(self) -> dict[str, Any]:
         """Return the options of this step."""

@@ -157,6 +157,7 @@ class OptimizerHook:
             also ``"<name>.u"`` and ``"<name>.steps"``. The tensors are those in use, as in a
             module's state dict: the next step changes them.
         """
+        self._jobs.state_is_out = True
         return {**self._required(), **self._between_iterations()}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:

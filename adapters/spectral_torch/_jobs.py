@@ -28,7 +28,7 @@ _PLAIN = (Tensor, Parameter)
 
 
 class Penalty:
-    """λ, target and power of a regularizer, checked when they are set."""
+    """Hold λ, target and power of a regularizer, which checks them when they are set."""
 
     def __init__(self, factor: Factor, target: Factor, power: int) -> None:
         self.factor = factor
@@ -47,19 +47,22 @@ class JobCache:
     ----------
     engines : sequence of Engine
         The engines that run the jobs. What they accepted stays accepted while a list is kept.
+
+    Attributes
+    ----------
+    state_is_out : bool
+        True once others have the state's tensors. To send one to another process moves it to shared
+        memory, so from then on each step looks at the addresses of V, sigma and u.
     """
 
     def __init__(self, engines: Sequence[Engine]) -> None:
         self.engines = engines
+        self.state_is_out = False
         self._kept: WeakKeyDictionary[object, dict[int, _Kept]] = WeakKeyDictionary()
 
     def clear(self) -> None:
         """Forget every list: the state's tensors have moved."""
         self._kept.clear()
-
-    def forget(self, owner: object) -> None:
-        """Forget the lists of one optimizer."""
-        self._kept.pop(owner, None)
 
     def current(
         self,
@@ -86,12 +89,15 @@ class JobCache:
         n_iter : int
             Power iterations. Steps with another number keep lists of their own.
         """
-        kept = self._kept.get(owner, {}).get(n_iter)
-        if kept is None or not kept.refresh(names):
+        lists = self._kept.get(owner)
+        # Out of the dictionary until it is known to fit: a list that does not fit, or an error,
+        # must keep no gradient alive.
+        kept = None if lists is None else lists.pop(n_iter, None)
+        if lists is None or kept is None or (self.state_is_out and kept.state_has_moved()):
             return None
-        if not kept.has_slopes(penalty, parameters):
+        if not kept.fits(names, penalty, scaled, parameters):
             return None
-        kept.set_factors(penalty, scaled, parameters)
+        lists[n_iter] = kept
         return kept.jobs
 
     def build(
@@ -148,9 +154,31 @@ class _Kept:
         by_name = {job.name: job for job in jobs} if self.cacheable else {}
         self._jobs = [by_name.get(name) for name in self._names]
         self._places = [None if job is None else _place(job) for job in self._jobs]
+        self._state_pointers = [
+            x.data_ptr for job in by_name.values() for x in job.last or (job.V,) if x.is_cpu
+        ]
+        self._state_addresses = [address() for address in self._state_pointers]
         self._lazy = any(job.weight.is_complex() for job in by_name.values())
         self._factor: Any = None  # the number that the jobs' factors are; None: ask again
         self._slope = penalty.target, penalty.power
+
+    def state_has_moved(self) -> bool:
+        """Return True if V, sigma or u of a job is at another address."""
+        return [address() for address in self._state_pointers] != self._state_addresses
+
+    def fits(
+        self,
+        names: Collection[str],
+        penalty: Penalty,
+        scaled: Mapping[str, Number] | None,
+        parameters: Mapping[str, Tensor],
+    ) -> bool:
+        """Give the jobs the gradients and factors of this step; return False if they do not fit."""
+        return (
+            self.refresh(names)
+            and self.has_slopes(penalty, parameters)
+            and self.set_factors(penalty, scaled, parameters)
+        )
 
     def refresh(self, names: Collection[str]) -> bool:
         """Give each job the gradient of this step; return False if anything else has changed."""
@@ -203,19 +231,19 @@ class _Kept:
 
     def set_factors(
         self, penalty: Penalty, scaled: Mapping[str, Number] | None, names: Collection[str]
-    ) -> None:
-        """Give each job its factor, and divide again where it is another kind of number."""
+    ) -> bool:
+        """Give each job its factor; return False if one is another kind of number."""
         if scaled is None and self._factor is penalty.factor:
-            return
+            return True
         factors = check_factors(penalty.factor, names) if scaled is None else scaled
+        if any(_kind(factors[job.name]) != _kind(job.factor) for job in self.jobs):
+            return False
         for job in self.jobs:
-            factor = factors[job.name]
-            if _kind(factor) != _kind(job.factor):
-                self.jobs.divide_again()
-            job.factor = factor
+            job.factor = factors[job.name]
         self.jobs.renew()
         constant = scaled is None and _is_constant(penalty.factor)
         self._factor = penalty.factor if constant else None
+        return True
 
 
 def release(jobs: JobList) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from typing import Any
 
 import torch
@@ -168,6 +169,7 @@ class SpectralNormRegularizer(OptimizerHook):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._penalty = copy(self._penalty)  # `copy.copy` would share it
         self._number = _compile.number_of(self._jobs)
 
     def __repr__(self) -> str:
@@ -330,10 +332,12 @@ class SpectralNormRegularizer(OptimizerHook):
                         self._follow()
                         jobs = self._jobs.build(*arguments, self._state)
                         context = self._full_precision()
-                    with context:
-                        write_back(jobs, dispatch(jobs, n_iter, self._jobs.engines).triplets)
-                self._count(jobs)
-                release(jobs)
+                    try:
+                        with context:
+                            write_back(jobs, dispatch(jobs, n_iter, self._jobs.engines).triplets)
+                        self._count(jobs)
+                    finally:
+                        release(jobs)
         if found_inf is not None and before is not None:
             _undo_where(found_inf, self._buffers(names), before)
 

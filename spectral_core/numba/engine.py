@@ -97,7 +97,7 @@ class NumbaEngine:
         self._lock = Lock()  # for tables and scratch: the kernel lets other threads run
 
     def accepts(self, job: Job) -> bool:
-        """Return True for a contiguous, real job with one vector and numbers as factors."""
+        """Return True for a contiguous, real job with one vector for each matrix."""
         return self._kind(job) is not None
 
     def run(self, jobs: Sequence[Job], n_iter: int) -> Result:

@@ -190,21 +190,6 @@ def test_memo_of_a_job_list_lasts_until_it_is_divided_again():
     assert first.seen == jobs.addresses[:1]
 
 
-def test_job_list_is_divided_again_on_demand():
-    jobs = JobList(some_jobs())
-    first, last = Remembering("ac"), Recorder()
-    dispatch(jobs, 1, [first, last])
-    first.accepted = "abcd"
-    dispatch(jobs, 1, [first, last])
-    assert first.runs == [["a", "c"]] * 2
-    jobs.divide_again()
-    dispatch(jobs, 1, [first, last])
-    assert first.runs[-1] == list("abcd")
-    assert first.made == 2
-    jobs.divide_again()
-    assert jobs.memo == {}
-
-
 @pytest.mark.parametrize("accepted", ["ac", "abcd"])
 def test_renewed_numbers_reach_every_engine(accepted):
     jobs, numbers = JobList(some_jobs()), []

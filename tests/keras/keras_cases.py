@@ -1,4 +1,4 @@
-"""What `test_keras.py` runs once for each backend of Keras, each in a process of its own."""
+"""Cases that `test_optimizer.py` runs once for each backend of Keras, each in a process of its own."""
 
 import doctest
 import io
@@ -596,3 +596,21 @@ def test_digits():
         f"{layer}/kernel" for layer in ("conv1", "conv2", "out")
     ]
     assert sum(sigmas.values()) < sum(plain.values())
+
+
+@pytest.mark.skipif(not TORCH, reason="arrays of JAX cannot be written into")
+def test_stateless_apply_leaves_its_arguments_alone():
+    model = perceptron()
+    optimizer = SpectralNormRegularizer(sgd(), model, factor=0.3, layouts={"*kernel": "oi"})
+    optimizer.build(model.trainable_variables)
+    variables = [variable.value.detach().clone() for variable in optimizer.variables]
+    weights = [variable.value.detach().clone() for variable in model.trainable_variables]
+    own = {id(x) for x in (*optimizer._v.values(), *optimizer._sigma.values())}
+    # Not the others: Keras writes into its momenta.
+    places = [i for i, variable in enumerate(optimizer.variables) if id(variable) in own]
+    before = [variables[place].clone() for place in places]
+    grads = [keras.ops.ones_like(weight) for weight in weights]
+    _, after = optimizer.stateless_apply(variables, grads, weights)
+    for place, value in zip(places, before, strict=True):
+        assert bool((variables[place] == value).all())
+        assert bool((after[place] != value).any())

@@ -1,5 +1,6 @@
 """Test that jobs are kept from step to step, and rebuilt where something has changed."""
 
+import copy
 import gc
 import importlib.util
 import weakref
@@ -250,3 +251,61 @@ def test_a_complex_weight_that_is_conjugated_in_place_is_noticed():
                 reg._jobs.clear()
             reg.add_gradients_()
         torch.testing.assert_close(weights[0].grad, weights[1].grad)
+
+
+def test_a_state_that_moves_to_shared_memory_is_noticed():
+    models = zoo(), zoo()
+    regs = [SpectralNormRegularizer(model, factor=0.3) for model in models]
+    for step in range(4):
+        for model, reg in zip(models, regs, strict=True):
+            other_gradients(model, seed=step)
+            if step == 2 and reg is regs[0]:
+                for tensor in reg.state_dict().values():
+                    tensor.share_memory_()  # as sending it to another process does
+            reg.add_gradients_()
+    torch.testing.assert_close(*(reg.state_dict() for reg in regs), rtol=0, atol=0)
+    torch.testing.assert_close(*(gradients(model) for model in models), rtol=0, atol=0)
+
+
+def test_what_a_step_replaces_is_freed_without_a_collection():
+    model = zoo()
+    reg = SpectralNormRegularizer(model, factor=0.3)
+    gc.collect()
+    gc.disable()
+    try:
+        for step in range(2):
+            other_gradients(model, seed=step)
+            reg.add_gradients_()
+        old = weakref.ref(reg._state.v["linear.weight"])
+        doubled(model, reg)
+        reg.add_gradients_()
+        assert old() is None
+        other_gradients(model, seed=0)
+        gradient = weakref.ref(model["linear"].weight.grad)
+        model["conv"].weight.grad = model["conv"].weight.grad.to_sparse()
+        with pytest.raises(sc.DTypeError, match="sparse"):
+            reg.add_gradients_()
+        model.zero_grad(set_to_none=True)
+        assert gradient() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor(1), torch.tensor(1j)])
+def test_a_factor_of_a_wrong_dtype_is_refused_in_any_step(wrong):
+    model = zoo()
+    reg = SpectralNormRegularizer(model, factor=0.3)
+    reg.add_gradients_()
+    before = gradients(model)
+    reg.factor = wrong
+    for _ in range(2):
+        with pytest.raises(sc.DTypeError, match="must be a real float"):
+            reg.add_gradients_()
+    torch.testing.assert_close(gradients(model), before, rtol=0, atol=0)
+
+
+def test_a_copy_has_a_factor_of_its_own():
+    reg = SpectralNormRegularizer(zoo(), factor=0.3)
+    other = copy.copy(reg)
+    other.factor = 0.5
+    assert reg.factor == 0.3
