@@ -80,7 +80,7 @@ def init(
         v[name] = start_vector(plan.rows(n_vectors), weights[name], seed=seed, name=name)
     state = SpectralState(v=v, sigma={}, layouts=chosen)
     jobs = make_jobs(v, weights, state)
-    found = dict(zip(v, dispatch(jobs, 1, (*engines, ReferenceEngine())).triplets, strict=True))
+    found = dict(zip(v, dispatch(jobs, 1, _with_reference(engines)).triplets, strict=True))
     return replace(
         state,
         sigma={name: triplet.sigma for name, triplet in found.items()},
@@ -125,7 +125,7 @@ def iterate(
     """
     check_weights(weights, state.v)
     jobs = make_jobs(weights, weights, state)
-    found = dispatch(jobs, check_int(n_iter, "n_iter"), (*engines, ReferenceEngine()))
+    found = dispatch(jobs, check_int(n_iter, "n_iter"), _with_reference(engines))
     return _advanced(state, jobs, found.triplets)
 
 
@@ -203,7 +203,7 @@ def add_gradient(
         raise ArgumentError("an engine writes into the gradients: pass it to add_gradient_")
     jobs = _jobs(weights, grads, state, factor, target, power)
     n_iter = check_int(n_iter, "n_iter", least=0)
-    new_grads, triplets = dispatch(jobs, n_iter, (*engines, ReferenceEngine()))
+    new_grads, triplets = dispatch(jobs, n_iter, _with_reference(engines))
     added = {job.name: grad for job, grad in zip(jobs, new_grads, strict=True)}
     return {**grads, **added}, _advanced(state, jobs, triplets)
 
@@ -254,8 +254,16 @@ def add_gradient_(
     for job in jobs:
         check_writeable(job.grad, f"the gradient of {job.name!r}", "add_gradient")
     n_iter = check_int(n_iter, "n_iter", least=0)
-    result = dispatch(jobs, n_iter, (*engines, ReferenceEngine(in_place=True)))
+    result = dispatch(jobs, n_iter, _with_reference(engines, in_place=True))
     return _advanced(state, jobs, result.triplets)
+
+
+def _with_reference(engines: Sequence[Engine], *, in_place: bool = False) -> Sequence[Engine]:
+    """Return the engines, the last of which is a reference: the caller's own, if there is one."""
+    last = engines[-1] if engines else None
+    if isinstance(last, ReferenceEngine) and last.in_place == in_place:
+        return engines
+    return (*engines, ReferenceEngine(in_place=in_place))
 
 
 def _jobs(

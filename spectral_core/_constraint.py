@@ -18,7 +18,7 @@ from ._arrays import Array, Namespace, array_namespace, constant
 from ._layout import plan_of
 from ._plan import Plan, broadcast_stack, scale_, scaled
 from ._state_dict import Arrays, SpectralState
-from ._validate import Factor, Number, check_factors, check_limit, check_writeable
+from ._validate import Factor, Number, check_factors, check_limit, check_weights, check_writeable
 from .engine import Engine
 
 Scale: TypeAlias = Callable[[Array, Array, Plan, Namespace], Array]
@@ -175,6 +175,7 @@ def constrain_(
     >>> np.round(weights["w"], 4)
     array([[0.6, 0.8]])
     """
+    check_weights(weights, state.v)
     for name, weight in weights.items():
         check_writeable(weight, f"weight {name!r}", "constrain")
     _, state = constrain(

@@ -92,12 +92,12 @@ class Watch:
         ``add_scalar(name, value, step)``, such as TensorBoard's ``SummaryWriter``.
     factor : float, array of shape (), or mapping of name or pattern to either
         λ, for the penalty. It can be changed at any time: ``watch.factor = 0.02``.
+    target, power
+        As for `add_gradient`, for the penalty.
     every_n_steps : int
         Steps that are multiples of this number are logged, from 0 on.
     prefix : str
         Prefix of the names.
-    target, power
-        As for `add_gradient`, for the penalty.
     copy : callable
         Starts to copy arrays to the host: a framework's own way, without waiting. The adapters
         ``spectral_torch``, ``spectral_jax`` and ``spectral_cupy`` have a `Watch` with theirs.
@@ -140,10 +140,10 @@ class Watch:
         log: Log | Any,
         *,
         factor: Factor = 0.01,
-        every_n_steps: int = 100,
-        prefix: str = "spectral/",
         target: Factor = 0.0,
         power: int = 2,
+        every_n_steps: int = 100,
+        prefix: str = "spectral/",
         copy: Copy = copy_to_host,
     ) -> None:
         self._log = _as_log(log)

@@ -20,7 +20,7 @@ class Watch(sc.Watch):
 
     Parameters
     ----------
-    log, factor, every_n_steps, prefix, target, power
+    log, factor, target, power, every_n_steps, prefix
         As for `spectral_core.Watch`.
 
     Examples
@@ -37,10 +37,10 @@ class Watch(sc.Watch):
         log: Log | Any,
         *,
         factor: Factor = 0.01,
-        every_n_steps: int = 100,
-        prefix: str = "spectral/",
         target: Factor = 0.0,
         power: int = 2,
+        every_n_steps: int = 100,
+        prefix: str = "spectral/",
     ) -> None:
         super().__init__(
             log,

@@ -31,12 +31,12 @@ class Watch(sc.Watch):
     factor : float, array of shape (), schedule, or mapping of name or pattern to the first two
         λ, as passed to the transformation. It can be changed at any time:
         ``watch.factor = state.hyperparams["factor"]``.
+    target, power
+        As passed to the transformation.
     every_n_steps : int
         Steps that are multiples of this number are logged, from 0 on.
     prefix : str
         Prefix of the names.
-    target, power
-        As passed to the transformation.
 
     Attributes
     ----------
@@ -63,10 +63,10 @@ class Watch(sc.Watch):
         log: Log | Any,
         *,
         factor: Factor | Callable[[Any], Any] = 0.01,
-        every_n_steps: int = 100,
-        prefix: str = "spectral/",
         target: Factor | Callable[[Any], Any] = 0.0,
         power: int = 2,
+        every_n_steps: int = 100,
+        prefix: str = "spectral/",
     ) -> None:
         super().__init__(
             log, every_n_steps=every_n_steps, prefix=prefix, power=power, copy=ArrayCopy.start
