@@ -116,7 +116,7 @@ def test_nothing_but_vectors_is_sent(name, options):
 
 
 def sizes_sent(program):
-    """How many elements each message of a compiled program has."""
+    """Return the number of elements in each message of a compiled program."""
     sizes = []
     for line in program.splitlines():
         found = re.search(

@@ -38,7 +38,7 @@ def start(kind, folder, every_n_steps, **options):
 
 
 def parameters(kind, folder, every_n_steps):
-    """What an undisturbed run ends with from where it begins, and its first step."""
+    """Return the end of an undisturbed run, its start, and its first step."""
     process = start(kind, folder, every_n_steps, stdin=subprocess.DEVNULL)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0

@@ -1,4 +1,4 @@
-"""What training runs log: read back from TensorBoard's files, beside singular values by SVD."""
+"""Compare the numbers in TensorBoard's files with singular values by SVD."""
 
 import math
 
@@ -32,7 +32,7 @@ def logged(folder):
 
 
 def numbers_of(sigma):
-    """What is to be logged, from all singular values of each weight's stack."""
+    """Return the numbers to log, from all singular values of each weight's stack."""
     every = np.concatenate([np.atleast_1d(value) for value in sigma.values()])
     return {
         **{f"spectral/sigma/{name}": np.max(value) for name, value in sigma.items()},

@@ -1,4 +1,4 @@
-"""What each process of the distributed tests does. Apart, for they must import it by its name."""
+"""The work of each process in the distributed tests, which import it by its name."""
 
 from functools import partial
 from unittest.mock import patch
@@ -148,7 +148,7 @@ def traffic():
 
 
 def partial_and_wrong_gradients():
-    """What a gradient becomes that is a sum not taken yet; and what one is told that is whole."""
+    """Add terms to a gradient that is a pending sum, and to one that is not sharded: an error."""
     import spectral_core as sc
 
     mesh = init_device_mesh("cpu", (4,))
@@ -265,7 +265,7 @@ def scaled(overflow_at, fused, options):
 
 
 def with_scaler(model, overflow_at, fused=False, mine=slice(0, None)):
-    """What became of a model, which steps moved v or σ, and the last scale."""
+    """Return the outcome of a model, the steps that moved v or σ, and the last scale."""
     reg = SpectralNormRegularizer(model, factor=0.1)
     # A large eps: Adam would divide what bfloat16 rounds by almost nothing.
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, eps=0.1, fused=fused)

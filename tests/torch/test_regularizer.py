@@ -347,7 +347,7 @@ def test_a_foreign_optimizer_and_one_without_hooks_are_refused():
 
 
 class Wrapper(torch.optim.Optimizer):
-    """As many are written: an optimizer by name, whose step is that of another."""
+    """An optimizer with the step of another one, as many are written."""
 
     def __init__(self, base):
         self.base = base
