@@ -1,19 +1,17 @@
 """Measure how near one warm-started iteration a step comes to the SVD: schemes side by side.
 
-`python -m benchmarks.accuracy` runs every scheme on matrices that stay, on one that drifts, and on
-those of a small network in training; it prints a table, and writes numbers and a picture.
+The matrices stay, drift, or are those of a small network in training.
 """
 
-from __future__ import annotations
-
 import argparse
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 import spectral_core as sc
@@ -22,13 +20,14 @@ from .common import RESULTS, markdown, panels, read_json, save_figure, write_jso
 
 Matrix = NDArray[Any]
 Outcome = tuple[Any, Matrix, Matrix, Matrix]  # σ, u, v, and the rows V to start the next step from
+Triplet = tuple[float, Matrix, Matrix]  # σ₁, u₁, v₁
 Step = Callable[[Matrix, Matrix], Outcome]
 
 FILE = "accuracy.json.gz"
 BUDGET = 120  # readings of W from a cold start
 SHAPE, RATIOS = (256, 384), (0.9, 0.99, 0.999)
 SKIPPED = 50  # steps of training, before the vectors have settled
-QS = (0.5, 0.95, 1.0)
+QUANTILES = {0.5: "median", 0.95: "p95", 1.0: "max"}
 GROUPS = ("vanilla", "spectral", "synthetic")
 
 
@@ -72,13 +71,11 @@ def basis(rows: Matrix) -> Matrix:
 
 SUBSPACE = ritz(lambda Vh, _: Vh)  # all k Ritz vectors
 HISTORY = ritz(lambda Vh, V: basis(np.vstack([Vh[:1], V[:-1]])))  # v and those before it
+EXTRA = {k: Scheme(ritz(lambda Vh, _: Vh[:1], k), 1, 2 + 2 * k) for k in (1, 2)}
 SCHEMES = {
     "power": Scheme(block, 1),
     **{f"history, k = {k}": Scheme(HISTORY, k) for k in (2, 3)},
-    **{
-        f"Golub–Kahan, {k} extra": Scheme(ritz(lambda Vh, _: Vh[:1], k), 1, 2 + 2 * k)
-        for k in (1, 2)
-    },
+    **{f"Golub–Kahan, {k} extra": scheme for k, scheme in EXTRA.items()},
     **{f"subspace, k = {k}": Scheme(SUBSPACE, k) for k in (3, 4, 8)},
     **{f"block, k = {k}": Scheme(block, k) for k in (2, 3, 4, 8)},
 }
@@ -90,16 +87,13 @@ SELDOM = {
 }
 
 
-def exact(W: Matrix) -> tuple[float, Matrix, Matrix]:
+def exact(W: Matrix) -> Triplet:
     U, s, Vh = np.linalg.svd(W, full_matrices=False)
     return float(s[0]), U[:, 0], Vh[0]
 
 
 def errors(
-    scheme: Scheme,
-    matrices: Iterable[Matrix],
-    truths: Iterable[tuple[float, Matrix, Matrix]],
-    seed: int = 0,
+    scheme: Scheme, matrices: Iterable[Matrix], truths: Iterable[Triplet], seed: int = 0
 ) -> dict[str, list[float]]:
     """Return three errors a step, each step starting from the V of the one before.
 
@@ -150,19 +144,11 @@ def training(factor: float, epochs: int = 50, batch: int = 64) -> list[Mapping[s
     from .paper.data import batches, digits
 
     torch.set_num_threads(1)  # so small a network runs no faster on several
-    model = nn.Sequential(
-        OrderedDict[str, nn.Module](
-            conv1=nn.Conv2d(1, 32, 3, padding=1),
-            relu1=nn.ReLU(),
-            conv2=nn.Conv2d(32, 64, 3, stride=2, padding=1),
-            relu2=nn.ReLU(),
-            flatten=nn.Flatten(),
-            dense1=nn.Linear(1024, 128),
-            relu3=nn.ReLU(),
-            dense2=nn.Linear(128, 10),
-        )
-    )
-    layers = {name: layer for name, layer in model.named_children() if hasattr(layer, "weight")}
+    convs = [nn.Conv2d(1, 32, 3, padding=1), nn.Conv2d(32, 64, 3, stride=2, padding=1)]
+    dense = [nn.Linear(1024, 128), nn.Linear(128, 10)]
+    layers = dict(zip(("conv1", "conv2", "dense1", "dense2"), convs + dense, strict=True))
+    before = (part for conv in convs for part in (conv, nn.ReLU()))
+    model = nn.Sequential(*before, nn.Flatten(), dense[0], nn.ReLU(), dense[1])
     rng = np.random.default_rng(0)
     for layer in layers.values():
         shape = tuple(layer.weight.shape)
@@ -170,22 +156,20 @@ def training(factor: float, epochs: int = 50, batch: int = 64) -> list[Mapping[s
         layer.weight.data.copy_(torch.from_numpy(weight))
         layer.bias.data.zero_()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
-    data, found = digits(test_share=0.75), []
-    count = len(data.train_labels)
-    steps = epochs * (count // batch)
-    milestones = [steps // 2, 3 * steps // 4]
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
+    images, labels, *_ = map(torch.as_tensor, digits(test_share=0.75))
+    found, steps = [], epochs * (len(labels) // batch)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [steps // 2, 3 * steps // 4])
     if factor:
-        spectral_torch.SpectralNormRegularizer(model, factor=factor).attach(optimizer)
+        weights = {f"{name}.weight": layer.weight for name, layer in layers.items()}
+        spectral_torch.SpectralNormRegularizer(weights, factor=factor).attach(optimizer)
     for epoch in range(epochs):
-        for chosen in batches(count, batch, 0, epoch):
+        for chosen in batches(len(labels), batch, 0, epoch):
             optimizer.zero_grad()
-            images, labels = (torch.from_numpy(part[chosen]) for part in data[:2])
-            nn.functional.cross_entropy(model(images), labels).backward()
+            nn.functional.cross_entropy(model(images[chosen]), labels[chosen]).backward()
             optimizer.step()
             scheduler.step()
-            weights = {name: layer.weight.detach().numpy() for name, layer in layers.items()}
-            found.append({name: w.reshape(len(w), -1).astype(float) for name, w in weights.items()})
+            weights = {name: layer.weight.detach().flatten(1) for name, layer in layers.items()}
+            found.append({name: w.numpy().astype(float) for name, w in weights.items()})
     return found
 
 
@@ -204,11 +188,7 @@ def static(seeds: int) -> dict[str, Any]:
 
 
 def tracking() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the errors on matrices that move, one step of the scheme each, and their quantiles.
-
-    The errors are those of every fifth step, for a small file; the quantiles are of all but the
-    first ones.
-    """
+    """Return the errors of every fifth step on matrices that move, and the settled quantiles."""
     paths: dict[str, list[Matrix]] = {}
     for method, factor in {"vanilla": 0.0, "spectral": 0.01}.items():
         steps = training(factor)
@@ -220,15 +200,10 @@ def tracking() -> tuple[dict[str, Any], dict[str, Any]]:
     for title, matrices in paths.items():
         truths = [exact(W) for W in matrices]
         for name, scheme in (SCHEMES | SELDOM).items():
-            found = errors(scheme, matrices, truths)
-            thinned = {key: values[::5] for key, values in found.items()}
-            tracks[title][name] = {"passes": scheme.passes, **thinned}
-            summary[title][name] = {
-                key: dict(
-                    zip(("median", "p95", "max"), np.quantile(values[SKIPPED:], QS), strict=True)
-                )
-                for key, values in found.items()
-            }
+            found = pd.DataFrame(errors(scheme, matrices, truths))
+            tracks[title][name] = {"passes": scheme.passes, **found[::5].to_dict("list")}
+            quantiles = found[SKIPPED:].quantile(list(QUANTILES)).rename(QUANTILES)
+            summary[title][name] = quantiles.to_dict()
     return tracks, summary
 
 
@@ -242,20 +217,17 @@ def page(folder: Path = RESULTS) -> str:
         "power, every 4 steps": "`every_n_steps=4`",
         "block, k = 4, every 4 steps": "`n_vectors=4, every_n_steps=4`",
     }
-    rows = [
-        [
-            title,
-            *(", ".join(worst(result, method, scheme)[:2]) for method in ("vanilla", "spectral")),
-        ]
-        for scheme, title in shown.items()
-    ]
+    rows = []
+    for scheme, title in shown.items():
+        quantiles = [worst(result, method, scheme)[:2] for method in ("vanilla", "spectral")]
+        rows.append([title, *map(", ".join, quantiles)])
     return markdown(["", "without the regularizer", "with it"], rows)
 
 
 def worst(result: Mapping[str, Any], group: str, scheme: str) -> list[str]:
     """Return the quantiles of the term's error, each on the path of the group where it is worst."""
     paths = [rows[scheme]["term"] for title, rows in result.items() if title.startswith(group)]
-    largest = (100 * max(path[key] for path in paths) for key in ("median", "p95", "max"))
+    largest = (100 * max(path[key] for path in paths) for key in QUANTILES.values())
     return [f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %" for percent in largest]
 
 
@@ -276,18 +248,16 @@ def draw(path: Path, results: Mapping[str, Any]) -> None:
     """Draw the error against readings of W, and the term's error over steps of training."""
     shown = ("power", "Golub–Kahan, 1 extra", "history, k = 2", "block, k = 2")
     shown += ("subspace, k = 4", "block, k = 4", "block, k = 8")
+    found = {f"one matrix, σ₂/σ₁ = {title}": one for title, one in results["static"].items()}
+    found |= {title: one for title, one in results["tracking"].items() if "vanilla" not in title}
     rows = []
-    for kind in ("static", "tracking"):
-        for title, found in results[kind].items():
-            panel = f"one matrix, σ₂/σ₁ = {title}" if kind == "static" else title
-            for name in shown if "vanilla" not in title else ():
-                errors = found[name]["sigma" if kind == "static" else "term"]
-                unit = found[name]["passes"] if kind == "static" else 5
-                for k, error in enumerate(errors, 1):
-                    rows.append({"panel": panel, "x": k * unit, "y": error, "scheme": name})
-    with panels(
-        rows, x="x", col_wrap=3, hue="scheme", style="scheme", palette="colorblind"
-    ) as grid:
+    for (panel, one), name in product(found.items(), shown):
+        still = panel.startswith("one matrix")
+        unit = one[name]["passes"] if still else 5
+        for k, error in enumerate(one[name]["sigma" if still else "term"], 1):
+            rows.append({"panel": panel, "x": k * unit, "y": error, "scheme": name})
+    looks = {"hue": "scheme", "style": "scheme", "palette": "colorblind"}
+    with panels(rows, x="x", col_wrap=3, **looks) as grid:
         grid.set_axis_labels("step", "relative error of σuvᵀ")
         for panel, axis in grid.axes_dict.items():
             still = panel.startswith("one matrix")

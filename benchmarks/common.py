@@ -8,11 +8,11 @@ import json
 import os
 import platform
 import re
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import distributions, version
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,30 +23,17 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "numpy", "jax", "jaxlib", "optax", "flax", "scipy", "numba", "cupy-cuda13x")
 
-STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#666666",
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "lines.linewidth": 1.5,
-}
+STYLE = Path(__file__).with_name("figures.mplstyle")
 
 
 def rounded(value: Any, digits: int) -> Any:
-    """Round floats to so many significant digits; what is not finite becomes None, as in JSON."""
-    if isinstance(value, Mapping):
-        return {key: rounded(item, digits) for key, item in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return [rounded(item, digits) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.{digits}g}") if isfinite(value) else None
-    return value
+    """Round floats to so many significant digits, as JSON; what is not finite becomes None."""
+
+    def read(number: str) -> float:
+        return float(f"{float(number):.{digits}g}")
+
+    text = json.dumps(value, default=list)  # arrays become lists
+    return json.loads(text, parse_float=read, parse_constant=lambda _: None)
 
 
 def write_json(path: Path, value: Any, digits: int) -> None:
@@ -62,6 +49,10 @@ def write_json(path: Path, value: Any, digits: int) -> None:
 def read_json(path: Path) -> Any:
     data = path.read_bytes()
     return json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -90,7 +81,7 @@ def panels(rows: Iterable[Mapping[str, Any]], **options: Any) -> Iterator[FacetG
 
     options |= {"y": "y", "col": "panel", "kind": "line", "height": 3.2, "aspect": 1.3}
     free = {"sharex": False, "sharey": False}
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(fname=STYLE):
         yield sns.relplot(pd.DataFrame(rows), facet_kws=free, **options).set_titles("{col_name}")
 
 
@@ -102,15 +93,9 @@ def machine(device: str) -> dict[str, Any]:
     names = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
     processor = names[0] if names else platform.processor() or platform.machine()
     installed = {name: version(name) for name in PACKAGES if [*distributions(name=name)]}
-    return {
-        "date": date.today().isoformat(),
-        "device": device,
-        "device_name": torch.cuda.get_device_name() if device == "cuda" else processor,
-        "architecture": platform.machine(),
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_at_start": os.getloadavg()[0],
-        "python": platform.python_version(),
-        **installed,
-    }
+    device_name = torch.cuda.get_device_name() if device == "cuda" else processor
+    about = {"date": date.today().isoformat(), "device": device, "device_name": device_name}
+    about |= {"architecture": platform.machine(), "processor": processor}
+    about |= {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    about |= {"load_at_start": os.getloadavg()[0], "python": platform.python_version()}
+    return about | installed

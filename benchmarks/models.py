@@ -1,8 +1,7 @@
 """Networks whose weights and training steps are timed, written short: the usual architectures."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable
 from math import ceil
 
 import torch
@@ -29,61 +28,50 @@ class Dense(nn.Module):
 
     def __init__(self, channels: int, growth: int, bottleneck: bool) -> None:
         super().__init__()
-        inner = 4 * growth
-        self.layers = (
-            nn.Sequential(activated(channels, inner, 1), activated(inner, growth, 3))
-            if bottleneck
-            else activated(channels, growth, 3)
-        )
+        inner = 4 * growth if bottleneck else channels
+        self.layers = activated(inner, growth, 3)
+        if bottleneck:
+            self.layers = nn.Sequential(activated(channels, inner, 1), self.layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x, self.layers(x)], 1)
 
 
-class DenseNet(nn.Module):
-    """Huang et al., 2017. Without bottlenecks the transitions keep the number of channels."""
-
-    def __init__(
-        self,
-        stem: nn.Module,
-        channels: int,
-        blocks: Sequence[int],
-        growth: int,
-        bottleneck: bool,
-        classes: int,
-    ) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [stem]
-        for count in blocks:
-            if len(layers) > 1:
-                narrow = channels // 2 if bottleneck else channels
-                layers += [activated(channels, narrow, 1), nn.AvgPool2d(2)]
-                channels = narrow
-            for _ in range(count):
-                layers.append(Dense(channels, growth, bottleneck))
-                channels += growth
-        layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
-        self.features = nn.Sequential(*layers)
-        self.head = nn.Linear(channels, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x).mean((2, 3)))
+def dense_net(
+    stem: nn.Module, channels: int, blocks: list[int], growth: int, classes: int, bottleneck: bool
+) -> nn.Sequential:
+    """Return a DenseNet (Huang et al., 2017)."""
+    layers = [stem]
+    for block, count in enumerate(blocks):
+        if block:
+            narrow = channels // 2 if bottleneck else channels
+            layers += [activated(channels, narrow, 1), nn.AvgPool2d(2)]
+            channels = narrow
+        for _ in range(count):
+            layers.append(Dense(channels, growth, bottleneck))
+            channels += growth
+    features = nn.Sequential(*layers, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+    parts = {"features": features, "pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+    return nn.Sequential(OrderedDict(parts, head=nn.Linear(channels, classes)))
 
 
 def densenet(
-    channels: int = 3, classes: int = 10, size: int = 32, width: float = 1.0, depth: int = 40
-) -> DenseNet:
+    channels: int = 3, classes: int = 10, _: int = 32, width: float = 1.0, depth: int = 40
+) -> nn.Sequential:
     """Return the one for small images: three blocks, 16 channels to start with, as in the paper."""
-    del size  # it averages over all pixels
-    start, count = scaled(16, width), (depth - 4) // 3
-    stem = conv(channels, start, 3)
-    return DenseNet(stem, start, (count,) * 3, scaled(12, width), False, classes)
+    start, blocks = scaled(16, width), [(depth - 4) // 3] * 3
+    first = conv(channels, start, 3)
+    return dense_net(first, start, blocks, scaled(12, width), classes, False)
 
 
-def densenet_121() -> DenseNet:
+def densenet_121() -> nn.Sequential:
     """For 224 × 224 images."""
-    stem = nn.Sequential(*normalized(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
-    return DenseNet(stem, 64, (6, 12, 24, 16), growth=32, bottleneck=True, classes=1000)
+    return dense_net(nn.Sequential(*stem()), 64, [6, 12, 24, 16], 32, 1000, True)
+
+
+def stem() -> list[nn.Module]:
+    """The first layers for large images, as in DenseNet and ResNet."""
+    return [*normalized(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
 
 
 class Bottleneck(nn.Module):
@@ -106,8 +94,7 @@ class Bottleneck(nn.Module):
 
 def resnet_50() -> nn.Sequential:
     """He et al., 2016, for 224 × 224 images."""
-    layers = [*normalized(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
-    channels = 64
+    layers, channels = stem(), 64
     for width, count in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for k in range(count):
             layers.append(Bottleneck(channels, width, 2 if k == 0 and width > 64 else 1))
@@ -135,25 +122,23 @@ def vgg_16(
     return nn.Sequential(*layers, nn.Linear(hidden, classes))
 
 
-def nin(channels: int = 3, classes: int = 10, size: int = 32, width: float = 1.0) -> nn.Sequential:
+# Of each block of Network in Network the side of its first kernel, and the channels of its
+# convolutions; all but the first are 1 × 1. One more after the last block gives the classes.
+NIN_BLOCKS = ((5, (192, 160, 96)), (5, (192, 192, 192)), (3, (192, 192)))
+
+
+def nin(channels: int = 3, classes: int = 10, _: int = 32, width: float = 1.0) -> nn.Sequential:
     """Return Network in Network (Lin et al., 2014): no batch normalization, but dropout."""
-    del size
     layers: list[nn.Module] = []
-    ends: tuple[list[nn.Module], ...] = (
-        [nn.MaxPool2d(3, 2, 1), nn.Dropout()],
-        [nn.AvgPool2d(3, 2, 1), nn.Dropout()],
-        [],
-    )
-    blocks = ((5, 192, 160, 96), (5, 192, 192, 192), (3, 192, 192, None))
-    for (kernel, *widths), end in zip(blocks, ends, strict=True):
+    pools = ([], [nn.MaxPool2d(3, 2, 1), nn.Dropout()], [nn.AvgPool2d(3, 2, 1), nn.Dropout()])
+    for (first, widths), pool in zip(NIN_BLOCKS, pools, strict=True):
+        layers += pool
         for k, published in enumerate(widths):
-            wide = classes if published is None else scaled(published, width)
-            side = kernel if k == 0 else 1
+            wide, side = scaled(published, width), 1 if k else first
             layers += [nn.Conv2d(channels, wide, side, padding=side // 2), nn.ReLU(inplace=True)]
             channels = wide
-        layers += end
-    layers.pop()  # the last convolution gives the classes
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    last = nn.Conv2d(channels, classes, 1)
+    return nn.Sequential(*layers, last, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def scaled(published: int, width: float) -> int:
@@ -181,9 +166,6 @@ class GPT2(nn.Module):
 def weight_shapes(make: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all weights but embeddings, by name; they are never allocated."""
     with torch.device("meta"):
-        model = make()
-    return {
-        name: tuple(weight.shape)
-        for name, weight in model.named_parameters()
-        if weight.ndim > 1 and not name.startswith(("tokens", "positions"))
-    }
+        weights = dict(make().named_parameters())
+    layers = {name: w for name, w in weights.items() if not name.startswith(("tokens", "pos"))}
+    return {name: tuple(weight.shape) for name, weight in layers.items() if weight.ndim > 1}

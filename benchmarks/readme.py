@@ -3,16 +3,13 @@
 A block stands between `<!-- name -->` and `<!-- /name -->`. It comes from the committed results.
 """
 
-from __future__ import annotations
-
 import re
-import tomllib
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from . import accuracy
-from .common import RESULTS, read_json
+from .common import RESULTS, read_json, read_toml
 from .paper import page, runs
 from .speed import report
 
@@ -48,7 +45,7 @@ def written(text: str, found: dict[str, str]) -> str:
 
 
 def stack_list() -> list[dict[str, Any]]:
-    return tomllib.loads((ROOT / "benchmarks" / "stacks.toml").read_text("utf-8"))["stack"]
+    return read_toml(ROOT / "benchmarks" / "stacks.toml")["stack"]
 
 
 def stacks() -> str:

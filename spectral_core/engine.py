@@ -60,6 +60,7 @@ from ._validate import (
     check_factor,
     check_factors,
     check_power,
+    check_weights,
 )
 from .errors import ArgumentError, ShapeError
 
@@ -101,6 +102,7 @@ __all__ = [
     "check_factors",
     "check_fits",
     "check_power",
+    "check_weights",
     "choose",
     "clipped",
     "conj",

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import spectral_core as sc
-from spectral_core.engine import check_power, merge, select
+from spectral_core.engine import check_power, check_weights, merge, select
 from spectral_core.errors import check_int
 
 from ._engine import XlaEngine
@@ -163,6 +163,7 @@ def add_spectral_norm_regularization(
         # Gradients may be NumPy arrays.
         grads = {name: jnp.asarray(leaf) for name, _, leaf in leaves if name in weights}
         before = to_core(state, chosen)
+        check_weights(weights, before.v)
         engines = [_engine(n_iter, power)]
         here = 1 if is_traced(n_iter) else n_iter  # a traced number is the engine's
         if before.u:

@@ -1,7 +1,5 @@
 """Train, search, and show the tables and figures: python -m benchmarks.paper --help."""
 
-from __future__ import annotations
-
 import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
@@ -16,7 +14,7 @@ from . import data, figures, page, runs
 from .methods import METHODS, MODELS
 from .runs import SUITES, Result, Run, RunError
 from .sweep import sweep
-from .train import Settings
+from .train import HOW, Settings
 
 CONSOLE = Console()
 
@@ -25,8 +23,8 @@ def run(options: Namespace) -> None:
     """Do the runs of a suite; the same command goes on after an interruption."""
     suite, strengths = SUITES[options.suite], dict(options.strengths)
     planned = suite.runs(options.models, options.methods, options.batches, strengths)
-    if options.seeds is not None:
-        planned = [one for one in planned if one.seed < options.seeds]
+    seeds = suite.seeds if options.seeds is None else options.seeds
+    planned = [one for one in planned if one.seed < seeds]
     if options.epochs is not None:
         planned = [replace(one, epochs=options.epochs) for one in planned]
     finish(options, options.suite, planned)
@@ -44,14 +42,9 @@ def search(options: Namespace) -> None:
 def finish(options: Namespace, suite: str, planned: list[Run]) -> None:
     """Do the runs, and show what they say once all are done."""
     folder = options.out / suite
-    settings = Settings(
-        device=options.device,
-        bfloat16=options.bfloat16,
-        compiled=options.compile,
-        channels_last=options.channels_last,
-        threads=options.threads,
-        deadline=monotonic() + 60 * options.minutes if options.minutes else None,
-    )
+    deadline = monotonic() + 60 * options.minutes if options.minutes else None
+    how = {name: getattr(options, name) for name in HOW}
+    settings = Settings(**how, threads=options.threads, deadline=deadline)
     found = sweep(planned, settings, folder, CONSOLE, options.workers, options.data)
     CONSOLE.print(f"{len(found)} of {len(planned)} runs are done, in {folder}.")
     if diverged := [result.run.name for result in found if result.diverged]:
@@ -86,13 +79,13 @@ def chosen(options: Namespace) -> dict[str, list[Result]]:
     """Return the results by suite, of those that the command names."""
     found = runs.committed()
     if options.results:
-        if not options.results.is_dir():
-            raise RunError(f"there is no folder {options.results}")
-        folders = sorted(path for path in options.results.iterdir() if path.is_dir())
+        folders = sorted(path for path in options.results.glob("*") if path.is_dir())
         found = {folder.name: runs.read_folder(folder) for folder in folders}
     found = {name: results for name, results in found.items() if results}
     if unknown := set(options.suites) - found.keys():
         raise RunError(f"no results of {', '.join(sorted(unknown))}; there are: {[*found]}")
+    if not found:
+        raise RunError(f"there are no results in {options.results}")
     return {name: found[name] for name in options.suites or found}
 
 
@@ -101,10 +94,7 @@ def strength(text: str) -> tuple[str, float]:
     method, _, value = text.partition("=")
     if method not in METHODS:
         raise ArgumentTypeError(f"{method!r} is none of {', '.join(METHODS)}")
-    try:
-        return method, float(value)
-    except ValueError as error:
-        raise ArgumentTypeError(f"{text!r} is not like spectral=0.03") from error
+    return method, float(value)
 
 
 def arguments() -> ArgumentParser:
@@ -115,8 +105,7 @@ def arguments() -> ArgumentParser:
         about = {"help": function.__doc__, "description": function.__doc__}
         added = commands.add_parser(name, formatter_class=ArgumentDefaultsHelpFormatter, **about)
         added.set_defaults(command=function)
-        add = added.add_argument
-        add("--out", type=Path, default=Path("paper-output"), help="where to write")
+        added.add_argument("--out", type=Path, default="paper-output", help="where to write")
         return added
 
     running, grid = command("run", run), command("search", search)
@@ -132,7 +121,7 @@ def arguments() -> ArgumentParser:
         add("--threads", type=int, default=1, help="threads of each run")
         add("--minutes", type=float, help="stop then; the same command goes on")
         add("--bfloat16", action="store_true", help="autocast")
-        add("--compile", action="store_true", help="torch.compile the model")
+        add("--compile", dest="compiled", action="store_true", help="torch.compile the model")
         add("--channels-last", action="store_true", help="the layout that tensor cores like")
     add = running.add_argument
     add("--methods", nargs="+", choices=METHODS, default=[], help="instead of the suite's")

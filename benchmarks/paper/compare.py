@@ -1,26 +1,20 @@
 """What runs of several seeds say about the methods, and how surely."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from math import ceil, log10, nan
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil, isnan, log10, nan
 from statistics import mean
 from typing import Any, NamedTuple
 
 import pandas as pd
 from scipy import stats
 
-from .runs import PAPERS, STRENGTHS, Result, Run, RunError
+from .runs import DATA, MODELS, PAPERS, STRENGTHS, Result, Run, RunError
 
-MODELS = {"vgg": "VGGNet", "nin": "NIN", "densenet-40": "DenseNet-40", "densenet-22": "DenseNet-22"}
-DATA = {
-    "digits": "digits",
-    "fashion-mnist": "Fashion-MNIST",
-    "cifar-10": "CIFAR-10",
-    "cifar-100": "CIFAR-100",
-    "stl-10": "STL-10",
-}
+MEASURES = {"test accuracy": "test", "train minus test accuracy": "last_gap"}
+MEASURES |= {"log₁₀ Π σ": "log_product"}
+
+Spectra = Mapping[str, Sequence[float]]  # singular values by weight, the largest first
 
 
 class Interval(NamedTuple):
@@ -30,15 +24,12 @@ class Interval(NamedTuple):
     half: float
 
     @property
-    def below(self) -> bool:
-        return self.mean + self.half < 0
-
-    @property
-    def above(self) -> bool:
-        return self.mean - self.half > 0
+    def sign(self) -> int:
+        """1 if the whole interval is above 0, −1 if it is below, else 0."""
+        return int(self.mean - self.half > 0) - int(self.mean + self.half < 0)
 
     def __str__(self) -> str:
-        return points(self.mean) + ("" if self.half != self.half else f" ±{points(self.half)}")
+        return points(self.mean) + ("" if isnan(self.half) else f" ±{points(self.half)}")
 
 
 def interval(values: pd.Series) -> Interval:
@@ -62,7 +53,10 @@ class Group:
 
     @property
     def network(self) -> str:
-        return network(self.run)
+        run = self.run
+        parts = [f"{MODELS.get(run.model, run.model)} {DATA.get(run.data, run.data)}"]
+        parts += [f"width {run.width:g}"] * (run.width != 1)
+        return ", ".join(parts + [run.framework] * (run.framework != "torch"))
 
     @property
     def title(self) -> str:
@@ -95,17 +89,8 @@ class Group:
         return wide.reindex(index=sorted(set(self.runs["seed"])), columns=self.methods)
 
 
-def network(run: Run) -> str:
-    parts = [f"{MODELS.get(run.model, run.model)} {DATA.get(run.data, run.data)}"]
-    parts += [f"width {run.width:g}"] if run.width != 1 else []
-    return ", ".join(parts + [run.framework] * (run.framework != "torch"))
-
-
 def groups(results: Iterable[Result]) -> list[Group]:
-    """Return the rows of Table 1, in its order; runs tested on held-out images only chose settings.
-
-    Raises `RunError` if two runs differ in what a row of the table does not show.
-    """
+    """Return the rows of Table 1, in its order, without the runs that only chose settings."""
     rows = pd.DataFrame(described(one) for one in results if not one.run.validate)
     if rows.empty:
         return []
@@ -125,31 +110,20 @@ def described(result: Result) -> dict[str, Any]:
     """Return a row for the run: what identifies it, and what it left."""
     run = result.run
     order = (place(run.model, MODELS), place(run.data, DATA), run.width, run.framework)
-    row = {
-        "place": (*order, run.subset or 0),
-        "batch": run.batch,
-        "rank": place(run.method, STRENGTHS),
-        "method": run.method,
-        "seed": run.seed,
-        "diverged": result.diverged,
-        "result": result,
-    }
+    row = {"place": (*order, run.subset or 0), "rank": place(run.method, STRENGTHS)}
+    row |= {**asdict(run), "diverged": result.diverged, "result": result}
     if result.diverged:
-        return row | dict.fromkeys(("best", "test", "last_gap", "log_product"), nan)
+        return row | dict.fromkeys(("best", *MEASURES.values()), nan)
     test, product = result.last("test"), result.curve("sigma_product")
-    return row | {
-        "best": max(result.curve("test").values()),
-        "test": test,
-        "last_gap": result.last("train") - test,
-        "log_product": log10([*product.values()][-1]) if product else nan,
-    }
+    row |= {"best": max(result.curve("test").values()), "test": test}
+    row |= {"last_gap": result.last("train") - test}
+    return row | {"log_product": log10(result.last("sigma_product")) if product else nan}
 
 
 def threshold(runs: pd.DataFrame) -> float:
-    """Return α: the highest hundredth below every run's best test accuracy.
+    """Return α: the highest hundredth below the best test accuracy of every method of the paper.
 
-    Methods outside the paper's table do not set it, unless there are no others: one that fails
-    would make a low threshold, at which any gap is small.
+    Another method that fails would make a low threshold, at which any gap is small.
     """
     of_paper = runs["method"].isin(PAPERS)
     kept = (runs[of_paper] if of_paper.any() else runs).query("not diverged")
@@ -179,42 +153,33 @@ def verdict(group: Group) -> str:
     if group.at_chance:
         return f"undecided, {group.at_chance} runs never left chance."
     gaps = group.values("gap")
-    others = [method for method in gaps if method in PAPERS and method != "spectral"]
     # Spectral's gap minus the other's, paired by seed.
-    found = {name: interval((gaps["spectral"] - gaps[name]).dropna()) for name in others}
-    found = {name: each for name, each in found.items() if each.mean == each.mean}
+    pairs = {name: (gaps["spectral"] - gaps[name]).dropna() for name in gaps if name in PAPERS}
+    found = {name: interval(one) for name, one in pairs.items() if len(one) and name != "spectral"}
     if not found:
         return "undecided, spectral has no run to compare with another method's."
     # The one that speaks most against the claim.
-    worst = max(
-        found, key=lambda name: (found[name].above, not found[name].below, found[name].mean)
-    )
+    name, worst = max(found.items(), key=lambda it: (it[1].sign, it[1].mean))
     own = interval(gaps["spectral"].dropna())
     what = f"spectral's gap at α = {hundredths(group.alpha)} is {own}, "
-    against = f"{worst}'s by {found[worst]._replace(mean=abs(found[worst].mean))}"
-    if found[worst].above:
+    against = f"{name}'s by {worst._replace(mean=abs(worst.mean))}"
+    if worst.sign > 0:
         return f"refuted, {what}larger than {against}."
-    if all(each.below for each in found.values()):
+    if all(each.sign < 0 for each in found.values()):
         if missing := [name for name in PAPERS if name not in gaps]:
             return f"undecided, no run of {' or '.join(missing)} to compare with."
         return f"confirmed, {what}smaller than every other; than {against}."
-    than = "larger" if found[worst].mean > 0 else "smaller"
-    one = found[worst].half != found[worst].half
-    why = "one seed gives no interval" if one else "which may be chance"
+    than = "larger" if worst.mean > 0 else "smaller"
+    why = "one seed gives no interval" if isnan(worst.half) else "which may be chance"
     return f"undecided, {what}{than} than {against}, {why}."
 
 
 def better_seeds(group: Group) -> tuple[bool, bool] | None:
-    """Return whether spectral is better than vanilla in accuracy and gap from every seed, or worse.
-
-    None if there is nothing to compare.
-    """
+    """Return whether every seed is better with spectral than with vanilla, and whether worse."""
     if not {"spectral", "vanilla"} <= {*group.methods} or group.at_chance:
         return None
-    test, gap = (
-        wide["spectral"] - wide["vanilla"]
-        for wide in (group.values("test"), group.values("last_gap"))
-    )
+    wide = [group.values(column) for column in ("test", "last_gap")]
+    test, gap = (values["spectral"] - values["vanilla"] for values in wide)
     return bool(((test > 0) & (gap < 0)).all()), bool(((test < 0) & (gap > 0)).all())
 
 
@@ -226,28 +191,21 @@ def spectra_compared(found: Iterable[Group]) -> pd.DataFrame:
         for (method, seed), ours in kept.items():
             theirs = kept.get(("vanilla", seed))
             if method == "spectral" and ours and theirs:
-                lower = [values[0] < theirs[name][0] for name, values in ours.items()]
-                largest = [max(values[0] for values in one.values()) for one in (ours, theirs)]
-                rows.append(
-                    {
-                        "title": f"{group.title}, seed {seed}",
-                        "lower": largest[0] < largest[1],
-                        "lower weights": sum(lower),
-                        "weights": len(lower),
-                        "rank": mean(map(stable_rank, ours.values())),
-                        "vanilla's rank": mean(map(stable_rank, theirs.values())),
-                    }
-                )
+                rows.append({"title": f"{group.title}, seed {seed}", **flattened(ours, theirs)})
     return pd.DataFrame(rows)
+
+
+def flattened(ours: Spectra, theirs: Spectra) -> dict[str, Any]:
+    """Compare two networks' largest singular values, and how flat their spectra are."""
+    lower = [values[0] < theirs[name][0] for name, values in ours.items()]
+    largest, base = (max(values[0] for values in one.values()) for one in (ours, theirs))
+    ranks = [mean(map(stable_rank, one.values())) for one in (ours, theirs)]
+    found = {"lower": largest < base, "lower_weights": sum(lower), "weights": len(lower)}
+    return found | {"rank": ranks[0], "vanilla": ranks[1], "flatter": ranks[0] > ranks[1]}
 
 
 def agreements(found: Iterable[Group]) -> list[str]:
     """Return a sentence for each method in groups that differ in their framework only."""
-    columns = {
-        "test accuracy": "test",
-        "train minus test accuracy": "last_gap",
-        "log₁₀ Π σ": "log_product",
-    }
     sentences, firsts = [], {}
     for group in found:
         name = (group.title.replace(f", {group.run.framework}", ""), group.run.subset)
@@ -256,13 +214,13 @@ def agreements(found: Iterable[Group]) -> list[str]:
             names = f"{method}, {first.run.framework} minus {group.run.framework}"
             both = [
                 [each.values(column).get(method, pd.Series()).dropna() for each in (first, group)]
-                for column in columns.values()
+                for column in MEASURES.values()
             ]
             if any(len(values) < 2 for pair in both for values in pair):
                 sentences.append(f"{names}: undecided, too few runs.")
                 continue
-            intervals = dict(zip(columns, (unpaired(*pair) for pair in both), strict=True))
-            differs = any(each.above or each.below for each in intervals.values())
+            intervals = dict(zip(MEASURES, (unpaired(*pair) for pair in both), strict=True))
+            differs = any(each.sign for each in intervals.values())
             word = "they differ" if differs else "no difference is found"
             parts = ", ".join(f"{name} {each}" for name, each in intervals.items())
             sentences.append(f"{names}: {word}: {parts}.")

@@ -1,14 +1,8 @@
-"""The data sets as arrays, read from the files that they are published as.
-
-The binary files, since reading a pickle runs code.
-"""
-
-from __future__ import annotations
+"""The data sets as arrays, read from published binary files: reading a pickle runs code."""
 
 import gzip
 import zlib
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +11,14 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from benchmarks.common import read_toml
+
 Images = NDArray[np.float32]  # (n, channels, height, width)
 Labels = NDArray[np.int64]  # (n,)
-Part = tuple[NDArray[np.uint8], Labels]
+Bytes = NDArray[np.uint8]
+Parts = Iterator[tuple[Bytes, Bytes, Path]]  # images, labels, and the file of the labels
 
 CHUNK = 1000  # images normalized at once: all of them in double precision may not fit in memory
-CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html (the binary version)"
-STL = "https://cs.stanford.edu/~acoates/stl10/ (the binary files)"
-FASHION = "the Debian package dataset-fashion-mnist"
 
 
 class DataError(Exception):
@@ -43,33 +37,30 @@ class Data(NamedTuple):
 
 
 class Source(NamedTuple):
-    """How a published data set is read, and from where."""
+    """How a published data set is read, and from where, as data.toml has it."""
 
-    read: Callable[[list[Path]], tuple[Part, Part]]
-    files: tuple[str, ...]
-    unpacked: str  # the folder that its archive unpacks to
+    reader: str
+    files: list[str]
+    unpacked: str
     origin: str
-    classes: int
-    folder: Path | None = None
+    classes: int = 10
+    first_label: int = 0
+    label_bytes: int = 1
+    folder: str = ""
     augmented: bool = False
 
 
 def load(name: str, folder: Path | None = None) -> Data:
-    """Return a data set; ``folder`` has its files, and digits come with scikit-learn.
-
-    Raises
-    ------
-    DataError
-        If no data set has the name, a file is missing (the message says where to get it), or a
-        file is damaged.
-    """
+    """Return a data set from the files in ``folder``; digits come with scikit-learn."""
     if name == "digits":
         return digits()
     if name not in SOURCES:
         raise DataError(f"no data set is named {name!r}: digits, {', '.join(SOURCES)}")
     source = SOURCES[name]
-    train, test = source.read(located(name, source, folder or source.folder))
-    arrays = (normalized(train[0]), train[1], normalized(test[0]), test[1])
+    parts = READERS[source.reader](source, located(name, source, folder))
+    *train, test = (checked(source, *part) for part in parts)
+    images, labels = (np.concatenate(arrays) for arrays in zip(*train, strict=True))
+    arrays = (normalized(images), labels, normalized(test[0]), test[1])
     return Data(*arrays, source.classes, source.augmented)
 
 
@@ -88,66 +79,61 @@ def digits(test_share: float = 0.5) -> Data:
 
 def located(name: str, source: Source, folder: Path | None) -> list[Path]:
     """Return the files, each plain or compressed, in the folder or in its archive's folder."""
-    if folder is None:
-        raise DataError(f"{name} needs a folder; get the data set from {source.origin}")
-    places = []
-    for at in (folder, folder / source.unpacked):
-        choices = [(at / file, at / f"{file}.gz") for file in source.files]
-        places.append([next((path for path in one if path.is_file()), None) for one in choices])
-    paths = max(places, key=lambda place: sum(path is not None for path in place))
-    missing = [file for file, path in zip(source.files, paths, strict=True) if path is None]
-    if missing:
-        at = folder if paths is places[0] else folder / source.unpacked
-        raise DataError(f"{at} lacks {', '.join(missing)}; get the data set from {source.origin}")
-    return [path for path in paths if path is not None]
+    advice = f"get the data set from {source.origin}"
+    if not (folder := folder or (source.folder and Path(source.folder))):
+        raise DataError(f"{name} needs a folder; {advice}")
+    at = folder / source.unpacked if (folder / source.unpacked).is_dir() else folder
+    plain = [at / file for file in source.files]
+    paths = [path if path.is_file() else at / f"{path.name}.gz" for path in plain]
+    if missing := [path.stem for path in paths if not path.is_file()]:
+        raise DataError(f"{at} lacks {', '.join(missing)}; {advice}")
+    return paths
 
 
-def read_cifar(paths: list[Path], label_bytes: int, classes: int) -> tuple[Part, Part]:
+def checked(source: Source, images: Bytes, labels: Bytes, path: Path) -> tuple[Bytes, Labels]:
+    """Return images, and their labels counted from 0."""
+    if len(images) != len(labels):
+        raise DataError(f"there are {len(images)} images, but {path} has {len(labels)} labels")
+    low, high, first = labels.min(), labels.max(), source.first_label
+    if low < first or high >= first + source.classes:
+        expected = f"expected {first} to {first + source.classes - 1}"
+        raise DataError(f"{path} has labels {low} to {high}, {expected}")
+    return images, labels.astype(np.int64) - first
+
+
+def read_cifar(source: Source, paths: list[Path]) -> Parts:
     """Read records of the label's bytes, the last of which is the fine label, and an image."""
-    shape, parts = (3, 32, 32), []
     for path in paths:
-        records = rows(path, label_bytes + prod(shape))
-        labels = checked(path, records[:, label_bytes - 1], 0, classes)
-        parts.append((records[:, label_bytes:].reshape(-1, *shape), labels))
-    *train, test = parts
-    images, labels = (np.concatenate(arrays) for arrays in zip(*train, strict=True))
-    return (images, labels), test
+        records = rows(path, source.label_bytes + 3 * 32 * 32)
+        labels, pixels = np.split(records, [source.label_bytes], axis=1)
+        yield pixels.reshape(-1, 3, 32, 32), labels[:, -1], path
 
 
-def read_stl(paths: list[Path]) -> tuple[Part, Part]:
-    """Read images and labels from files of their own; pixels are in columns, labels from 1."""
-
-    def part(images: Path, labels: Path) -> Part:
+def read_stl(_: Source, paths: list[Path]) -> Parts:
+    """Read images, whose pixels are in columns, and labels from files of their own."""
+    for images, labels in (paths[:2], paths[2:]):
         pixels = rows(images, 3 * 96 * 96).reshape(-1, 3, 96, 96).swapaxes(2, 3)
-        return paired(images, pixels, labels, checked(labels, rows(labels, 1)[:, 0], 1, 10))
-
-    return part(*paths[:2]), part(*paths[2:])
+        yield pixels, rows(labels, 1)[:, 0], labels
 
 
-def read_idx(paths: list[Path]) -> tuple[Part, Part]:
+def read_idx(_: Source, paths: list[Path]) -> Parts:
     """Read the four files of MNIST and its like."""
-
-    def part(images: Path, labels: Path) -> Part:
-        return paired(
-            images, idx(images, 3)[:, None], labels, checked(labels, idx(labels, 1), 0, 10)
-        )
-
-    return part(*paths[:2]), part(*paths[2:])
+    for images, labels in (paths[:2], paths[2:]):
+        yield idx(images, 3)[:, None], idx(labels, 1), labels
 
 
-def idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
+def idx(path: Path, dimensions: int) -> Bytes:
     """Return an array of unsigned bytes, whose shape is in the file."""
     content, start = contents(path), 4 + 4 * dimensions
+    shape = [int.from_bytes(content[k : k + 4]) for k in range(4, start, 4)]
     magic = bytes([0, 0, 0x08, dimensions])  # 8: unsigned bytes
-    if content[:4] != magic or len(content) < start:
-        raise DataError(f"{path} starts with {content[:4].hex()}, not with IDX's {magic.hex()}")
-    shape = np.frombuffer(content, ">u4", dimensions, 4).tolist()
-    if len(content) - start != prod(shape) or not prod(shape):
-        raise DataError(f"{path} has {len(content) - start} bytes after its header, not {shape}")
+    if content[:4] != magic or len(content) != start + prod(shape) or not prod(shape):
+        about = f"it starts with {content[:4].hex()} and has {len(content)} bytes"
+        raise DataError(f"{path} is no IDX file of {dimensions} dimensions: {about}")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-def rows(path: Path, size: int) -> NDArray[np.uint8]:
+def rows(path: Path, size: int) -> Bytes:
     """Return records of a fixed size, as many as the file has."""
     content = contents(path)
     if not content or len(content) % size:
@@ -163,33 +149,9 @@ def contents(path: Path) -> bytes:
         raise DataError(f"{path} cannot be decompressed: {error}") from error
 
 
-def checked(path: Path, labels: NDArray[np.uint8], first: int, classes: int) -> Labels:
-    """Return labels from 0; ``first`` is the file's lowest."""
-    low, high, last = int(labels.min()), int(labels.max()), first + classes - 1
-    if low < first or high > last:
-        raise DataError(f"{path} has labels {low} to {high}, expected {first} to {last}")
-    return labels.astype(np.int64) - first
-
-
-def paired(images: Path, pixels: NDArray[np.uint8], path: Path, labels: Labels) -> Part:
-    if len(pixels) != len(labels):
-        raise DataError(f"{images} has {len(pixels)} images, but {path} has {len(labels)} labels")
-    return pixels, labels
-
-
-CIFAR_10 = (*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin")
-STL_10 = ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin")
-KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
-MNIST = tuple(f"{part}-{kind}" for part in ("train", "t10k") for kind in KINDS)
-PACKAGE = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts its files
-COARSE = partial(read_cifar, label_bytes=1, classes=10)
-FINE = partial(read_cifar, label_bytes=2, classes=100)
-SOURCES = {
-    "cifar-10": Source(COARSE, CIFAR_10, "cifar-10-batches-bin", CIFAR, 10),
-    "cifar-100": Source(FINE, ("train.bin", "test.bin"), "cifar-100-binary", CIFAR, 100),
-    "stl-10": Source(read_stl, STL_10, "stl10_binary", STL, 10, augmented=True),
-    "fashion-mnist": Source(read_idx, MNIST, "fashion-mnist", FASHION, 10, folder=PACKAGE),
-}
+READERS = {"cifar": read_cifar, "stl": read_stl, "idx": read_idx}
+TABLE = read_toml(Path(__file__).with_name("data.toml"))
+SOURCES = {name: Source(**fields) for name, fields in TABLE.items()}
 
 
 def normalized(images: NDArray[Any]) -> Images:
@@ -212,9 +174,8 @@ def limited(data: Data, subset: int | None) -> Data:
         return data
     if not 1 <= subset <= len(data.train_labels):
         raise DataError(f"{len(data.train_labels)} training images have no subset of {subset}")
-    return data._replace(
-        train_images=data.train_images[:subset], train_labels=data.train_labels[:subset]
-    )
+    images, labels, *_ = data
+    return data._replace(train_images=images[:subset], train_labels=labels[:subset])
 
 
 def held_out(data: Data) -> Data:
@@ -222,21 +183,12 @@ def held_out(data: Data) -> Data:
     kept = len(data.train_labels) - len(data.train_labels) // 10
     if kept == len(data.train_labels):
         raise DataError(f"{kept} training images have no tenth")
-    return data._replace(
-        train_images=data.train_images[:kept],
-        train_labels=data.train_labels[:kept],
-        test_images=data.train_images[kept:],
-        test_labels=data.train_labels[kept:],
-    )
+    images, labels, *_ = data
+    return Data(images[:kept], labels[:kept], images[kept:], labels[kept:], *data[4:])
 
 
 def batches(count: int, size: int, seed: int, epoch: int) -> Iterator[NDArray[np.int64]]:
-    """Return one epoch's batches as indices; seed and epoch alone decide their order.
-
-    A short last batch is dropped.
-
-    Raises `DataError` if there is not one batch.
-    """
+    """Return one epoch's full batches as indices; seed and epoch alone decide their order."""
     if not 1 <= size <= count:
         raise DataError(f"a batch of {size} cannot be drawn from {count} training images")
     order = np.random.default_rng([seed, epoch]).permutation(count)
@@ -244,13 +196,10 @@ def batches(count: int, size: int, seed: int, epoch: int) -> Iterator[NDArray[np
 
 
 def augment(images: Images, rng: np.random.Generator) -> Images:
-    """Shift each image by up to an eighth of its side, and mirror about every other one.
-
-    A shift brings in zeros, the mean of a normalized image.
-    """
-    count, _, *sides = images.shape
-    height, width = sides
+    """Shift each image by up to an eighth of its side, and mirror about every other one."""
+    count, _, height, width = images.shape
     down, across = height // 8, width // 8
+    # With zeros, the mean of a normalized image.
     padded = np.pad(images, [(0, 0), (0, 0), (down, down), (across, across)])
     windows = sliding_window_view(padded, (height, width), axis=(2, 3))
     top, left = rng.integers(2 * down + 1, size=count), rng.integers(2 * across + 1, size=count)

@@ -1,8 +1,7 @@
 """The paper's Figures 1–6 from our results."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,13 @@ def figures(
     found = groups(results)
     first = [group for group in found if group.network == found[0].network]
     others = [group for group in found if group.network != found[0].network]
-    accuracy, gradient, hessian = "accuracy", "‖∇ₓ loss‖₂", "largest eigenvalue of the Hessian"
     plan: dict[int, tuple[str, Iterable[Row]]] = {
-        1: (accuracy, curves(first, "")),
-        2: (gradient, curves(first, "_gradient")),
-        3: (hessian, curves(found, "_hessian")),
+        3: ("largest eigenvalue of the Hessian", curves(found, "_hessian")),
         4: ("singular value", spectra(found)),
-        5: (accuracy, curves(others, "")),
-        6: (gradient, curves(others, "_gradient")),
     }
+    for number, some in {1: first, 5: others}.items():
+        plan[number] = "accuracy", curves(some, "")
+        plan[number + 1] = "‖∇ₓ loss‖₂", curves(some, "_gradient")
     paths = []
     for number in numbers:
         label, rows = plan[number]
@@ -49,17 +46,16 @@ def figures(
 def curves(found: Sequence[Group], suffix: str) -> Iterator[Row]:
     """Yield the values at each epoch; gaps follow accuracies, in panels of their own."""
     for group in found:
-        for result in group.kept["result"]:
-            for part in ("train", "test"):
-                place = {"panel": group.title, "method": result.run.method, "part": part}
-                for epoch, y in result.curve(part + suffix).items():
-                    yield {**place, "epoch": epoch, "y": y}
+        for result, part in product(group.kept["result"], ("train", "test")):
+            place = {"panel": group.title, "method": result.run.method, "part": part}
+            for epoch, y in result.curve(part + suffix).items():
+                yield {**place, "epoch": epoch, "y": y}
     for group in found if not suffix else ():
         panel = f"{group.title}\ntrain − test; α = {group.alpha}"
         for result in group.kept["result"]:
-            train, test = result.curve("train"), result.curve("test")
-            for epoch, y in train.items():
-                place = {"panel": panel, "method": result.run.method, "part": "train − test"}
+            place = {"panel": panel, "method": result.run.method, "part": "train − test"}
+            test = result.curve("test")
+            for epoch, y in result.curve("train").items():
                 yield {**place, "epoch": epoch, "y": y - test[epoch]}
 
 
@@ -80,18 +76,10 @@ def draw(table: pd.DataFrame, label: str, path: Path) -> None:
     """Draw a panel for each network and batch: means over seeds, and the range of the seeds."""
     x = "index" if "index" in table else "epoch"
     methods = sorted(table["method"].unique(), key=[*STRENGTHS, *table["method"]].index)
-    with panels(
-        table,
-        x=x,
-        col_wrap=min(2, table["panel"].nunique()),
-        hue="method",
-        hue_order=methods,
-        palette=dict(zip(methods, COLORS, strict=False)),
-        style="part" if "part" in table else None,
-        dashes=DASHES if "part" in table else None,
-        errorbar=("pi", 100),
-        err_kws={"alpha": 0.1, "lw": 0},
-    ) as grid:
+    looks: Row = {"hue": "method", "hue_order": methods, "palette": COLORS[: len(methods)]}
+    looks |= {"style": "part", "dashes": DASHES} if "part" in table else {}
+    looks |= {"errorbar": ("pi", 100), "err_kws": {"alpha": 0.1, "lw": 0}}
+    with panels(table, x=x, col_wrap=min(2, table["panel"].nunique()), **looks) as grid:
         grid.set_axis_labels(x, label)
         for panel, axis in grid.axes_dict.items():
             if label == "accuracy" and "−" not in panel:  # the first epochs are alike

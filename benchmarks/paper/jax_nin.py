@@ -1,7 +1,5 @@
 """Network in Network in JAX, as in PyTorch but for the random numbers and the Hessian."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from math import isfinite, prod
 from time import perf_counter
@@ -12,16 +10,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-import spectral_core
+import spectral_core as sc
 import spectral_jax
 from benchmarks.common import machine, rounded
+from benchmarks.models import NIN_BLOCKS, scaled
 
 from .data import Data, batches
 from .runs import DIGITS, MEASURED, MOMENTUM, Result, Run, RunError
-
-# Side of the first kernel, channels of the convolutions; all but the first are 1 × 1. One more
-# convolution after the last block gives the classes.
-BLOCKS = ((5, (192, 160, 96)), (5, (192, 192, 192)), (3, (192, 192)))
 
 # Flax's `he_normal` is truncated, PyTorch's is not. Made once: nnx.jit compiles anew with another.
 HE = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -44,9 +39,9 @@ class NIN(nnx.Module):
 
     def __init__(self, channels: int, classes: int, width: float, *, rngs: nnx.Rngs) -> None:
         convs = []
-        for side, published in BLOCKS:
-            for k, count in enumerate(published):
-                wide = max(1, round(width * count))
+        for side, widths in NIN_BLOCKS:
+            for k, published in enumerate(widths):
+                wide = scaled(published, width)
                 convs.append(conv(channels, wide, 1 if k else side, rngs))
                 channels = wide
         self.convs = nnx.List([*convs, conv(channels, classes, 1, rngs)])
@@ -57,8 +52,7 @@ class NIN(nnx.Module):
             x = jax.nn.relu(layer(x))
             if k in (2, 5):
                 pool = nnx.max_pool if k == 2 else nnx.avg_pool
-                x = pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-                x = self.dropout(x)
+                x = self.dropout(pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))))
         return self.convs[-1](x).mean((1, 2))
 
 
@@ -68,15 +62,11 @@ def conv(channels: int, features: int, side: int, rngs: nnx.Rngs) -> nnx.Conv:
 
 
 def train_in_jax(run: Run, data: Data, advance: Callable[[], object] = lambda: None) -> Result:
-    """Train one network.
-
-    Raises `RunError` if the run or its data ask for what only the runs in PyTorch have.
-    """
+    """Train one network; `RunError` for what only the runs in PyTorch have."""
     if run.model != "nin" or run.method not in METHODS or data.augmented:
         raise RunError(f"JAX trains NIN only, by {', '.join(METHODS)}, on images as they are")
     model = NIN(data.train_images.shape[1], data.classes, run.width, rngs=nnx.Rngs(run.seed))
-    train_set = labelled(data.train_images, data.train_labels)
-    test_set = labelled(data.test_images, data.test_labels)
+    train_set, test_set = labelled(*data[:2]), labelled(*data[2:4])
     count = len(data.train_labels)
     tx = transformation(run, steps=count // run.batch)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -88,9 +78,8 @@ def train_in_jax(run: Run, data: Data, advance: Callable[[], object] = lambda: N
         # Read at the end of the epoch only: a step need not wait for the one before.
         losses = [train_step(model, optimizer, train_set, batch) for batch in chosen]
         measured = {"loss": float(jnp.stack(losses).mean())}
-        finite = isfinite(measured["loss"]) and all(
-            jnp.isfinite(w).all() for w in jax.tree.leaves(nnx.state(model, nnx.Param))
-        )
+        weights = jax.tree.leaves(nnx.state(model, nnx.Param))
+        finite = isfinite(measured["loss"]) and all(jnp.isfinite(w).all() for w in weights)
         result.diverged = not finite
         result.record(measured | (measures(model, train_set, test_set) if finite else {}))
         advance()
@@ -107,14 +96,12 @@ def labelled(images: np.ndarray, labels: np.ndarray) -> Labelled:
 
 def transformation(run: Run, steps: int) -> optax.GradientTransformation:
     """Chain the method and SGD, whose rate falls at a half and at three quarters of the epochs."""
+    falls = jnp.array([run.epochs // 2, 3 * run.epochs // 4])
 
     def rate(count: jax.Array) -> jax.Array:
-        epoch = count // steps
-        falls = (epoch >= run.epochs // 2).astype(int) + (epoch >= 3 * run.epochs // 4)
-        return run.rate * 0.1**falls
+        return run.rate * 0.1 ** (count // steps >= falls).sum()
 
-    sgd = optax.sgd(rate, MOMENTUM, nesterov=True)
-    return optax.chain(METHODS[run.method](run), sgd)
+    return optax.chain(METHODS[run.method](run), optax.sgd(rate, MOMENTUM, nesterov=True))
 
 
 @nnx.jit
@@ -136,22 +123,17 @@ losses_of = optax.softmax_cross_entropy_with_integer_labels
 
 def measures(model: NIN, train_set: Labelled, test_set: Labelled) -> dict[str, float]:
     """Return what is measured after an epoch."""
-    some = [(x[:MEASURED], y[:MEASURED]) for x, y in (train_set, test_set)]
     model.eval()  # no dropout
-    found = {
-        "train": mean_of(are_right, model, train_set),
-        "test": mean_of(are_right, model, test_set),
-        "train_gradient": mean_of(gradient_norms, model, some[0]),
-        "test_gradient": mean_of(gradient_norms, model, some[1]),
-        "sigma_product": prod(values[0] for values in spectra(model).values()),
-    }
+    found = {"sigma_product": prod(values[0] for values in spectra(model).values())}
+    for part, (x, y) in {"train": train_set, "test": test_set}.items():
+        found[part] = mean_of(are_right, model, x, y)
+        found[f"{part}_gradient"] = mean_of(gradient_norms, model, x[:MEASURED], y[:MEASURED])
     model.train()
     return found
 
 
-def mean_of(function: Callable[..., jax.Array], model: NIN, images: Labelled) -> float:
+def mean_of(function: Callable[..., jax.Array], model: NIN, x: jax.Array, y: jax.Array) -> float:
     """Return the mean over images, in chunks: a wide network needs much memory for each."""
-    x, y = images
     starts = range(0, len(x), CHUNK)
     parts = [function(model, x[i : i + CHUNK], y[i : i + CHUNK]) for i in starts]
     return float(np.concatenate(parts).mean())
@@ -175,8 +157,6 @@ def gradient_norms(model: NIN, images: jax.Array, labels: jax.Array) -> jax.Arra
 
 def spectra(model: NIN) -> dict[str, list[float]]:
     """Return all singular values of each weight, the largest first."""
-    found = {}
-    for k, layer in enumerate(model.convs):
-        matrix = spectral_core.as_matrix(np.asarray(layer.kernel[...], np.float64), "hwio")
-        found[f"convs/{k}/kernel"] = np.linalg.svd(matrix, compute_uv=False).tolist()
-    return found
+    kernels = (np.asarray(layer.kernel[...], np.float64) for layer in model.convs)
+    values = (np.linalg.svdvals(sc.as_matrix(kernel, "hwio")).tolist() for kernel in kernels)
+    return {f"convs/{k}/kernel": some for k, some in enumerate(values)}

@@ -1,11 +1,8 @@
 """The models and methods that are compared. Add your own to `MODELS` or `METHODS`.
 
-A method is the loss that it minimizes, and what it does to model and optimizer. Vanilla, weight
-decay, adversarial training and spectral norm regularization are the paper's. It describes Jacobian
-regularization and leaves it out; spectral normalization came after it.
+The paper compares vanilla, weight decay, adversarial training and spectral norm regularization. It
+describes Jacobian regularization and leaves it out; spectral normalization came after it.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,15 +23,11 @@ from .runs import RunError
 
 Network = Callable[[Tensor], Tensor]
 State = dict[str, Tensor]
-Build = Callable[..., nn.Module]  # from channels, classes, size and width
+KINDS = (nn.Conv2d, nn.Linear)
 
-
-MODELS: dict[str, Build] = {
-    "vgg": models.vgg_16,
-    "nin": models.nin,
-    "densenet-40": partial(models.densenet, depth=40),
-    "densenet-22": partial(models.densenet, depth=22),
-}
+# Each is called with channels, classes, size and width.
+MODELS: dict[str, Callable[..., nn.Module]] = {"vgg": models.vgg_16, "nin": models.nin}
+MODELS |= {f"densenet-{depth}": partial(models.densenet, depth=depth) for depth in (40, 22)}
 
 
 def build(name: str, data: Data, width: float, seed: int) -> nn.Module:
@@ -44,12 +37,11 @@ def build(name: str, data: Data, width: float, seed: int) -> nn.Module:
     _, channels, size, _ = data.train_images.shape
     model = MODELS[name](channels, data.classes, size, width)
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
-                if module.bias is not None:
-                    module.bias.zero_()
+    for module in model.modules():
+        if isinstance(module, KINDS):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     return model
 
 
@@ -120,10 +112,9 @@ class Spectral(Method):
 
 
 class Jacobian(Method):
-    """(λ/2)·‖∂y/∂x‖_F² of an image, estimated along one random direction of the outputs.
+    """(λ/2)·‖∂y/∂x‖_F² of an image (Hoffman, Roberts & Yaida, 2019): the mean of d·‖∂(rᵀy)/∂x‖².
 
-    For a unit vector r of d outputs, drawn anew each step, d·‖∂(rᵀy)/∂x‖² has the squared
-    Frobenius norm as its mean (Hoffman, Roberts & Yaida, 2019).
+    r is a unit vector of d outputs, drawn anew each step.
     """
 
     twice = True
@@ -143,7 +134,7 @@ class Normalization(Method):
 
     def prepare(self, model: nn.Module) -> None:
         for module in list(model.modules()):
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if isinstance(module, KINDS):
                 spectral_norm(module)
 
 
@@ -154,11 +145,5 @@ def unit(rows: Tensor) -> Tensor:
     return normalize(rows / largest.clamp_min(torch.finfo(rows.dtype).tiny))
 
 
-METHODS: dict[str, type[Method]] = {
-    "vanilla": Method,
-    "decay": Decay,
-    "adversarial": Adversarial,
-    "spectral": Spectral,
-    "jacobian": Jacobian,
-    "normalization": Normalization,
-}
+METHODS = {"vanilla": Method, "decay": Decay, "adversarial": Adversarial, "spectral": Spectral}
+METHODS |= {"jacobian": Jacobian, "normalization": Normalization}

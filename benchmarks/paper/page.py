@@ -1,7 +1,5 @@
 """Tables and sentences about a suite: the paper's Table 1 from our results, and what follows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from math import isnan
 
@@ -9,22 +7,9 @@ import pandas as pd
 
 from benchmarks.common import markdown
 
-from .compare import (
-    DATA,
-    MODELS,
-    Group,
-    agreements,
-    better_seeds,
-    groups,
-    hundredths,
-    interval,
-    large,
-    place,
-    points,
-    spectra_compared,
-    verdict,
-)
-from .runs import COMMITTED, STRENGTHS, Result
+from . import compare
+from .compare import Group, groups, hundredths, place, points
+from .runs import COMMITTED, DATA, MODELS, SENTENCES, STRENGTHS, Result
 
 PUBLISHED = pd.read_csv(COMMITTED / "published.csv").set_index(["model", "data", "batch"])
 
@@ -35,7 +20,7 @@ def block(results: Sequence[Result]) -> str:
         return grid(results)
     found = groups(results)
     parts = [settings(results), table(found), verdicts(found), spectra(found), counts(found)]
-    parts.append("\n".join(f"- {sentence}" for sentence in agreements(found)))
+    parts.append("\n".join(f"- {sentence}" for sentence in compare.agreements(found)))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -49,14 +34,12 @@ def settings(results: Sequence[Result]) -> str:
         f"{each(str(run.epochs) for run in runs)} epochs",
     ]
     for name in sorted({run.data for run in runs}, key=lambda name: place(name, DATA)):
-        sizes = {str(run.subset) for run in runs if run.data == name and run.subset}
-        if sizes:
-            parts.append(f"{each(sorted(sizes))} training images of {DATA.get(name, name)}")
-    methods = sorted({run.method for run in runs}, key=lambda name: place(name, STRENGTHS))
+        sizes = sorted({str(run.subset) for run in runs if run.data == name and run.subset})
+        parts += [f"{each(sizes)} training images of {DATA.get(name, name)}"] if sizes else []
+    used = {run.method for run in runs if run.strength}
     strengths = [
         f"{method} {each(f'{run.strength:g}' for run in runs if run.method == method)}"
-        for method in methods
-        if any(run.method == method and run.strength for run in runs)
+        for method in sorted(used, key=lambda name: place(name, STRENGTHS))
     ]
     parts += [f"strengths: {', '.join(strengths)}"] if strengths else []
     parts.append(each(computer(result.machine) for result in results))
@@ -89,13 +72,9 @@ def row(group: Group, columns: Sequence[str]) -> list[str]:
     if (run.width, run.subset) == (1, None) and key in PUBLISHED.index:
         paper = PUBLISHED.loc[key].to_dict()
     alpha = "–" if isnan(group.alpha) else hundredths(group.alpha)
-    return [
-        group.network,
-        str(run.batch),
-        *cells(group, columns, "test", paper),
-        alpha + (f" (paper {hundredths(paper['alpha'])})" if paper else ""),
-        *cells(group, columns, "gap", paper),
-    ]
+    alpha += f" (paper {hundredths(paper['alpha'])})" if paper else ""
+    tests, gaps = (cells(group, columns, column, paper) for column in ("test", "gap"))
+    return [group.network, str(run.batch), *tests, alpha, *gaps]
 
 
 def cells(group: Group, columns: Sequence[str], column: str, paper: dict[str, float]) -> list[str]:
@@ -107,7 +86,7 @@ def cells(group: Group, columns: Sequence[str], column: str, paper: dict[str, fl
     best = means.min() if column == "gap" else means.max()
     for method in columns:
         found = values[method].dropna() if method in values else []
-        text = str(interval(found)) if len(found) else ""
+        text = str(compare.interval(found)) if len(found) else ""
         text = f"**{text}**" if text and means.get(method) == best else text
         lost, runs = group.lost(method)
         text = ", ".join([text] * bool(text) + [f"diverged {lost}/{runs}"] * bool(lost)) or "–"
@@ -118,57 +97,50 @@ def cells(group: Group, columns: Sequence[str], column: str, paper: dict[str, fl
 
 def verdicts(found: Sequence[Group]) -> str:
     """Return a sentence for each network, about the paper's claim at the large batch."""
-    chosen = [
-        group for group in large(found) if "spectral" in group.methods and len(group.methods) > 1
+    sentences = [
+        f"- {group.title}: {compare.verdict(group)}"
+        for group in compare.large(found)
+        if "spectral" in group.methods and len(group.methods) > 1
     ]
-    sentences = [f"- {group.title}: {verdict(group)}" for group in chosen]
     claim = "The claim that spectral has the smallest gap at the large batch:"
-    return "\n".join([claim, "", *sentences]) if chosen else ""
+    return "\n".join([claim, "", *sentences]) if sentences else ""
 
 
 def spectra(found: Sequence[Group]) -> str:
     """Say in how many pairs the largest singular value is lower, and the spectrum flatter."""
-    if (pairs := spectra_compared(found)).empty:
+    if (pairs := compare.spectra_compared(found)).empty:
         return ""
-    vanilla = pairs["vanilla's rank"]
-    flatter = pairs["rank"] > vanilla
-    text = (
-        f"Compared with vanilla from the same seed, spectral's largest singular value is lower in "
-        f"{pairs['lower'].sum()} of {len(pairs)} runs (σ₁ of {pairs['lower weights'].sum()} of "
-        f"{pairs['weights'].sum()} weights), and its spectrum is flatter in {flatter.sum()} of "
-        f"{len(pairs)}: ‖W‖_F²/σ₁², averaged over the weights, is {pairs['rank'].mean():.1f} "
-        f"instead of {vanilla.mean():.1f}."
-    )
-    missed = pairs["title"][~(pairs["lower"] & flatter)]
+    numbers = pairs[["lower", "lower_weights", "weights", "flatter"]].sum()
+    means = pairs[["rank", "vanilla"]].mean()
+    text = SENTENCES["spectra"].format(runs=len(pairs), **numbers, **means)
+    missed = pairs["title"][~(pairs["lower"] & pairs["flatter"])]
     return f"{text} Not so: {'; '.join(missed)}." if len(missed) else text
 
 
 def counts(found: Iterable[Group]) -> str:
     """Say in how many rows spectral does better than vanilla from every seed, or worse."""
-    compared = {group.title: signs for group in found if (signs := better_seeds(group))}
+    compared = {group.title: signs for group in found if (signs := compare.better_seeds(group))}
     if not compared:
         return ""
     better = [title for title, (yes, _) in compared.items() if yes]
+    worse = [title for title, (_, no) in compared.items() if no]
+    numbers = {"better": len(better), "rows": len(compared), "worse": len(worse)}
     names = f" ({'; '.join(better)})" if better else ""
-    return (
-        "From every seed, spectral has a better test accuracy than vanilla and a smaller gap after "
-        f"the last epoch in {len(better)} of {len(compared)} rows{names}. It is worse in both in "
-        f"{sum(no for _, no in compared.values())}."
-    )
+    return SENTENCES["counts"].format(names=names, **numbers)
 
 
 def grid(results: Sequence[Result]) -> str:
     """Return accuracies on images held out of the training set, by rate, the best in bold."""
     rates = sorted({result.run.rate for result in results})
-    lines: dict[tuple[str, str, str], dict[float, str]] = {}
-    for result in sorted(results, key=lambda result: (result.run.model, result.run.batch)):
+    lines: dict[tuple[str, int, str], dict[float, str]] = {}
+    for result in results:
         run = result.run
-        model, method = MODELS.get(run.model, run.model), f"{run.method} {run.strength:g}"
+        name = (MODELS.get(run.model, run.model), run.batch, f"{run.method} {run.strength:g}")
         found = "diverged" if result.diverged else points(result.last("test"))
-        lines.setdefault((model, str(run.batch), method), {})[run.rate] = found
+        lines.setdefault(name, {})[run.rate] = found
     rows = []
-    for names, by_rate in lines.items():
-        best = max((value for value in by_rate.values() if value != "diverged"), default="")
-        values = [by_rate.get(rate, "–") for rate in rates]
-        rows.append([*names, *(f"**{cell}**" if cell == best else cell for cell in values)])
+    for name, by_rate in sorted(lines.items()):
+        best = max(set(by_rate.values()) - {"diverged"}, default="")
+        cells = [by_rate.get(rate, "–") for rate in rates]
+        rows.append([*map(str, name), *(f"**{c}**" if c == best else c for c in cells)])
     return markdown(["model", "B", "method", *(f"rate {rate:g}" for rate in rates)], rows)

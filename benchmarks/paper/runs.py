@@ -1,30 +1,18 @@
 """What a run is, what it leaves, and the suites of runs that are reported together."""
 
-from __future__ import annotations
-
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, read_json, rounded, write_json
+from benchmarks.common import RESULTS, read_json, read_toml, rounded, write_json
 
 ROOT = Path(__file__).parent
 COMMITTED = RESULTS / "paper"
 
-# The methods and their strengths in the paper: λ, and for adversarial training α. Methods outside
-# its table have the strength that their authors use.
-STRENGTHS = {
-    "vanilla": 0.0,
-    "decay": 1e-4,
-    "adversarial": 0.5,
-    "spectral": 0.01,
-    "jacobian": 0.01,
-    "normalization": 0.0,
-}
-PAPERS = ("vanilla", "decay", "adversarial", "spectral")  # those in its table
+MODELS, DATA, STRENGTHS, SENTENCES = read_toml(ROOT / "names.toml").values()
+PAPERS = ("vanilla", "decay", "adversarial", "spectral")  # the methods in its table
 
 MOMENTUM = 0.9  # Nesterov's
 MEASURED = 256  # images that input gradients and the Hessian are measured on
@@ -64,13 +52,12 @@ class Run:
 
 @dataclass
 class Result:
-    """A run and what it left.
+    """A run and what it left, in rounded numbers: a result just computed equals the one read back.
 
-    ``curves`` has one value an epoch, or None where nothing was measured: ``loss`` (mean over the
-    steps), ``train`` and ``test`` (accuracies), ``train_gradient`` and ``test_gradient`` (mean
-    ‖∇ₓ loss‖₂ of an image), ``train_hessian`` and ``test_hessian`` (largest eigenvalue), and
-    ``sigma_product`` (Π σ). ``spectra`` has all singular values by weight, the largest first.
-    Every number is rounded when it is recorded: a result just computed equals the one read back.
+    ``curves`` has one value an epoch, or None where nothing was measured: ``loss``, accuracies
+    ``train`` and ``test``, mean ‖∇ₓ loss‖₂ of an image ``train_gradient`` and ``test_gradient``,
+    largest eigenvalues ``train_hessian`` and ``test_hessian``, and ``sigma_product`` (Π σ).
+    ``spectra`` has all singular values by weight, the largest first.
     """
 
     run: Run
@@ -95,7 +82,6 @@ class Result:
         return {epoch: value for epoch, value in enumerate(values, 1) if value is not None}
 
     def last(self, key: str) -> float:
-        """Return the last value measured."""
         return list(self.curve(key).values())[-1]
 
 
@@ -104,10 +90,7 @@ def from_json(fields: Mapping[str, Any]) -> Result:
 
 
 def finished(run: Run, folder: Path) -> Result | None:
-    """Return the run's result if the folder has it.
-
-    Raises `RunError` if the file of that name is of another run.
-    """
+    """Return the run's result if the folder has it; `RunError` if that file is another run's."""
     path = folder / f"{run.name}.json"
     if not path.exists():
         return None
@@ -140,21 +123,12 @@ def committed() -> dict[str, list[Result]]:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How a model is trained."""
-
-    rates: Sequence[float]  # initial ones, one for each batch size
-    epochs: int
-    width: float = 1.0  # 1 is the published one
-
-
-@dataclass(frozen=True)
 class Suite:
     """Models on one data set, usually at a small and a large batch."""
 
     title: str
     data: str
-    models: Mapping[str, Setting]
+    models: Mapping[str, Mapping[str, Any]]  # rates, one for each batch size, epochs and width
     batches: Sequence[int] = (64, 4096)
     methods: Sequence[str] = PAPERS
     seeds: int = 3
@@ -169,65 +143,36 @@ class Suite:
         batches: Sequence[int] = (),
         strengths: Mapping[str, float] | None = None,
     ) -> list[Run]:
-        """Return all runs, or those chosen, seed by seed: a sweep cut short can be compared.
-
-        Raises `RunError` if the suite has no such batch size.
-        """
+        """Return all runs, or those chosen, seed by seed: a sweep cut short can be compared."""
         if unknown := set(batches) - set(self.batches):
             raise RunError(f"the suite has the batch sizes {self.batches}, not {sorted(unknown)}")
         strengths = STRENGTHS | dict(strengths or {})
-        return [
-            replace(
-                self._run(model, batch),
-                method=method,
-                strength=strengths.get(method, 0.0),
-                seed=seed,
-                hessians=self.hessians,
-                framework=framework,
-            )
-            for seed in range(self.seeds)
-            for model in models or self.models
-            for batch in batches or self.batches
-            for method in methods or self.methods
-            for framework in self.frameworks
-        ]
+        networks = product(range(self.seeds), models or self.models, batches or self.batches)
+        ways = list(product(methods or self.methods, self.frameworks))
+        found = []
+        for (seed, model, batch), (method, framework) in product(networks, ways):
+            changes = {"method": method, "strength": strengths.get(method, 0.0), "seed": seed}
+            changes |= {"hessians": self.hessians, "framework": framework}
+            found.append(self._run(model, batch, **changes))
+        return found
 
     def grid(
         self, models: Iterable[str], method: str, strengths: Iterable[float], rates: Iterable[float]
     ) -> list[Run]:
-        """Return each strength with each rate, judged by images held out of the training set.
-
-        A tenth of the images is held out, and batches are a tenth smaller: an epoch has as many
-        steps.
-        """
-        plan = {"method": method, "validate": True}
+        """Return each strength with each rate, judged by a tenth of the images, held out."""
+        # Batches are a tenth smaller too: an epoch has as many steps.
+        plan = {"method": method, "validate": True, "seed": SEARCH_SEED}
         return [
-            replace(self._run(m, b), batch=9 * b // 10, strength=strength, rate=rate, **plan)
+            self._run(m, b, batch=9 * b // 10, strength=strength, rate=rate, **plan)
             for m, b, strength, rate in product(models, self.batches, strengths, rates)
         ]
 
-    def _run(self, model: str, batch: int) -> Run:
+    def _run(self, model: str, size: int, **fields: Any) -> Run:
         # A model that the suite does not name is trained like its first one.
-        setting = self.models.get(model, next(iter(self.models.values())))
-        return Run(
-            data=self.data,
-            model=model,
-            method="vanilla",
-            strength=0.0,
-            batch=batch,
-            rate=setting.rates[self.batches.index(batch)],
-            epochs=setting.epochs,
-            seed=SEARCH_SEED,
-            width=setting.width,
-            subset=self.subset,
-        )
+        setting = dict(self.models.get(model, next(iter(self.models.values()))))
+        setting["rate"] = setting.pop("rates")[self.batches.index(size)]
+        plan = {"data": self.data, "model": model, "batch": size, "subset": self.subset}
+        return Run(**plan | setting | fields)
 
 
-def read_suites() -> dict[str, Suite]:
-    fields = tomllib.loads((ROOT / "suites.toml").read_text(encoding="utf-8"))
-    for suite in fields.values():
-        suite["models"] = {name: Setting(**one) for name, one in suite["models"].items()}
-    return {name: Suite(**suite) for name, suite in fields.items()}
-
-
-SUITES = read_suites()
+SUITES = {name: Suite(**fields) for name, fields in read_toml(ROOT / "suites.toml").items()}

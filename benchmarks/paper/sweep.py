@@ -1,7 +1,5 @@
 """Many runs side by side, each in a process of its own."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 from collections.abc import Sequence
@@ -55,15 +53,11 @@ def begin(counter: Any, threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def leave_if_orphaned() -> None:
-    """End this process if the one that started it was killed: nobody waits for it."""
+def advance(epochs: int = 1) -> None:
+    """Count epochs; end this process if the one that started it was killed: nobody waits for it."""
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         os._exit(1)
-
-
-def advance(epochs: int = 1) -> None:
-    leave_if_orphaned()
     if EPOCHS_DONE is not None:
         with EPOCHS_DONE.get_lock():
             EPOCHS_DONE.value += epochs

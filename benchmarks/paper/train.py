@@ -3,15 +3,11 @@
 A run that was stopped goes on from its checkpoint, which holds the results so far as well.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import isfinite, prod
 from pathlib import Path
 from time import monotonic, perf_counter
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +24,7 @@ from .data import Data
 from .methods import METHODS, Method, build
 from .runs import MEASURED, MOMENTUM, Result, Run, RunError
 
+HOW = ("device", "bfloat16", "compiled", "channels_last")
 CHUNK = 500  # images at a time, where nothing is trained
 
 
@@ -43,16 +40,12 @@ class Settings:
     deadline: float | None = None  # of `time.monotonic`: when to stop, to go on another time
     save_every: float = 20.0  # seconds between checkpoints
 
-    def precision(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device, torch.bfloat16) if self.bfloat16 else nullcontext()
-
     def late(self) -> bool:
         return self.deadline is not None and monotonic() > self.deadline
 
     def how(self) -> dict[str, object]:
         """Return what a resumed run must have in common with its checkpoint."""
-        keys = ("device", "bfloat16", "compiled", "channels_last")
-        return {key: value for key, value in asdict(self).items() if key in keys}
+        return {key: getattr(self, key) for key in HOW}
 
 
 class Trainer:
@@ -66,19 +59,13 @@ class Trainer:
         self.model = self.model.to(memory_format=self._layout)
         torch.manual_seed(run.seed)  # for what the method draws
         self.method.prepare(self.model)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=run.rate,
-            momentum=MOMENTUM,
-            nesterov=True,
-            **self.method.options(),
-        )
+        options = {"lr": run.rate, "momentum": MOMENTUM, "nesterov": True, **self.method.options()}
+        self.optimizer = torch.optim.SGD(self.model.parameters(), **options)
         self.method.attach(self.model, self.optimizer)
         # What torch.compile makes can be differentiated once.
         compiled = settings.compiled and not self.method.twice
         self.network = torch.compile(self.model) if compiled else self.model
-        self._train = self._on_device(images.train_images, images.train_labels)
-        self._test = self._on_device(images.test_images, images.test_labels)
+        self._train, self._test = self._on_device(*images[:2]), self._on_device(*images[2:4])
         parameters = sum(p.numel() for p in self.model.parameters())
         about = {**machine(settings.device), **settings.how()}
         self.result = Result(run, rounded(about, runs.DIGITS), parameters)
@@ -96,11 +83,8 @@ class Trainer:
         # Random numbers depend on seed and epoch alone, so a resumed run draws the same ones.
         torch.manual_seed(seed * 100_003 + epoch)
         self._rng = np.random.default_rng([seed, epoch, 1])
-        total, steps = torch.zeros((), device=self.settings.device), 0
-        for chosen in data.batches(len(self.data.train_labels), self.run.batch, seed, epoch):
-            total += self._step(chosen)
-            steps += 1
-        measured = {"loss": float(total) / steps}
+        batches = data.batches(len(self.data.train_labels), self.run.batch, seed, epoch)
+        measured = {"loss": float(torch.stack([self._step(chosen) for chosen in batches]).mean())}
         finite = all(bool(p.isfinite().all()) for p in self.model.parameters())
         self.result.diverged = not (finite and isfinite(measured["loss"]))
         if not self.result.diverged:
@@ -118,7 +102,7 @@ class Trainer:
             index = torch.from_numpy(chosen).to(self.settings.device)
             x, y = (part[index] for part in self._train)
         self.optimizer.zero_grad()
-        with self.settings.precision():
+        with torch.autocast(self.settings.device, torch.bfloat16, self.settings.bfloat16):
             loss, plain = self.method.loss(self.network, x, y)
         loss.backward()
         self.optimizer.step()
@@ -128,20 +112,20 @@ class Trainer:
         hessians = self.run.hessians
         with_hessian = {round(self.run.epochs * (k + 1) / hessians) for k in range(hessians)}
         measured = {}
-        with evaluating(self.model):
-            for part, (x, y) in {"train": self._train, "test": self._test}.items():
-                some = x[:MEASURED], y[:MEASURED]
-                measured[part] = accuracy(self.model, x, y)
-                measured[f"{part}_gradient"] = input_gradient(self.model, *some)
-                if epoch in with_hessian:
-                    measured[f"{part}_hessian"] = hessian(self.model, *some)
-            measured["sigma_product"] = sigma_product(self.model)
+        self.model.eval()
+        for part, (x, y) in {"train": self._train, "test": self._test}.items():
+            some = x[:MEASURED], y[:MEASURED]
+            measured[part] = accuracy(self.model, x, y)
+            measured[f"{part}_gradient"] = input_gradient(self.model, *some)
+            if epoch in with_hessian:
+                measured[f"{part}_hessian"] = hessian(self.model, *some)
+        measured["sigma_product"] = sigma_product(self.model)
+        self.model.train()
         return measured
 
     def save(self, path: Path) -> None:
         """Write all that the run needs to go on, and its results so far."""
-        parts = {"model": self.model, "optimizer": self.optimizer}
-        states: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+        states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         states |= {"method": self.method.state(), "result": asdict(self.result)}
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
@@ -149,18 +133,13 @@ class Trainer:
         partial.replace(path)
 
     def load(self, path: Path) -> None:
-        """Go on from what `save` wrote.
-
-        Raises `RunError` if it was written by another run, or computed in another way.
-        """
+        """Go on from what `save` wrote; `RunError` if another run did, or computed otherwise."""
         states = torch.load(path, map_location=self.settings.device, weights_only=True)
         result = runs.from_json(states["result"])
         how = {key: result.machine.get(key) for key in self.settings.how()}
         if (result.run, how) != (self.run, self.settings.how()):
-            raise RunError(
-                f"{path.name} is a checkpoint of {result.run}, computed with {how}: go on with the "
-                "same settings, or remove it"
-            )
+            what = f"{path.name} is a checkpoint of {result.run}, computed with {how}"
+            raise RunError(f"{what}: go on with the same settings, or remove it")
         self.model.load_state_dict(states["model"])
         self.optimizer.load_state_dict(states["optimizer"])
         self.method.load(states["method"])
@@ -174,11 +153,7 @@ def train(
     folder: Path,
     advance: Callable[[], object] = lambda: None,
 ) -> Result:
-    """Train, or go on training; a finished run leaves a file of results in ``folder``.
-
-    ``advance`` is called after each epoch. Past the deadline an unfinished result is returned,
-    and a checkpoint is left.
-    """
+    """Train, or go on training, until the end or the deadline; leave a result or a checkpoint."""
     if (done := runs.finished(run, folder)) is not None:
         return done
     trainer, checkpoint = Trainer(run, images, settings), folder / f"{run.name}.pt"
@@ -195,21 +170,10 @@ def train(
             saved = monotonic()
         advance()
     if not trainer.result.diverged:
-        with evaluating(trainer.model):
-            trainer.result.spectra = rounded(spectra(trainer.model), runs.DIGITS)
+        trainer.result.spectra = rounded(spectra(trainer.model.eval()), runs.DIGITS)
     result = runs.write(folder, trainer.result)
     checkpoint.unlink(missing_ok=True)
     return result
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and batch normalization to its running statistics."""
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()
 
 
 @torch.inference_mode()
@@ -233,8 +197,7 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor) -> float:
 def hessian(model: nn.Module, x: Tensor, y: Tensor, seed: int = 0) -> float:
     """Return the largest eigenvalue of the loss's Hessian, within some 2 % (paper, figure 3).
 
-    Lanczos' method needs fewer Hessian-vector products than the paper's power iteration, and finds
-    the largest eigenvalue rather than the largest in magnitude.
+    By Lanczos: the paper's power iteration needs more products, and finds the largest magnitude.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(cross_entropy(model(x), y), parameters, create_graph=True)
@@ -264,10 +227,7 @@ def spectra(model: nn.Module) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def sigma_product(model: nn.Module) -> float:
-    """Return Π σ, which bounds how much the model can amplify a perturbation.
-
-    Batch normalization's factors are not in it.
-    """
+    """Return Π σ, a bound on how much the weights, without batch normalization, can amplify."""
     # From the smaller of WWᵀ and WᵀW: much faster than an SVD, and as good for σ₁.
     squares = (W @ W.T if len(W) < W.shape[1] else W.T @ W for W in matrices(model).values())
     return prod(float(torch.linalg.eigvalsh(square)[-1]) ** 0.5 for square in squares)

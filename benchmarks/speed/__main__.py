@@ -1,7 +1,5 @@
 """Time a step beside its peers: `python -m benchmarks.speed --help`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from pathlib import Path
@@ -18,9 +16,8 @@ def main() -> None:
     options = arguments()
     # Before the frameworks are imported: each on the device that is asked for, and quiet.
     os.environ["JAX_PLATFORMS"] = "cpu" if options.device == "cpu" else ""
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler that counts memory announces itself
-    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     measure(options)
 
 

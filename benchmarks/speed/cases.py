@@ -1,10 +1,7 @@
 """The weights that are timed: single matrices, and all the layers of known networks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -32,11 +29,11 @@ class Case:
         rows, *columns = next(iter(self.shapes.values()))
         return rows if len(self.shapes) == 1 and columns == [rows] else None
 
-    @cached_property
+    @property
     def matrices(self) -> list[tuple[int, int]]:
         return [(shape[0], prod(shape[1:])) for shape in self.shapes.values()]
 
-    @cached_property
+    @property
     def size(self) -> int:
         """The bytes of all weights."""
         return ITEMSIZE[self.dtype] * sum(m * n for m, n in self.matrices)
@@ -46,53 +43,45 @@ class Case:
         """The bytes that any step must move: it reads W, and reads and writes G."""
         return 3 * self.size
 
-    @cached_property
+    @property
     def vectors_size(self) -> int:
         """The bytes of one left and one right vector of each matrix."""
         return ITEMSIZE[self.dtype] * sum(m + n for m, n in self.matrices)
 
 
 def squares() -> list[Case]:
-    dtypes = {n: list(ITEMSIZE) if n in (1024, 4096, 8192) else ["float32"] for n in SIZES}
     return [
         Case(f"square-{n}-{dtype}", f"{n} × {n}", {"w": (n, n)}, dtype)
-        for n, chosen in dtypes.items()
-        for dtype in chosen
+        for n in SIZES
+        for dtype in (ITEMSIZE if n in (1024, 4096, 8192) else ["float32"])
     ]
 
 
 def layer_sets() -> list[Case]:
-    densenet = models.weight_shapes(models.densenet)
-    convolutions = {name: shape for name, shape in densenet.items() if len(shape) == 4}
+    shapes_of = models.weight_shapes
+    layers = shapes_of(models.densenet).items()
+    convolutions = {name: shape for name, shape in layers if len(shape) == 4}
     in_blocks = {name: shape for name, shape in convolutions.items() if shape[0] == 12}
-    gpt2 = models.weight_shapes(models.GPT2)
-    sets: list[tuple[str, str, Mapping[str, Shape], tuple[str, ...]]] = [
-        ("vgg-16", "VGG-16", models.weight_shapes(models.vgg_16), ("float32",)),
-        ("densenet-40-36", "DenseNet-40, blocks", in_blocks, ("float32",)),
-        ("densenet-40-39", "DenseNet-40, convolutions", convolutions, ("float32",)),
-        ("densenet-121", "DenseNet-121", models.weight_shapes(models.densenet_121), ("float32",)),
-        ("resnet-50", "ResNet-50", models.weight_shapes(models.resnet_50), ("float32",)),
-        ("gpt2-small", "GPT-2 small", gpt2, ("float32", "bfloat16")),
-        ("llama-1b", "Llama-like, 1 B", llama(), ("float32", "bfloat16")),
-    ]
+    sets = {
+        ("vgg-16", "VGG-16"): shapes_of(models.vgg_16),
+        ("densenet-40-36", "DenseNet-40, blocks"): in_blocks,
+        ("densenet-40-39", "DenseNet-40, convolutions"): convolutions,
+        ("densenet-121", "DenseNet-121"): shapes_of(models.densenet_121),
+        ("resnet-50", "ResNet-50"): shapes_of(models.resnet_50),
+        ("gpt2-small", "GPT-2 small"): shapes_of(models.GPT2),
+        ("llama-1b", "Llama-like, 1 B"): llama(),
+    }
     return [
         Case(f"{name}-{dtype}", f"{title}, {len(shapes)} weights", shapes, dtype)
-        for name, title, shapes, dtypes in sets
-        for dtype in dtypes
+        for (name, title), shapes in sets.items()
+        for dtype in ("float32", *["bfloat16"] * (name in ("gpt2-small", "llama-1b")))
     ]
 
 
 def llama(layers: int = 16, hidden: int = 2048, kv: int = 512, mlp: int = 8192) -> dict[str, Shape]:
     """Return the linear layers of a Llama-like model of a billion parameters."""
-    block = {
-        "q": (hidden, hidden),
-        "k": (kv, hidden),
-        "v": (kv, hidden),
-        "o": (hidden, hidden),
-        "gate": (mlp, hidden),
-        "up": (mlp, hidden),
-        "down": (hidden, mlp),
-    }
+    outputs = {"q": hidden, "k": kv, "v": kv, "o": hidden, "gate": mlp, "up": mlp}
+    block = {name: (output, hidden) for name, output in outputs.items()} | {"down": (hidden, mlp)}
     return {f"{k}.{name}": shape for k in range(layers) for name, shape in block.items()}
 
 
@@ -115,11 +104,8 @@ def by_formula(xp: Any, weights: dict[str, Any], grads: dict[str, Any]) -> Calla
 
 
 def filled(shape: Shape, seed: int = 0) -> NDArray[np.float32]:
-    """Return normal numbers of the scale of weights, a million of them repeated.
-
-    Drawing them all would take long, and reading the untouched pages of a zero array costs nothing.
-    The period is a prime, so that rows differ.
-    """
+    """Return normal numbers of the scale of weights, a million of them repeated: quick to draw."""
+    # A prime, so that rows differ. Not zeros: reading untouched pages costs nothing.
     pool = np.random.default_rng(seed).standard_normal(1_000_003, dtype=np.float32)
     pool *= prod(shape[1:]) ** -0.5
     return np.resize(pool, shape)

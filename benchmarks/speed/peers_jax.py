@@ -1,11 +1,10 @@
 """What is timed in JAX: all compiled beforehand, all donating what they replace."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from statistics import median
 from time import perf_counter
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,11 +18,6 @@ from .cases import Case, filled
 from .report import OURS
 from .timing import LeftOutError, Step, require_memory
 
-STACKED = "spectral_jax, layers stacked"
-LOOP = "jitted loop"
-NORMALIZATION = "nnx.SpectralNorm"
-FLOOR = "add_decayed_weights"
-
 FACTOR = 0.01
 BLOCKS = (12, 96)  # of GPT-2, that are compiled
 GPT_2 = {"qkv": (768, 2304), "proj": (768, 768), "fc": (768, 3072), "out": (3072, 768)}
@@ -32,26 +26,23 @@ REPEATS, SLOW_SECONDS = 3, 10.0
 Tree = dict[str, Any]
 
 
-class Shared:
-    """The gradients that all peers take turns to replace: a donated array is gone."""
-
-    def __init__(self, grads: Tree) -> None:
-        self.grads = grads
-
-
-def peers(case: Case, device: str, group: str) -> dict[str, Callable[[], Step]]:
+def peers(case: Case, device: str, _: str) -> dict[str, Callable[[], Step]]:
     """Return a function for each peer that prepares its step, or raises `LeftOutError`."""
-    del group
     if (jax.default_backend() == "cpu") != (device == "cpu"):
         raise LeftOutError(f"this JAX computes on the {jax.default_backend()}")
     jax.config.update("jax_enable_x64", case.dtype == "float64")
     require_memory(2 * case.size, device)
-    params, shared = tree(case, 0), Shared(tree(case, 1))
+    # All peers take turns to replace the gradients: a donated array is gone.
+    params, shared = tree(case, 0), SimpleNamespace(grads=tree(case, 1))
+    found = {name: partial(timed, tx, params, shared) for name, tx in transformations().items()}
+    return found | {"nnx.SpectralNorm": partial(normalization, case, params, shared, device)}
+
+
+def transformations() -> dict[str, optax.GradientTransformation]:
     return {
-        OURS["jax"]: partial(optax_update, ours(), params, shared),
-        LOOP: partial(by_hand, case, params, shared),
-        NORMALIZATION: partial(normalization, case, params, shared, device),
-        FLOOR: partial(optax_update, optax.add_decayed_weights(FACTOR), params, shared),
+        OURS["jax"]: ours(),
+        "jitted loop": optax.GradientTransformation(start_vectors, loop_step),
+        "add_decayed_weights": optax.add_decayed_weights(FACTOR),
     }
 
 
@@ -68,7 +59,7 @@ def tree(case: Case, seed: int) -> Tree:
     return leaves
 
 
-def optax_update(tx: optax.GradientTransformation, params: Tree, shared: Shared) -> Step:
+def timed(tx: optax.GradientTransformation, params: Tree, shared: SimpleNamespace) -> Step:
     update, state = jax.jit(tx.update, donate_argnums=(0, 1)), tx.init(params)
 
     def step() -> None:
@@ -79,21 +70,10 @@ def optax_update(tx: optax.GradientTransformation, params: Tree, shared: Shared)
     return step
 
 
-def by_hand(case: Case, params: Tree, shared: Shared) -> Step:
-    vectors = start_vectors(params, case.dtype)
-    update = jax.jit(loop_step, donate_argnums=(0, 1))
-
-    def step() -> None:
-        nonlocal vectors
-        shared.grads, vectors = jax.block_until_ready(update(shared.grads, vectors, params))
-
-    step()
-    return step
-
-
-def start_vectors(params: Any, dtype: str) -> dict[str, jax.Array]:
-    wide = jnp.float32 if dtype == "bfloat16" else dtype
-    return {name: jnp.ones(leaf["kernel"].shape[-1], wide) for name, leaf in params.items()}
+def start_vectors(params: Tree) -> Tree:
+    kernels = {name: leaf["kernel"] for name, leaf in params.items()}
+    wide = {name: jnp.promote_types(W.dtype, jnp.float32) for name, W in kernels.items()}
+    return {name: jnp.ones(W.shape[-1], wide[name]) for name, W in kernels.items()}
 
 
 def loop_step(grads: Tree, vectors: Tree, params: Tree) -> tuple[Tree, Tree]:
@@ -126,9 +106,9 @@ class Bare(nnx.Module):
         return {name: {"kernel": getattr(self, f"of_{name}")[...]} for name in self.names}
 
 
-def normalization(case: Case, params: Tree, shared: Shared, device: str) -> Step:
+def normalization(case: Case, params: Tree, shared: SimpleNamespace, device: str) -> Step:
     require_memory(3 * case.size, device)
-    wide = jnp.float64 if case.dtype == "float64" else jnp.float32
+    wide = jnp.promote_types(case.dtype, jnp.float32)
     layer = nnx.SpectralNorm(Bare(params), rngs=nnx.Rngs(0), dtype=case.dtype, param_dtype=wide)
     graph, weights, stats = nnx.split(layer, nnx.Param, nnx.BatchStat)
 
@@ -152,17 +132,12 @@ def normalization(case: Case, params: Tree, shared: Shared, device: str) -> Step
 def compile_times(counts: tuple[int, ...] = BLOCKS) -> dict[str, dict[str, dict[str, float]]]:
     """Return seconds to trace and to compile a step for so many blocks of GPT-2; nothing runs."""
     jax.config.update("jax_enable_x64", False)
+    makers = {who: (tx, blocks) for who, tx in transformations().items()}
     stacks = ours(layouts={"*/kernel": "sio"})  # one leaf a kind for all blocks, as in nn.scan
-    decay, start = optax.add_decayed_weights(FACTOR), partial(start_vectors, dtype="float32")
-    makers: dict[str, Callable[[int], tuple[Callable[..., Any], Any, Any]]] = {
-        OURS["jax"]: lambda count: traceable(ours(), blocks(count)),
-        STACKED: lambda count: traceable(stacks, blocks(count, stacked=True)),
-        LOOP: lambda count: (loop_step, blocks(count), jax.eval_shape(start, blocks(count))),
-        FLOOR: lambda count: traceable(decay, blocks(count)),
-    }
+    makers[f"{OURS['jax']}, layers stacked"] = (stacks, partial(blocks, stacked=True))
     return {
-        who: {str(count): compile_time(*make(count)) for count in counts}
-        for who, make in makers.items()
+        who: {str(count): compile_time(tx, make(count)) for count in counts}
+        for who, (tx, make) in makers.items()
     }
 
 
@@ -176,16 +151,13 @@ def blocks(count: int, *, stacked: bool = False) -> Tree:
     }
 
 
-def traceable(tx: optax.GradientTransformation, params: Tree) -> tuple[Any, Any, Any]:
-    return tx.update, params, jax.eval_shape(tx.init, params)
-
-
-def compile_time(function: Callable[..., Any], params: Tree, state: Any) -> dict[str, float]:
+def compile_time(tx: optax.GradientTransformation, params: Tree) -> dict[str, float]:
+    state = jax.eval_shape(tx.init, params)
     taken: list[tuple[float, float]] = []
     while len(taken) < REPEATS and sum(map(sum, taken)) < SLOW_SECONDS:
         jax.clear_caches()
         start = perf_counter()
-        lowered = jax.jit(function, donate_argnums=(0, 1)).lower(params, state, params)
+        lowered = jax.jit(tx.update, donate_argnums=(0, 1)).lower(params, state, params)
         middle = perf_counter()
         lowered.compile()
         taken.append((middle - start, perf_counter() - middle))

@@ -1,8 +1,6 @@
 """What is timed in NumPy and CuPy."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -16,10 +14,6 @@ from spectral_core.numba import NumbaEngine
 from .cases import Case, by_formula, filled
 from .report import COMPILED, OURS
 from .timing import LeftOutError, Step, require_memory, require_short
-
-FORMULA = "paper's formula"
-SVDS = "scipy svds(k=1)"
-FLOOR = "G += W"
 
 Arrays = dict[str, Any]
 
@@ -39,26 +33,23 @@ def peers(case: Case, device: str, group: str) -> dict[str, Callable[[], Step]]:
         }
         for seed in (0, 1)
     )
-    formula = partial(by_formula, xp, weights, grads)
-    if group == "cupy":
-        ours = partial(in_place, import_module("spectral_cupy"), weights, grads)
-        return {OURS["cupy"]: ours, FORMULA: formula, FLOOR: partial(floor, weights, grads)}
-    return {
-        OURS["numpy"]: partial(in_place, sc, weights, grads),
-        COMPILED: partial(in_place, sc, weights, grads, {"engines": (NumbaEngine(),)}),
-        FORMULA: formula,
-        SVDS: partial(first_values, case, weights),
+    package = sc if group == "numpy" else import_module("spectral_cupy")
+    found = {
+        OURS[group]: partial(in_place, package, weights, grads),
+        "paper's formula": partial(by_formula, xp, weights, grads),
     }
+    if group == "cupy":
+        return found | {"G += W": partial(floor, weights, grads)}
+    compiled = partial(in_place, sc, weights, grads, engines=(NumbaEngine(),))
+    return found | {COMPILED: compiled, "scipy svds(k=1)": partial(first_values, case, weights)}
 
 
-def in_place(
-    package: Any, weights: Arrays, grads: Arrays, options: Mapping[str, Any] | None = None
-) -> Step:
+def in_place(package: Any, weights: Arrays, grads: Arrays, **options: Any) -> Step:
     state = package.init(weights)
 
     def step() -> None:
         nonlocal state
-        state = package.add_gradient_(weights, grads, state, **options or {})
+        state = package.add_gradient_(weights, grads, state, **options)
 
     step()  # compiles what it compiles
     return step

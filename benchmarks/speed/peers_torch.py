@@ -1,7 +1,5 @@
 """What is timed in PyTorch. W and G are shared: their values do not matter here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,13 +15,6 @@ from .cases import Case, by_formula, filled
 from .report import OURS
 from .timing import LeftOutError, Step, require_memory, require_short
 
-UNCOMPILED = "kernels=False"
-PURE = "sc.add_gradient"
-FORMULA = "paper's formula"
-NORMALIZATION = "torch spectral_norm"
-SVD = "matrix_norm(ord=2)"
-FLOOR = "G.add_(W)"
-
 Tensors = dict[str, Tensor]
 
 
@@ -35,19 +26,18 @@ def tensors(case: Case, device: str, seed: int) -> Tensors:
     }
 
 
-def peers(case: Case, device: str, group: str) -> dict[str, Callable[[], Step]]:
+def peers(case: Case, device: str, _: str) -> dict[str, Callable[[], Step]]:
     """Return a function for each peer that prepares its step, or raises `LeftOutError`."""
-    del group
     require_memory(2 * case.size, device)
     weights, grads = tensors(case, device, 0), tensors(case, device, 1)
     return {
         OURS["torch"]: partial(adapter, weights, grads, kernels=True),
-        UNCOMPILED: partial(adapter, weights, grads, kernels=False),
-        PURE: partial(pure, case, device, weights, grads),
-        FORMULA: partial(by_formula, torch, weights, grads),
-        NORMALIZATION: partial(normalization, case, device, weights, grads),
-        SVD: partial(svd, case, weights),
-        FLOOR: partial(floor, weights, grads),
+        "kernels=False": partial(adapter, weights, grads, kernels=False),
+        "sc.add_gradient": partial(pure, case, device, weights, grads),
+        "paper's formula": partial(by_formula, torch, weights, grads),
+        "torch spectral_norm": partial(normalization, case, device, weights, grads),
+        "matrix_norm(ord=2)": partial(svd, case, weights),
+        "G.add_(W)": partial(floor, weights, grads),
     }
 
 
@@ -106,5 +96,4 @@ def svd(case: Case, weights: Tensors) -> Step:
 
 
 def floor(weights: Tensors, grads: Tensors) -> Step:
-    ws, gs = list(weights.values()), list(grads.values())
-    return lambda: torch._foreach_add_(gs, ws)
+    return partial(torch._foreach_add_, list(grads.values()), list(weights.values()))

@@ -1,36 +1,27 @@
-"""The results as tables in Markdown, for the pages and for the terminal.
-
-It imports no framework: pages are checked where there may be none.
-"""
-
-from __future__ import annotations
+"""The results as tables in Markdown, without a framework: pages are checked where none is."""
 
 import re
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, markdown, read_json
+from benchmarks.common import RESULTS, markdown, read_json, read_toml
 
 Result = dict[str, Any]
 
 DIGITS = 4  # significant ones
-NOTES = tomllib.loads(Path(__file__).with_name("peers.toml").read_text(encoding="utf-8"))
+NOTES = read_toml(Path(__file__).with_name("peers.toml"))
 TITLES = {"torch": "PyTorch", "jax": "JAX", "numpy": "NumPy", "cupy": "CuPy"}
 OURS = {group: next(iter(NOTES[group])) for group in TITLES}
 BY_HAND = {group: "jitted loop" if group == "jax" else "paper's formula" for group in TITLES}
 WRAPPER = {"torch": "torch spectral_norm", "jax": "nnx.SpectralNorm", "numpy": ""}
 COMPILED = "with NumbaEngine"
-SMALL, LARGE = "densenet-40-36-float32", "gpt2-small-float32"
 
 
 def stem(result: Result) -> str:
     machine = result["machine"]
-    if machine["device"] == "cpu":
-        return "speed-cpu"
     name = re.sub(r"[^a-z0-9]+", "-", machine["device_name"].lower()).strip("-")
-    return f"speed-cuda-{name}"
+    return "speed-cpu" if machine["device"] == "cpu" else f"speed-cuda-{name}"
 
 
 def committed(folder: Path = RESULTS) -> list[Result]:
@@ -41,8 +32,7 @@ def committed(folder: Path = RESULTS) -> list[Result]:
 
 def where(machine: Result) -> str:
     versions = f"PyTorch {machine['torch']}"
-    if "jax" in machine:
-        versions += f", JAX {machine['jax']}"
+    versions += f", JAX {machine['jax']}" if "jax" in machine else ""
     if machine["device"] == "cpu":
         cores = f"{machine['threads']} threads on {machine['cores']} cores"
         return f"{versions}, {cores} of {machine['processor']} ({machine['architecture']})"
@@ -69,21 +59,15 @@ def label(case: Result) -> str:
 def costs(result: Result) -> str:
     """Return four rows for README: a small and a large network, and the other frameworks."""
     rows = []
-    for title, case, group, ours, training in (
-        ("PyTorch, 36 convolutions of DenseNet-40", SMALL, "torch", OURS["torch"], "densenet-40"),
-        ("PyTorch, GPT-2 small", LARGE, "torch", OURS["torch"], "gpt2-small"),
-        ("JAX, GPT-2 small", LARGE, "jax", OURS["jax"], ""),
-        ("NumPy with Numba, GPT-2 small", LARGE, "numpy", COMPILED, ""),
-    ):
+    for title, case, group, ours, training in NOTES["readme"]["rows"]:
         steps = steps_of(result, case, group)
-        own, row = steps[ours]["median_ms"], [title]
-        row.append(f"**{ms(own)}**")
+        own = steps[ours]["median_ms"]
+        row = [title, f"**{ms(own)}**"]
         for other in (BY_HAND[group], WRAPPER[group]):
-            step = steps.get(other)
-            ratio = step and times(step["median_ms"] / own)
-            row.append(f"{ms(step['median_ms'])} ({ratio})" if step else "–")
+            taken = steps[other]["median_ms"] if other in steps else None
+            row.append(f"{ms(taken)} ({times(taken / own)})" if taken else "–")
         share = result["training"].get(training, {}).get("share")
-        rows.append([*row, "–" if share is None else f"{100 * share:.2g} %"])
+        rows.append([*row, f"{100 * share:.2g} %" if share else "–"])
     header = ["step", "this library", "the formula by hand", "spectral normalization"]
     table = markdown([*header, "share of a training step"], rows)
     return f"{table}\n\nOne step of all weights in float32: {where(result['machine'])}."
@@ -91,12 +75,9 @@ def costs(result: Result) -> str:
 
 def summary(result: Result, *, picture: bool = True) -> str:
     """Return all tables of a device, and what each peer is."""
-    machine = result["machine"]
-    parts = [
-        f"Measured on {machine['date']} with {where(machine)}. A large copy moves "
-        f"{result['bytes_per_second'] / 1e9:.1f} GB/s. Times are medians of interleaved rounds; "
-        "in brackets the multiple of ours.",
-    ]
+    machine, speed = result["machine"], f"{result['bytes_per_second'] / 1e9:.1f} GB/s"
+    measured = f"Measured on {machine['date']} with {where(machine)}. A large copy moves {speed}."
+    parts = [f"{measured} {NOTES['other']['times']}"]
     parts += [f"![Time of a step](../benchmarks/results/{stem(result)}.png)"] if picture else []
     for group, title in TITLES.items():
         if any(case["peers"][group]["steps"] for case in result["cases"]):
@@ -123,11 +104,12 @@ def peers_table(result: Result, group: str, *, floor: bool) -> str:
     for case in cases:
         steps, left_out = case["peers"][group]["steps"], case["peers"][group]["left_out"]
         ours = steps[OURS[group]]
+        texts = {
+            name: f"{ms(step['median_ms'])} ({times(step['ratio_to_ours'])})"
+            for name, step in steps.items()
+        }
         row = [label(case), f"**{ms(ours['median_ms'])}**"]
-        for name in others:
-            step = steps.get(name)
-            text = step and f"{ms(step['median_ms'])} ({times(step['ratio_to_ours'])})"
-            row.append(text or "–")
+        row += [texts.get(name, "–") for name in others]
         if floor:
             ratio = times(1 / ours["ratio_to_bytes"])
             row.append(f"{ms(case['bytes_over_bandwidth_ms'])} ({ratio})")
@@ -184,19 +166,6 @@ def graph_lines(result: Result) -> Iterator[str]:
         yield f"CUDA graph: {graph['left_out']}."
 
 
-# What the project sets itself to reach: our time as a multiple of a peer's, or of the bytes that a
-# step must move over the bandwidth (no peer). Case, framework, peer, limit.
-CPU_GOALS = (
-    ("square-4096-float32", "torch", "G.add_(W)", 1.5),
-    ("square-8192-float32", "torch", "G.add_(W)", 1.5),
-    (SMALL, "torch", WRAPPER["torch"], 0.15),
-)
-GPU_GOALS = (
-    ("square-8192-float32", "torch", "", 1.3),
-    ("square-8192-bfloat16", "torch", "", 1.3),
-)
-
-
 def goals(result: Result) -> str:
     """Return the goals that the project sets itself, and whether these results reach them."""
     rows = []
@@ -217,18 +186,22 @@ def reached(result: Result) -> Iterator[tuple[str, float, float | None]]:
         if who.startswith(OURS["jax"]) and {"12", "96"} <= counts.keys():
             ratio = counts["96"]["sum_s"] / counts["12"]["sum_s"]
             yield f"{who}: compiling 96 blocks to compiling 12", 1.5, ratio
-    training, on_cpu = result["training"], result["machine"]["device"] == "cpu"
+    training, device = result["training"], result["machine"]["device"]
     share = training.get("resnet-50", {}).get("share")
     yield "ResNet-50: share of the training step", 0.02, share
-    for case, group, peer, limit in CPU_GOALS if on_cpu else GPU_GOALS:
+    for case, group, peer, limit in NOTES["goals"][device]:
         text = f"{case}: ours to {peer or 'bytes / bandwidth'}"
         yield text, limit, ours_to(result, case, group, peer)
-    if not on_cpu:
-        replay = result["graph"].get("steps", {}).get("replay", {}).get("median_ms")
+    if device != "cpu":
+        replay = median_of(result["graph"], "replay")
         yield "DenseNet-40: ms of a graph replay", 0.06, replay
-        step = training.get("densenet-40", {}).get("steps", {}).get("with", {}).get("median_ms")
+        step = median_of(training.get("densenet-40", {}), "with")
         ratio = replay / step if replay and step else None
         yield "DenseNet-40: graph replay to the training step", 0.03, ratio
+
+
+def median_of(timed: Result, step: str) -> float | None:
+    return timed.get("steps", {}).get(step, {}).get("median_ms")
 
 
 def ours_to(result: Result, case: str, group: str, peer: str) -> float | None:

@@ -1,17 +1,14 @@
 """Steps timed in turns, so that a slow moment of the machine hits all of them; and their memory."""
 
-from __future__ import annotations
-
 import gc
 import tracemalloc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from itertools import accumulate
-from statistics import quantiles
 from time import perf_counter
 from timeit import timeit
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -29,8 +26,7 @@ class LeftOutError(Exception):
     """A peer cannot take part in a case; the message says why, and is shown."""
 
 
-@dataclass(frozen=True)
-class Clock:
+class Clock(NamedTuple):
     """How to wait for the device, and how long a sample must be for that wait not to count."""
 
     wait: Callable[[], object] = lambda: None
@@ -38,19 +34,14 @@ class Clock:
 
 
 def clock_of(device: str, group: str = "torch") -> Clock:
-    """Return the clock of a device.
-
-    On a GPU, steps are launched one after another and waited for once, as a training loop does.
-    JAX's steps here wait for themselves; CuPy's are waited for with PyTorch's, for both wait for
-    the device.
-    """
+    """Return the clock of a device: on a GPU many steps are waited for once, as in training."""
+    # JAX's steps here wait for themselves. PyTorch waits for CuPy's too.
     if device == "cpu" or group == "jax":
         return Clock()
     return Clock(torch.cuda.synchronize, least_seconds=5e-3)
 
 
-@dataclass(frozen=True)
-class Budget:
+class Budget(NamedTuple):
     """The time that a case and a group of peers may take."""
 
     seconds: float = 3.0
@@ -61,11 +52,8 @@ class Budget:
 Timing = dict[str, Any]  # median_ms, quartiles_ms, rounds
 
 
-def interleaved(
-    steps: Mapping[str, Step], budget: Budget, clock: Clock | None = None
-) -> dict[str, Timing]:
+def interleaved(steps: Mapping[str, Step], budget: Budget, clock: Clock) -> dict[str, Timing]:
     """Time round by round until the time is spent; a slow step takes part in the first few."""
-    clock = clock or Clock()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     gc.collect()
     plans = {name: planned(step, budget, clock) for name, step in steps.items()}
@@ -81,9 +69,8 @@ def interleaved(
 
 
 def timing(seconds: list[float]) -> Timing:
-    low, middle, high = quantiles(seconds * 2 if len(seconds) == 1 else seconds, method="inclusive")
-    quartiles = [1e3 * low, 1e3 * high]
-    return {"median_ms": 1e3 * middle, "quartiles_ms": quartiles, "rounds": len(seconds)}
+    low, middle, high = 1e3 * np.quantile(seconds, [0.25, 0.5, 0.75])
+    return {"median_ms": middle, "quartiles_ms": [low, high], "rounds": len(seconds)}
 
 
 def planned(step: Step, budget: Budget, clock: Clock) -> tuple[int, int]:
@@ -119,8 +106,8 @@ def bandwidth(device: str) -> float:
 def require_memory(needed: int, device: str) -> None:
     """Raise `LeftOutError` unless there are as many bytes free."""
     if device.startswith("cuda"):
-        free = torch.cuda.mem_get_info()[0]
-        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        free = torch.cuda.mem_get_info()[0] + cached
     else:
         free = psutil.virtual_memory().available
     if needed > USABLE_MEMORY * free:
@@ -152,8 +139,8 @@ def peak_by_profiler(step: Step) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     events = recorded.profiler.kineto_results.events()
-    memory = [event for event in events if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns())]
+    events = sorted(events, key=lambda event: event.start_ns())
+    changes = (event.nbytes() for event in events if event.name() == "[memory]")
     return max(accumulate(changes), default=0)
 
 

@@ -1,10 +1,7 @@
 """The regularizer's share of whole training steps, and its step as a replayed CUDA graph."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +15,7 @@ from .peers_torch import regularizer_of, tensors
 from .timing import WARM_UPS, Budget, Step, clock_of, interleaved
 
 
-@dataclass(frozen=True)
-class Training:
+class Training(NamedTuple):
     name: str
     title: str
     make: Callable[[], nn.Module]
@@ -67,13 +63,9 @@ def share(training: Training, device: str, budget: Budget) -> dict[str, Any]:
     }
     timings = interleaved(steps, budget, clock_of(device))
     own, whole = timings["regularizer"]["median_ms"], timings["with"]["median_ms"]
-    return {
-        "title": f"{training.title}, batch {training.batch}",
-        "weights": len(regularizer.sigmas()),
-        "steps": timings,
-        "regularizer_ms": own,
-        "share": own / whole,
-    }
+    about = {"title": f"{training.title}, batch {training.batch}"}
+    about |= {"weights": len(regularizer.sigmas()), "steps": timings}
+    return {**about, "regularizer_ms": own, "share": own / whole}
 
 
 def replayed(budget: Budget) -> dict[str, Any]:

@@ -63,41 +63,36 @@ def test_what_is_written_is_read(tmp_path, name, packed):
     assert found.augmented == (name == "stl-10")
 
 
+def refuses(message, *arguments, function=data.load):
+    with pytest.raises(DataError, match=message):
+        function(*arguments)
+
+
 @each
 def test_damaged_and_missing_files_are_named(tmp_path, name):
-    files, *_ = made(name)
-    write(tmp_path, files)
-    for path in sorted(tmp_path.iterdir()):
-        whole = path.read_bytes()
+    for path, whole in [(tmp_path / file, content) for file, content in made(name)[0].items()]:
+        write(tmp_path, made(name)[0])
         for damaged in (whole[:-1], whole[:3], b""):
             path.write_bytes(damaged)
-            with pytest.raises(DataError, match=path.name):
-                data.load(name, tmp_path)
+            refuses(path.name, name, tmp_path)
         path.unlink()
-        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(whole)[:-9])
-        with pytest.raises(DataError, match=rf"{path.name}\.gz cannot be decompressed"):
-            data.load(name, tmp_path)
-        path.with_name(f"{path.name}.gz").unlink()
-        with pytest.raises(DataError, match=rf"lacks {path.name}; get the data set from"):
-            data.load(name, tmp_path)
-        path.write_bytes(whole)
+        refuses(rf"lacks {path.name}; get the data set from", name, tmp_path)
+        packed = path.with_name(f"{path.name}.gz")
+        packed.write_bytes(gzip.compress(whole)[:-9])
+        refuses(rf"{path.name}\.gz cannot be decompressed", name, tmp_path)
 
 
 def test_what_does_not_fit_is_named(tmp_path):
-    with pytest.raises(DataError, match="'mnist': digits, cifar-10"):
-        data.load("mnist")
-    with pytest.raises(DataError, match=r"needs a folder; .*https://"):
-        data.load("stl-10")
-    files, *_ = made("stl-10")
-    files["train_y.bin"] = b"\0" * 4
-    with pytest.raises(DataError, match=r"train_y\.bin has labels 0 to 0, expected 1 to 10"):
-        data.load("stl-10", write(tmp_path, files))
-    files = made("stl-10")[0]
-    files["test_y.bin"] += b"\1"
-    with pytest.raises(DataError, match=r"4 images, but .* has 5 labels"):
-        data.load("stl-10", write(tmp_path, files))
-    with pytest.raises(DataError, match="cannot be drawn from 3"):
-        data.batches(3, 4, seed=0, epoch=0)
+    refuses("'mnist': digits, cifar-10", "mnist")
+    refuses(r"needs a folder; .*https://", "stl-10")
+    write(tmp_path, made("stl-10")[0])
+    for file, labels, message in (
+        ("test_y.bin", b"\1" * 5, r"4 images, but .* has 5 labels"),
+        ("train_y.bin", b"\0" * 4, r"train_y\.bin has labels 0 to 0, expected 1 to 10"),
+    ):
+        (tmp_path / file).write_bytes(labels)
+        refuses(message, "stl-10", tmp_path)
+    refuses("cannot be drawn from 3", 3, 4, 0, 0, function=data.batches)
 
 
 def test_every_image_has_zero_mean_and_unit_deviation_but_a_constant_one():
@@ -125,9 +120,10 @@ def test_batches_cover_the_set_once_in_an_order_of_seed_and_epoch(size):
 def test_augmented_images_are_shifted_up_to_an_eighth_and_mirrored():
     images = np.arange(1, 1 + 40 * 16 * 8, dtype=np.float32).reshape(40, 1, 16, 8)
     padded = np.pad(images, [(0, 0), (0, 0), (2, 2), (1, 1)])
-    found = set()
-    for image, source in zip(data.augment(images, RNG), padded, strict=True):
-        for top, left, step in itertools.product(range(5), range(3), (1, -1)):
-            if (source[:, top : top + 16, left : left + 8][..., ::step] == image).all():
-                found.add((top, left, step))
-    assert [{one[k] for one in found} for k in range(3)] == [set(range(5)), {0, 1, 2}, {1, -1}]
+    found = {
+        (top, left, step)
+        for image, source in zip(data.augment(images, RNG), padded, strict=True)
+        for top, left, step in itertools.product(range(5), range(3), (1, -1))
+        if (source[:, top : top + 16, left : left + 8][..., ::step] == image).all()
+    }
+    assert [{*axis} for axis in zip(*found, strict=True)] == [{*range(5)}, {0, 1, 2}, {1, -1}]

@@ -38,20 +38,20 @@ def plan(method, **changes):
     return replace(PLAN, method=method, strength=STRENGTHS[method], **changes)
 
 
-def linear():
+def linear(classes=5):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5, bias=False))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, classes, bias=False))
     return model, torch.randn(7, 1, 8, 8), torch.arange(7) % 5
 
 
 def test_models_have_as_many_parameters_as_published_and_their_seeds_weights(images):
-    def count(model):
-        return sum(p.numel() for p in model.parameters())
-
-    assert count(models.densenet()) == 1_019_722  # Huang et al., 2017, table 2: 1.0 M
-    assert count(models.nin()) == 966_986  # 0.97 M, as cited since Lee et al., 2015
-    # The published number, and batch normalization in place of the biases.
-    assert count(models.vgg_16(3, 1000, 224, hidden=4096)) == 138_357_544 + 4224
+    for model, count in {
+        models.densenet(): 1_019_722,  # Huang et al., 2017, table 2: 1.0 M
+        models.nin(): 966_986,  # 0.97 M, as cited since Lee et al., 2015
+        # The published number, and batch normalization in place of the biases.
+        models.vgg_16(3, 1000, 224, hidden=4096): 138_357_544 + 4224,
+    }.items():
+        assert sum(p.numel() for p in model.parameters()) == count
     for name in MODELS:
         first, same, other = ([*build(name, images, 0.1, seed).parameters()] for seed in (0, 0, 1))
         assert torch.equal(first[0], same[0])
@@ -77,10 +77,8 @@ def test_decay_and_spectral_change_the_gradient_as_they_say():
 
 def test_adversarial_moves_images_by_one_and_jacobian_estimates_its_norm():
     (model, x, y), seen = linear(), []
-    for scale in (1.0, 1e-24):
-        METHODS["adversarial"]().loss(
-            lambda z, k=scale: seen.append(z.detach()) or k * model(z), x, y
-        )
+    for k in (1.0, 1e-24):
+        METHODS["adversarial"]().loss(lambda z, k=k: seen.append(z.detach()) or k * model(z), x, y)
         torch.testing.assert_close((seen[-1] - seen[-2]).flatten(1).norm(dim=1), torch.ones(7))
     method = METHODS["jacobian"](2.0)
     terms = [loss - plain for loss, plain in (method.loss(model, x, y) for _ in range(400))]
@@ -89,9 +87,8 @@ def test_adversarial_moves_images_by_one_and_jacobian_estimates_its_norm():
 
 
 def test_measurements_are_those_of_dense_linear_algebra(images):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3, bias=False))
-    x, y = torch.from_numpy(images.train_images), torch.from_numpy(images.train_labels)
+    model, *_ = linear(classes=3)
+    x, y = map(torch.from_numpy, images[:2])
     weight = model[1].weight
 
     def loss(W):
@@ -158,10 +155,10 @@ def test_suites_have_the_papers_rates_and_no_two_runs_one_file():
     assert [run.name for run in chosen] == [f"nin-b64-spectral-0.03-r0.03-s{k}" for k in (0, 1)]
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["run quick --models foo", "run quick --batches 12", "run quick --strengths l=1", "table x"],
-)
+UNKNOWN = ("run quick --models foo", "run quick --batches 12", "run quick --strengths l=1")
+
+
+@pytest.mark.parametrize("line", [*UNKNOWN, "table x"])
 def test_what_is_unknown_is_an_error(line, monkeypatch):
     monkeypatch.setattr("sys.argv", ["paper", *line.split()])
     with pytest.raises(SystemExit) as error:
@@ -187,23 +184,16 @@ def test_the_network_in_jax_steps_as_that_in_pytorch(images):
 
     from benchmarks.paper import jax_nin
 
-    source = models.nin(channels=1, classes=3, width=0.1).eval()  # without dropout
-    model = jax_nin.NIN(1, 3, 0.1, rngs=nnx.Rngs(0))
+    run = replace(PLAN, model="nin", method="decay", strength=0.1, rate=0.05, epochs=8, width=0.1)
+    trainer, model = Trainer(run, images, Settings()), jax_nin.NIN(1, 3, 0.1, rngs=nnx.Rngs(0))
+    trainer.model.eval()  # both without dropout
     model.dropout.rate = 0.0
-    pairs = [m for m in source.modules() if isinstance(m, nn.Conv2d)]
-    for layer, conv in zip(model.convs, pairs, strict=True):
+    convs = [m for m in trainer.model.modules() if isinstance(m, nn.Conv2d)]
+    for layer, conv in zip(model.convs, convs, strict=True):
         layer.kernel[...] = jnp.asarray(conv.weight.detach().permute(2, 3, 1, 0).numpy())
         layer.bias[...] = jnp.asarray(conv.bias.detach().numpy())
-    options = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}
-    theirs = torch.optim.SGD(source.parameters(), **options)
-    run = replace(PLAN, method="decay", strength=0.1, rate=0.05, epochs=8)
     ours = nnx.Optimizer(model, jax_nin.transformation(run, steps=1), wrt=nnx.Param)
     train_set = jax_nin.labelled(images.train_images, images.train_labels)
     for batch in batches(48, 16, seed=0, epoch=0):
-        theirs.zero_grad()
-        x, y = (torch.from_numpy(part[batch]) for part in images[:2])
-        expected = cross_entropy(source(x), y)
-        expected.backward()
-        theirs.step()
         loss = jax_nin.train_step(model, ours, train_set, batch)
-        assert float(loss) == pytest.approx(expected.item(), rel=1e-4)
+        assert float(loss) == pytest.approx(float(trainer._step(batch)), rel=1e-4)

@@ -103,7 +103,7 @@ def test_a_state_is_needed_for_it(tmp_path):
     expected, _ = parameters("numpy", tmp_path, 4)
     last = tmp_path / "000018"
     arrays = dict(np.load(last / "state.npz"))
-    arrays["in.v"] = arrays["in.v"][::-1]
+    arrays["in.v"] = arrays["in.v"][..., ::-1]
     np.savez(last / "state.npz", **arrays)
     found, first = parameters("numpy", tmp_path, 4)
     assert first == 18
@@ -121,7 +121,7 @@ def test_a_state_is_needed_for_it(tmp_path):
         (
             {"in": (13, 8), "out": (8, 4)},
             sc.ShapeError,
-            r"'in/w' of shape \(12, 8\) needs a v of shape \(12,\), but the state's has \(13,\)",
+            r"'in/w' of shape \(12, 8\) needs a v of shape \(k, 12\), but the state's has \(1, 13\)",
         ),
         (
             {"in": (12, 9), "out": (9, 4)},
