@@ -326,25 +326,24 @@ class SpectralNormRegularizer(OptimizerHook):
             for n_iter, due in self._phases(names):
                 scaled = None if scale is None else self._scaled(scale)
                 arguments = (owner, due, self._parameters, self._penalty, scaled, n_iter)
-                with torch.no_grad():
-                    jobs, context = self._jobs.current(*arguments), _AS_IT_IS
-                    if jobs is None:
-                        self._follow()
-                        jobs = self._jobs.build(*arguments, self._state)
-                        context = self._full_precision()
-                    try:
-                        with context:
-                            write_back(jobs, dispatch(jobs, n_iter, self._jobs.engines).triplets)
+                jobs, context = self._jobs.current(*arguments), _AS_IT_IS
+                if jobs is None:
+                    self._follow()
+                    jobs = self._jobs.build(*arguments, self._state)
+                    context = self._full_precision()
+                try:
+                    with context:
+                        write_back(jobs, dispatch(jobs, n_iter, self._jobs.engines).triplets)
+                    if self.every_n_steps != 1:
                         self._count(jobs)
-                    finally:
-                        release(jobs)
+                finally:
+                    release(jobs)
         if found_inf is not None and before is not None:
             _undo_where(found_inf, self._buffers(names), before)
 
     def _count(self, jobs: JobList) -> None:
-        if self.every_n_steps != 1:
-            for job in jobs:
-                self._steps_taken[job.name] += 1
+        for job in jobs:
+            self._steps_taken[job.name] += 1
 
     def _phases(self, names: Collection[str]) -> list[tuple[int, Collection[str]]]:
         """Return how often to iterate in this step, and for which parameters."""

@@ -113,7 +113,7 @@ class NumbaEngine:
                 self._kernels.run(
                     launch.division.threads,
                     *(launch.matrices, launch.division.chunks, launch.division.parts),
-                    *launch.numbers(jobs),
+                    launch.numbers(jobs),
                     *(launch.division.like, launch.division.scratch, n_iter),
                 )
         lasts: Any = jobs.lasts if isinstance(jobs, JobList) else [job.last for job in jobs]
@@ -190,7 +190,8 @@ class _Launch:
         self.division = division
         self.matrices = matrices
         self._every = every
-        self._numbers: Any = None
+        self._numbers: np.ndarray[Any, Any] = np.empty((0, 3))
+        self._current: Any = None  # the `JobList.numbers` that `_numbers` belongs to
 
     def place_grads(self, jobs: Sequence[Job], memory: Memory) -> None:
         """Write the addresses of this step's gradients into the table."""
@@ -201,28 +202,27 @@ class _Launch:
             addresses = [addresses[place] for place in self.places]
         self.division.place_grads(self.matrices, addresses)
 
-    def numbers(self, jobs: Sequence[Job]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Return λ of each matrix, and target and power: power 0 stands for the paper's penalty.
+    def numbers(self, jobs: Sequence[Job]) -> np.ndarray[Any, Any]:
+        """Return λ, target and power of each matrix; power 0 stands for the paper's penalty.
 
         They are kept while the numbers of a `JobList` are the same, and none is a tensor.
         """
         current = jobs.numbers if isinstance(jobs, JobList) else None
-        if self._numbers is not None and self._numbers[0] is current:
-            kept: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] = self._numbers[1]
-            return kept
+        if current is not None and self._current is current:
+            return self._numbers
         mine = [jobs[place] for place in self.places]
-        factors = np.asarray([float(job.factor) for job in mine], np.float64)
         rows = [
-            (0.0, 0.0) if job.slope is None else (float(job.slope.target), job.slope.power)
+            (float(job.factor), 0.0, 0.0)
+            if job.slope is None
+            else (float(job.factor), float(job.slope.target), job.slope.power)
             for job in mine
         ]
-        arrays = self.division.of_each(factors), self.division.of_each(np.asarray(rows, np.float64))
+        self._numbers = self.division.of_each(np.asarray(rows, np.float64))
         constant = all(isinstance(job.factor, float) for job in mine) and all(
             job.slope is None or isinstance(job.slope.target, float) for job in mine
         )
-        if current is not None and constant:
-            self._numbers = current, arrays
-        return arrays
+        self._current = current if constant else None
+        return self._numbers
 
 
 class Division:

@@ -197,7 +197,7 @@ def _force(sigma, target, power):
 
 
 @_compiled
-def _add_part(t, parts, chunks, matrices, factors, slopes, like, scratch):
+def _add_part(t, parts, chunks, matrices, numbers, like, scratch):
     """Add the terms to the gradients in the chunks of thread t."""
     for p in range(parts[t], parts[t + 1]):
         k, lo, hi = chunks[p, 0], chunks[p, 1], chunks[p, 2]
@@ -208,7 +208,7 @@ def _add_part(t, parts, chunks, matrices, factors, slopes, like, scratch):
                 carray(_pointer(matrices[k, 3]), (m, n), like.dtype),
                 carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
                 carray(_pointer(matrices[k, 4]), (n,), scratch.dtype),
-                factors[k] * _force(sigma, scratch.dtype.type(slopes[k, 0]), slopes[k, 1]),
+                numbers[k, 0] * _force(sigma, scratch.dtype.type(numbers[k, 1]), numbers[k, 2]),
                 lo,
                 hi,
             )
@@ -229,17 +229,17 @@ def _finish(k, matrices, chunks, scratch):
 
 
 @_compiled
-def _alone(matrices, chunks, parts, factors, slopes, like, scratch, n_iter):
+def _alone(matrices, chunks, parts, numbers, like, scratch, n_iter):
     """Run `_together` in this thread alone, without starting others."""
     for _ in range(n_iter):
         _read_part(0, parts, chunks, matrices, like, scratch)
-        for k in range(factors.size):
+        for k in range(numbers.shape[0]):
             _finish(k, matrices, chunks, scratch)
-    _add_part(0, parts, chunks, matrices, factors, slopes, like, scratch)
+    _add_part(0, parts, chunks, matrices, numbers, like, scratch)
 
 
 @_compiled(parallel=True)
-def _together(matrices, chunks, parts, factors, slopes, like, scratch, n_iter):
+def _together(matrices, chunks, parts, numbers, like, scratch, n_iter):
     """Run lines 5–9 of Algorithm 1 for many matrices.
 
     Parameters
@@ -251,10 +251,8 @@ def _together(matrices, chunks, parts, factors, slopes, like, scratch, n_iter):
         Rows of one matrix for one thread: matrix, first row, end, place in scratch.
     parts : int64, (T + 1,)
         The first chunk of each thread.
-    factors : float64, (K,)
-        λ of each matrix.
-    slopes : float64, (K, 2)
-        Target and power of each matrix; power 0 is the paper's penalty.
+    numbers : float64, (K, 3)
+        λ, target and power of each matrix; power 0 is the paper's penalty.
     like : array
         An array with the dtype of W and G.
     scratch : array
@@ -262,7 +260,7 @@ def _together(matrices, chunks, parts, factors, slopes, like, scratch, n_iter):
     n_iter : int
         Power iterations. The update follows them, where G has an address.
     """
-    count, threads = factors.size, parts.size - 1
+    count, threads = numbers.shape[0], parts.size - 1
     for _ in range(n_iter):
         for t in prange(threads):
             _read_part(t, parts, chunks, matrices, like, scratch)
@@ -273,7 +271,7 @@ def _together(matrices, chunks, parts, factors, slopes, like, scratch, n_iter):
             for k in prange(count):
                 _finish(k, matrices, chunks, scratch)
     for t in prange(threads):
-        _add_part(t, parts, chunks, matrices, factors, slopes, like, scratch)
+        _add_part(t, parts, chunks, matrices, numbers, like, scratch)
 
 
 # Numba's simplest threading layer ends the process when two threads enter it at once.

@@ -38,6 +38,12 @@ class CpuEngine(NumbaEngine):
         return not (job.grad is not None and job.grad.requires_grad) and super().accepts(job)
 
 
+class TensorEngine(ReferenceEngine):
+    """The reference, outside of autograd, which then only counts the versions of a gradient."""
+
+    run = torch.no_grad()(ReferenceEngine.run)
+
+
 def engines(*, kernels: bool = True) -> tuple[Engine, ...]:
     """Return new engines in order of preference; the last one accepts every job.
 
@@ -48,7 +54,7 @@ def engines(*, kernels: bool = True) -> tuple[Engine, ...]:
     """
     foreach = ForeachEngine()
     compiled = [*_cpu_engine(), TritonEngine(fallback=foreach)] if kernels else []
-    return DTensorEngine(), *compiled, foreach, ReferenceEngine(in_place=True)
+    return DTensorEngine(), *compiled, foreach, TensorEngine(in_place=True)
 
 
 def _cpu_engine() -> list[Engine]:

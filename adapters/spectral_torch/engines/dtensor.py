@@ -68,6 +68,7 @@ class DTensorEngine:
         """Return True for a DTensor."""
         return is_sharded(job.weight)
 
+    @torch.no_grad()
     def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
         """Run all jobs, with two messages for each mesh in an iteration."""
         # Every gradient is checked before the first one changes.

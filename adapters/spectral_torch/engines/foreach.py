@@ -70,6 +70,7 @@ class ForeachEngine:
             and job.V.dtype is dtype
         )
 
+    @torch.no_grad()
     def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
         """Run all jobs, those of one device and dtype together."""
         places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
