@@ -96,24 +96,24 @@ def test_jax_equals_the_reference():
 
     import spectral_jax
 
-    with jax.enable_x64(True):
-        params = {name: jnp.asarray(w) for name, w in START.items()}
-        tx = optax.chain(
-            # JAX would read these names as (in, out). They are (out, in), as elsewhere here.
-            spectral_jax.add_spectral_norm_regularization(factor=FACTOR, layouts={"*": "oi"}),
-            optax.sgd(RATE, MOMENTUM, nesterov=True),
-        )
+    jax.config.update("jax_enable_x64", True)  # as for all tests; JAX 0.5 has no context for it
+    params = {name: jnp.asarray(w) for name, w in START.items()}
+    tx = optax.chain(
+        # JAX would read these names as (in, out). They are (out, in), as elsewhere here.
+        spectral_jax.add_spectral_norm_regularization(factor=FACTOR, layouts={"*": "oi"}),
+        optax.sgd(RATE, MOMENTUM, nesterov=True),
+    )
 
-        def loss(params):
-            error = jnp.tanh(X @ params["w1"].T) @ params["w2"].T - Y
-            return jnp.mean(jnp.sum(error**2, axis=1)) / 2
+    def loss(params):
+        error = jnp.tanh(X @ params["w1"].T) @ params["w2"].T - Y
+        return jnp.mean(jnp.sum(error**2, axis=1)) / 2
 
-        @jax.jit
-        def step(params, state):
-            updates, state = tx.update(jax.grad(loss)(params), state, params)
-            return optax.apply_updates(params, updates), state
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
 
-        state = tx.init(params)
-        for _ in range(STEPS):
-            params, state = step(params, state)
-        assert_same(params, spectral_jax.sigmas(state))
+    state = tx.init(params)
+    for _ in range(STEPS):
+        params, state = step(params, state)
+    assert_same(params, spectral_jax.sigmas(state))
