@@ -115,8 +115,8 @@ def integrations(session: nox.Session) -> None:
     options = (
         *PARALLEL[:-1],
         "--dist=loadfile",
+        "tests/keras",  # the longest file first
         "tests/integrations",
-        "tests/keras",
         "tests/test_docs.py",
     )
     session.run(*PYTEST, *options, *session.posargs, env={**ONE_THREAD, **THOROUGH})
