@@ -198,7 +198,7 @@ class Checks:
             plan, xp = _check_fit(name, weight, layout, fitting)
             if is_jax_namespace(xp):  # in a trace, arrays have no device
                 return plan, xp
-            known = _Checked(_kinds(layout, weight, fitting), plan, xp)
+            known = _Checked(kinds, plan, xp)
             self._checked[name] = known
         return known.plan, known.xp
 

@@ -22,6 +22,7 @@ from spectral_core.errors import check_int
 from ._jobs import JobCache
 from ._select import Model, choose_parameters
 from .engines import DTensorEngine, engines
+from .engines.foreach import write_into
 
 _Self = TypeVar("_Self", bound="OptimizerHook")
 
@@ -247,14 +248,12 @@ class OptimizerHook:
     def _write_back(self, found: sc.SpectralState) -> None:
         """Write the values of ``found`` into the state's own tensors, which others may refer to."""
         state = self._state
-        pairs = [
+        write_into(
             (old, new[name])
             for own, new in ((state.v, found.v), (state.sigma, found.sigma), (state.u, found.u))
             for name, old in own.items()
-            if name in new and new[name] is not old
-        ]
-        if pairs:
-            torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
+            if name in new
+        )
 
 
 def check_hooks(optimizer: Any, by_hand: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,16 +25,18 @@ from spectral_core.engine import (
     slope_of,
 )
 
+from .engines.foreach import write_into
+
 _PLAIN = (Tensor, Parameter)
 
 
+@dataclass
 class Penalty:
     """Hold λ, target and power of a regularizer, which checks them when they are set."""
 
-    def __init__(self, factor: Factor, target: Factor, power: int) -> None:
-        self.factor = factor
-        self.target = target
-        self.power = power
+    factor: Factor
+    target: Factor
+    power: int
 
 
 class JobCache:
@@ -263,7 +266,6 @@ def _build(
     for name in names:
         parameter = parameters[name]
         grad = parameter.grad
-        # In this order: `torch.compile` guards an optimizer's gradients, not its `requires_grad`.
         if grad is None or not parameter.requires_grad:
             continue
         if grad.layout != torch.strided:
@@ -330,12 +332,9 @@ def write_back(jobs: Sequence[Job], triplets: Sequence[Triplet]) -> None:
     """
     if isinstance(jobs, JobList) and triplets is jobs.lasts:
         return  # the engine has written them there already
-    pairs = [
-        (old, new)
+    write_into(
+        pair
         for job, triplet in zip(jobs, triplets, strict=True)
         if job.last is not None and triplet is not job.last
-        for old, new in zip(job.last, triplet, strict=True)
-        if old is not new
-    ]
-    if pairs:
-        torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
+        for pair in zip(job.last, triplet, strict=True)
+    )

@@ -311,6 +311,11 @@ class SpectralNormRegularizer(OptimizerHook):
         self, names: Collection[str], owner: object, scale: float | Tensor | None = None
     ) -> None:
         """Make a step on these parameters; each optimizer, the ``owner``, has jobs of its own."""
+        compiling = torch.compiler.is_compiling()
+        if compiling and not self._is_one_operation(names):  # then between two graphs
+            outside = torch.compiler.disable(self._add_terms_)  # type: ignore[no-untyped-call]
+            outside(names, owner, scale)
+            return
         found_inf = None
         if owner is not self:
             # What a GradScaler does to the term: an optimizer that unscales within its step gets
@@ -320,8 +325,8 @@ class SpectralNormRegularizer(OptimizerHook):
             scale = getattr(owner, "grad_scale", None)
             found_inf = getattr(owner, "found_inf", None)
         before = None if found_inf is None else [x.clone() for x in self._buffers(names)]
-        if torch.compiler.is_compiling():
-            self._add_compiled_(names, owner, scale)
+        if compiling:
+            self._add_compiled_(names, scale)
         else:
             for n_iter, due in self._phases(names):
                 scaled = None if scale is None else self._scaled(scale)
@@ -361,14 +366,8 @@ class SpectralNormRegularizer(OptimizerHook):
             phases.setdefault(self.n_iter if due else 0, []).append(name)
         return list(phases.items())
 
-    def _add_compiled_(
-        self, names: Collection[str], owner: object, scale: float | Tensor | None
-    ) -> None:
-        """Make a step within `torch.compile`: as one operation, or between two graphs."""
-        if self.every_n_steps != 1 or not all(map(self._is_operation, names)):
-            outside = torch.compiler.disable(self._add_terms_)  # type: ignore[no-untyped-call]
-            outside(names, owner, scale)
-            return
+    def _add_compiled_(self, names: Collection[str], scale: float | Tensor | None) -> None:
+        """Make a step within `torch.compile`, as one operation."""
         present = [name for name in names if self._has_gradient(name)]
         if not present:
             return
@@ -386,6 +385,10 @@ class SpectralNormRegularizer(OptimizerHook):
                 n_iter=self.n_iter,
                 engines=self._number,
             )
+
+    def _is_one_operation(self, names: Collection[str]) -> bool:
+        """Return True if `torch.compile` can have the step of these parameters in its graph."""
+        return self.every_n_steps == 1 and all(map(self._is_operation, names))
 
     def _is_operation(self, name: str) -> bool:
         return _compile.accepts(self._parameters[name], self._state.v[name])

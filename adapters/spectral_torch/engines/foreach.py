@@ -7,7 +7,7 @@ vectors of all matrices are concatenated in one tensor, and every other operatio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -91,6 +91,13 @@ class ForeachEngine:
             _add_terms_(group, [t[2] for t in found], sigma, u, owners, m)
             triplets.update(zip(mine, (Triplet(*t) for t in found), strict=True))
         return Result([job.grad for job in jobs], [triplets[i] for i in range(len(jobs))])
+
+
+def write_into(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second tensor of each pair into the first, unless both are the same tensor."""
+    changed = [(old, new) for old, new in pairs if old is not new]
+    if changed:
+        torch._foreach_copy_([old for old, _ in changed], [new for _, new in changed])
 
 
 def _add_terms_(

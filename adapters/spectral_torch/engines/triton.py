@@ -39,6 +39,7 @@ from spectral_core.engine import (
     last_of,
 )
 
+from .foreach import write_into
 from .graph_tables import GraphTable, capturing, current
 
 # Largest number of columns: a program holds a row of W, v and a sum of rows in registers. 16384
@@ -297,14 +298,11 @@ class TritonEngine:
         assert self._fallback is not None
         # A list of its own: a `JobList` would remember a division that has this engine in it.
         found = dispatch(list(jobs), n_iter, (self._fallback, _REFERENCE)).triplets
-        pairs = [
-            (old, new)
+        write_into(
+            pair
             for triplet, result in zip(triplets, found, strict=True)
-            for old, new in zip(triplet, result, strict=True)
-            if old is not new
-        ]
-        if pairs:
-            torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
+            for pair in zip(triplet, result, strict=True)
+        )
 
     def _group_of(self, kind: _Kind, jobs: Sequence[Job]) -> _Group:
         """Return the tables of these jobs. `_Group` keeps the plans, so that their ids stay."""
