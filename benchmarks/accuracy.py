@@ -258,7 +258,7 @@ def draw(path: Path, results: Mapping[str, Any]) -> None:
             rows.append({"panel": panel, "x": k * unit, "y": error, "scheme": name})
     looks = {"hue": "scheme", "style": "scheme", "palette": "colorblind"}
     with panels(rows, x="x", col_wrap=3, **looks) as grid:
-        grid.set_axis_labels("step", "relative error of σuvᵀ")
+        grid.set_axis_labels("step", "relative error of σuvᵀ").figure.subplots_adjust(hspace=0.4)
         for panel, axis in grid.axes_dict.items():
             still = panel.startswith("one matrix")
             axis.set(yscale="log", ylim=(1e-16, 1) if still else (1e-8, 3))

@@ -62,13 +62,13 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 110) -> None:
-    """Write a PNG of 64 colors, a quarter as large; the same picture is the same file."""
+    """Write a PNG of 256 colors, which is smaller; the same picture is the same file."""
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=dpi)
-    image = Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    image = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     image.save(path, optimize=True)
 
 
