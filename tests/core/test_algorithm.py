@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import spectral_core as sc
-from backends import get, on, outer, svd_norm
+from backends import SLOW, get, on, outer, slow, svd_norm
 from models import LAYOUTS, assert_close, assert_equal, model, not_finite, state_to_numpy
 from spectral_core import Layout, add_gradient, add_gradient_, as_matrix, init, iterate
 
@@ -38,7 +38,7 @@ def test_v_depends_on_the_name():
     assert np.any(v["a"] != v["b"])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+@pytest.mark.parametrize("dtype", [*slow("float32"), "float64", "complex128"])
 def test_v_is_the_same_on_every_backend(backend, dtype):
     weights, _ = model(dtype)
     state = init(backend.tree(weights), seed=5, layouts=LAYOUTS)
@@ -158,7 +158,7 @@ def test_step_in_place_accepts_read_only_weights_and_state():
 # Several vectors for each matrix
 
 
-@pytest.mark.parametrize("layout", ["oihw", "hwio", "iohw", Layout("hwi(go)", groups=2)])
+@pytest.mark.parametrize("layout", [*slow("oihw", "hwio", "iohw"), Layout("hwi(go)", groups=2)])
 def test_several_vectors_equal_block_iteration(backend, layout):
     weights, grads = model(shapes={"w": (4, 3, 2, 6)})
     mine, start = backend.tree(weights), backend.tree(grads)
@@ -350,7 +350,10 @@ def test_dtype_is_kept(backend, dtype, real):
         assert backend.dtype_name(state.sigma[name]) == real
 
 
-@pytest.mark.parametrize(("wide", "narrow"), [("float64", "float32"), ("complex128", "complex64")])
+@pytest.mark.parametrize(
+    ("wide", "narrow"),
+    [("float64", "float32"), pytest.param("complex128", "complex64", marks=SLOW)],
+)
 @pytest.mark.parametrize("wide_weights", [True, False])
 def test_weight_and_gradient_can_differ_in_precision(backend, wide, narrow, wide_weights):
     weights, grads = model(wide)
@@ -515,7 +518,7 @@ def test_gradient_of_the_penalty_under_jit_is_the_step(backend):
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize(("target", "power"), [(0.0, 1), (2.0, 1), (2.0, 2)])
-@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+@pytest.mark.parametrize("dtype", [*slow("float64"), "complex128"])
 def test_term_of_another_penalty_is_its_gradient(backend, dtype, target, power, in_place):
     if in_place and not backend.in_place:
         pytest.skip(f"{backend}: arrays are immutable")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import spectral_core as sc
-from backends import gaussian, get, on, svd_norm
+from backends import gaussian, get, on, slow, svd_norm
 from spectral_core import Layout, as_matrix, constrain, constrain_
 
 LAYOUTS = {"conv": "hwio", "dense": "oi", "groups": Layout("i(go)", groups=2)}
@@ -43,7 +43,7 @@ def assert_close(found, expected, rtol=1e-12):
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+@pytest.mark.parametrize("dtype", [*slow("float64"), "complex128"])
 def test_constrained_weights_are_the_projection(backend, dtype, normalize, in_place):
     if in_place and not backend.in_place:
         pytest.skip(f"{backend}: arrays are immutable")

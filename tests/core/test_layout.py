@@ -176,6 +176,7 @@ def regularized(backend, W, G, state, layout, factor):
     return from_matrix(as_matrix(G, layout) + term, layout, G.shape)
 
 
+@pytest.mark.thorough("jax-cpu")  # tests/jax has a layout test of its own
 @every_layout
 def test_gradient_is_right_in_every_layout(backend, layout):
     W, G = gradient_case(layout, "complex128")

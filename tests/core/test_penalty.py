@@ -65,7 +65,9 @@ def test_rank_one_is_the_gradient_in_torch(backend, shape, dtype, through):
 
 @on(module="jax")
 @CASES
-@pytest.mark.parametrize("through", ["penalty_at", "written out"])
+@pytest.mark.parametrize(
+    "through", ["penalty_at", pytest.param("written out", marks=pytest.mark.thorough)]
+)
 def test_rank_one_is_the_gradient_in_jax(backend, shape, dtype, through):
     import jax
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import spectral_core as sc
-from backends import slow_on_jax
+from backends import slow
 from spectral_core._state_dict import check_fits, like_own, merge, select
 
 SHAPES = {"dense": (6, 5), "grouped": (4, 3, 2, 2)}
@@ -30,7 +30,7 @@ def step(backend, weights, state, n_iter):
 
 
 @pytest.mark.parametrize("n_iter", [0, 2])
-@pytest.mark.parametrize("n_vectors", [1, *slow_on_jax(3)])
+@pytest.mark.parametrize("n_vectors", [1, *slow(3)])
 def test_run_continues_bit_for_bit(backend, tmp_path, n_iter, n_vectors):
     weights, state = model(backend, n_vectors=n_vectors)
     state = sc.iterate(weights, state, n_iter=3)

@@ -64,6 +64,7 @@ def test_the_bound_may_be_a_schedule_and_masked():
         tx.update(params, state)
 
 
+@pytest.mark.thorough
 def test_normalized_weights_are_those_of_flaxs_spectral_norm():
     """Flax normalizes the layer's parameters where they are, and starts from the outputs' side."""
     nnx = pytest.importorskip("flax.nnx", reason="Flax is not installed")

@@ -16,7 +16,11 @@ from spectral_jax import XlaEngine, add_spectral_norm_regularization  # noqa: E4
 @pytest.mark.parametrize("layout", ["io", "oi", "sio", "hwio", "oihw"])
 @pytest.mark.parametrize(
     "dtype",
-    [jnp.float32, jnp.bfloat16, pytest.param(jnp.complex64, marks=pytest.mark.thorough)],
+    [
+        jnp.bfloat16,
+        pytest.param(jnp.float32, marks=pytest.mark.thorough),
+        pytest.param(jnp.complex64, marks=pytest.mark.thorough),
+    ],
 )
 def test_the_iteration_equals_the_core_s(layout, dtype):
     rng = np.random.default_rng(0)

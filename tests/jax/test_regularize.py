@@ -337,7 +337,7 @@ def test_accumulated_steps():
     assert_trees_close(updates, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("every_n_steps", [1, 2])
+@pytest.mark.parametrize("every_n_steps", [pytest.param(1, marks=pytest.mark.thorough), 2])
 @pytest.mark.parametrize(("target", "power"), [(0.0, 1), (1.5, 1), (1.5, 2), ("schedule", 2)])
 def test_another_penaltys_updates(target, power, every_n_steps):
     limit = 0.0 if target == 0 else 1.5
@@ -379,7 +379,12 @@ def test_inject_hyperparams_schedules_the_target():
 
 @pytest.mark.parametrize(
     ("target", "power", "n_iter", "every_n_steps"),
-    [(0.0, 2, 1, 1), (0.0, 1, 9, 1), (1.5, 1, 1, 2), (1.5, 2, 9, 2)],
+    [
+        (0.0, 2, 1, 1),
+        pytest.param(0.0, 1, 9, 1, marks=pytest.mark.thorough),
+        pytest.param(1.5, 1, 1, 2, marks=pytest.mark.thorough),
+        (1.5, 2, 9, 2),
+    ],
 )
 def test_options_that_inject_hyperparams_traces_give_the_same_updates(
     target, power, n_iter, every_n_steps
@@ -411,7 +416,7 @@ def test_a_bad_power_is_refused(power):
         add_spectral_norm_regularization(power=power)
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_a_state_that_0_1_0_saved_goes_on(jit):
     """Version 0.1.0 saved v without its axis of vectors, here after three steps."""
     params = {

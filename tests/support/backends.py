@@ -20,6 +20,9 @@ import pytest
 # Read when JAX is first imported: float64 at all, and room for other frameworks on its GPU.
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Most of a short run is XLA's compiler. The thorough profile runs what users run.
+if os.environ.get("SPECTRAL_PROFILE", "default") == "default":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 STANDARD = frozenset({"float32", "float64", "complex64", "complex128"})
 HALF = frozenset({"float16", "bfloat16"})
@@ -213,9 +216,13 @@ def on(*names, module=None, dtype=None, in_place=None):
     return pytest.mark.parametrize("backend", chosen, ids=str, indirect=True)
 
 
-def slow_on_jax(*values):
-    """Leave these values to the thorough profile on JAX, which compiles for each of them."""
-    return [pytest.param(value, marks=pytest.mark.thorough("jax-cpu")) for value in values]
+# JAX compiles for each new shape and dtype; array-api-strict checks each operation in Python.
+SLOW = pytest.mark.thorough("jax-cpu", "array-api-strict", "array-api-strictest")
+
+
+def slow(*values):
+    """Leave these values to the thorough profile on the backends that are slow."""
+    return [pytest.param(value, marks=SLOW) for value in values]
 
 
 def get(name):
