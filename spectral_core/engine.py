@@ -288,7 +288,7 @@ def dispatch(jobs: Sequence[Job], n_iter: int, engines: Sequence[Engine]) -> Res
     if isinstance(jobs, JobList):
         shares = jobs.shares(engines)
     else:
-        in_place = any(engine.in_place for engine in engines[:-1])
+        in_place = len(jobs) > 1 and any(engine.in_place for engine in engines[:-1])
         shares = _divide(jobs, engines, _overlaps(jobs, None) if in_place else set())
     if len(shares) == 1:
         return shares[0].engine.run(jobs, n_iter)
