@@ -119,7 +119,8 @@ def integrations(session: nox.Session) -> None:
         "tests/integrations",
         "tests/test_docs.py",
     )
-    session.run(*PYTEST, *options, *session.posargs, env={**ONE_THREAD, **THOROUGH})
+    optimized = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    session.run(*PYTEST, *options, *session.posargs, env={**ONE_THREAD, **THOROUGH, **optimized})
 
 
 @nox.session(venv_backend="none")

@@ -16,7 +16,7 @@ _COMMON = {
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 }
 settings.register_profile("default", max_examples=20, **_COMMON)
-settings.register_profile("thorough", max_examples=200, **_COMMON)
+settings.register_profile("thorough", max_examples=100, **_COMMON)
 settings.load_profile(PROFILE)  # an error for a profile that does not exist
 
 

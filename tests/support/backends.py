@@ -20,9 +20,8 @@ import pytest
 # Read when JAX is first imported: float64 at all, and room for other frameworks on its GPU.
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# Most of a short run is XLA's compiler. The thorough profile runs what users run.
-if os.environ.get("SPECTRAL_PROFILE", "default") == "default":
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Most of a run is XLA's compiler. The session `integrations` runs JAX with all optimizations.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 STANDARD = frozenset({"float32", "float64", "complex64", "complex128"})
 HALF = frozenset({"float16", "bfloat16"})
