@@ -14,6 +14,7 @@ from ._power import (
     start_vector,
 )
 from ._state_dict import SpectralState, load_state_dict, state_dict
+from ._summary import Summary
 from .errors import (
     ArgumentError,
     DeviceError,
@@ -37,6 +38,7 @@ __all__ = [
     "SpectralError",
     "SpectralNorm",
     "SpectralState",
+    "Summary",
     "Watch",
     "add_gradient",
     "add_gradient_",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import inf
 from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
@@ -27,6 +27,25 @@ from .errors import ArgumentError, DeviceError, DTypeError, NamesError, ShapeErr
 
 Number: TypeAlias = "float | Array"
 Factor: TypeAlias = "Number | Mapping[str, Number]"
+Schedule: TypeAlias = (
+    "Factor | Callable[[int], Number] | Mapping[str, Number | Callable[[int], Number]]"
+)
+"""A `Factor`, or one that is a function of the step, counted from 0."""
+
+
+def at_step(schedule: Schedule, step: int) -> Factor:
+    """Return the numbers of a schedule at a step.
+
+    Examples
+    --------
+    >>> at_step({"a": lambda step: 0.1 * step, "b": 0.5}, 2)
+    {'a': 0.2, 'b': 0.5}
+    """
+    if callable(schedule):
+        return schedule(step)
+    if isinstance(schedule, Mapping):
+        return {name: x(step) if callable(x) else x for name, x in schedule.items()}
+    return schedule
 
 
 def check_factor(factor: Factor, name: str = "factor") -> Number:

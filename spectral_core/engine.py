@@ -52,11 +52,14 @@ from ._power import (
 from ._select import Choice, by_name, choose, matches
 from ._shard import Shard, clipped, ordered, shards_of
 from ._state_dict import SpectralState, check_fits, merge, select
+from ._summary import Row, Summary
 from ._validate import (
     Checks,
     Factor,
     Fitting,
     Number,
+    Schedule,
+    at_step,
     check_factor,
     check_factors,
     check_power,
@@ -80,12 +83,15 @@ __all__ = [
     "Plan",
     "ReferenceEngine",
     "Result",
+    "Row",
+    "Schedule",
     "Shape",
     "Shard",
     "Share",
     "Slope",
     "Snapshot",
     "SpectralState",
+    "Summary",
     "Traits",
     "Triplet",
     "add_outer",
@@ -95,6 +101,7 @@ __all__ = [
     "adjoint_times_rows",
     "array_namespace",
     "as_layout",
+    "at_step",
     "broadcast_outer",
     "by_name",
     "cast",
