@@ -22,6 +22,7 @@ from .errors import (
     NamesError,
     ShapeError,
     SpectralError,
+    SpectralWarning,
 )
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ __all__ = [
     "SpectralError",
     "SpectralNorm",
     "SpectralState",
+    "SpectralWarning",
     "Summary",
     "Watch",
     "add_gradient",

@@ -23,7 +23,7 @@ from ._arrays import (
 from ._layout import Layout, plan_of
 from ._plan import Plan
 from ._select import by_name
-from .errors import ArgumentError, DeviceError, DTypeError, NamesError, ShapeError
+from .errors import ArgumentError, DeviceError, DTypeError, NamesError, ShapeError, listed
 
 Number: TypeAlias = "float | Array"
 Factor: TypeAlias = "Number | Mapping[str, Number]"
@@ -88,7 +88,9 @@ def check_factors(
     own = by_name(factor, names, what)
     missing = [name for name in names if name not in own]
     if missing:
-        raise NamesError(f"{what} has no entry for {missing}: add one, or a '*' for all others")
+        raise NamesError(
+            f"{what} has no entry for {listed(missing)}: add one, or a '*' for all others"
+        )
     return {name: check_factor(value, f"{what}[{name!r}]") for name, value in own.items()}
 
 
@@ -122,8 +124,8 @@ def check_weights(weights: Mapping[str, Array], names: Collection[str]) -> None:
         missing = [name for name in names if name not in weights]
         unexpected = [name for name in weights if name not in names]
         raise NamesError(
-            f"the weights are not those of the state: missing {missing}, unexpected {unexpected}; "
-            "call init again for other weights"
+            f"the weights are not those of the state: missing {listed(missing)}, unexpected "
+            f"{listed(unexpected)}; call init again for other weights"
         )
 
 
@@ -133,7 +135,9 @@ def check_grads(grads: Mapping[str, Array | None], names: Collection[str]) -> No
         raise NamesError(f"grads must be a mapping of name to array, not {type(grads)}")
     missing = [name for name in names if name not in grads]
     if missing:
-        raise NamesError(f"grads has no entry for {missing}: give None to leave a weight out")
+        raise NamesError(
+            f"grads has no entry for {listed(missing)}: give None to leave a weight out"
+        )
 
 
 def check_matrix(W: Array, V: Array, xp: Namespace, *, rows: bool) -> Traits:

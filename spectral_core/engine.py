@@ -49,7 +49,7 @@ from ._power import (
     right_rows,
     times_rows,
 )
-from ._select import Choice, by_name, choose, matches
+from ._select import Choice, Selection, by_name, choose, first_matches, matching
 from ._shard import Shard, clipped, ordered, shards_of
 from ._state_dict import SpectralState, check_fits, merge, select
 from ._summary import Row, Summary
@@ -85,6 +85,7 @@ __all__ = [
     "Result",
     "Row",
     "Schedule",
+    "Selection",
     "Shape",
     "Shard",
     "Share",
@@ -116,13 +117,14 @@ __all__ = [
     "constant",
     "default_layout",
     "dispatch",
+    "first_matches",
     "from_memory_order",
     "iterate_rows",
     "iteration_arrays",
     "last_of",
     "left_rows",
     "make_jobs",
-    "matches",
+    "matching",
     "matrix_in_memory_order",
     "merge",
     "ordered",

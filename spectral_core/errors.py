@@ -1,6 +1,9 @@
 """Errors about inputs: one class for each kind of mistake."""
 
+from collections.abc import Iterable
 from operator import index
+
+_LISTED = 10  # names in a message
 
 
 class SpectralError(Exception):
@@ -25,6 +28,24 @@ class NamesError(SpectralError, ValueError):
 
 class ArgumentError(SpectralError, ValueError):
     """A number is out of its range: ``factor``, ``n_iter``, ``seed``, ``tol`` and the like."""
+
+
+class SpectralWarning(UserWarning):
+    """Something that is probably not meant: a guessed layout, a regularizer that never acts."""
+
+
+def listed(names: Iterable[object]) -> str:
+    """Return names for a message: at most ten, and how many more there are.
+
+    >>> listed("abc")
+    "['a', 'b', 'c']"
+    >>> listed(range(12))
+    '[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, … 2 more]'
+    """
+    names = list(names)
+    more = len(names) - _LISTED
+    shown = ", ".join(map(repr, names[:_LISTED]))
+    return f"[{shown}, … {more} more]" if more > 0 else f"[{shown}]"
 
 
 def check_int(value: object, name: str, least: int = 1) -> int:

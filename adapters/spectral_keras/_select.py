@@ -115,14 +115,15 @@ def choose_variables(
     if twice:
         raise NamesError(f"several variables have the path {twice}: name their layers differently")
     known = {path: layout for path, layout in _known(model) if path in variables}
+    others = dict.fromkeys(variables, "not a kernel of a known layer")
     chosen = choose(
         variables,
-        known,
+        {**others, **known},
         include=include,
         exclude=exclude,
         layouts=layouts,
         default=_channels_last,
-    )
+    ).layouts
     if not chosen:
         raise NamesError(
             "there is nothing to regularize: the model has no dense, convolution or recurrent "

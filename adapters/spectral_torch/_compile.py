@@ -23,17 +23,17 @@ from spectral_core.engine import (
     Number,
     Triplet,
     dispatch,
+    first_matches,
     make_jobs,
-    matches,
     slope_of,
 )
 
 from ._jobs import JobCache, write_back
 from .engines.dtensor import is_sharded
 
-# `torch.compile` cannot trace fnmatch, but the same text always gives the same answer. This is what
-# `torch.compiler.assume_constant_result` does, after a second of importing.
-matches._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# `torch.compile` cannot trace patterns, but the same text always gives the same answer. This is
+# what `torch.compiler.assume_constant_result` does, after a second of importing.
+first_matches._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _SETS = 64  # cached sets of weights
 

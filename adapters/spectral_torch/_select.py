@@ -37,14 +37,15 @@ def choose_parameters(
         If a chosen parameter is not initialized yet.
     """
     known, candidates = _scan(model)
+    others = dict.fromkeys(candidates, "not a weight of a known layer")
     chosen = choose(
         candidates,
-        known,
+        {**others, **known},
         include=include,
         exclude=exclude,
         layouts=layouts,
         default=_default,
-    )
+    ).layouts
     if not chosen:
         raise NamesError(
             "there is nothing to regularize: the model has no linear, convolution or recurrent "

@@ -1,11 +1,13 @@
 """Weights and their settings are chosen by name or pattern."""
 
+import re
+
 import numpy as np
 import pytest
 
 import spectral_core as sc
 from spectral_core import Layout
-from spectral_core._select import by_name, choose, choose_layouts, matches
+from spectral_core._select import by_name, choose, choose_layouts, matching
 
 NAMES = ["encoder.in", "encoder.out", "head", "block[0]"]
 
@@ -26,7 +28,7 @@ def test_own_name_wins_over_the_first_pattern(settings, expected):
     assert by_name(settings, NAMES, "factor") == expected
 
 
-@pytest.mark.parametrize("pattern", ["heads", "Head", "encoder", "decoder.*"])
+@pytest.mark.parametrize("pattern", ["heads", "Head", "enco", "decoder.*", "in.encoder"])
 def test_pattern_that_matches_nothing_raises(pattern):
     with pytest.raises(
         sc.NamesError, match=r"factor: .*matches none of the names.*'head'"
@@ -35,19 +37,39 @@ def test_pattern_that_matches_nothing_raises(pattern):
     assert repr(pattern) in str(error.value)
 
 
+LAYERS = [f"encoder.{i}.{part}.weight" for i in (0, 1, 10) for part in ("attn.query", "mlp.fc")]
+PATHS = ["encoder/query/kernel", "head/kernel"]
+
+
 @pytest.mark.parametrize(
-    ("pattern", "name", "expected"),
+    ("pattern", "names", "expected"),
     [
-        ("a.*", "a.b", True),
-        ("a.?", "a.b", True),
-        ("A.*", "a.b", False),
-        ("a", "a.b", False),
-        ("block[0]", "block[0]", True),
-        ("block[0]", "block0", True),
+        ("a.*", ["a.b"], "a.b"),
+        ("a.?", ["a.b"], "a.b"),
+        ("A.*", ["a.b"], ""),
+        ("block[0]", ["block[0]", "block0"], "block[0]"),
+        ("block[0]", ["block0"], "block0"),
+        ("block[0]", ["block[0].weight"], "block[0].weight"),
+        ("a", ["a", "a.b"], "a"),
+        ("encoder.1", LAYERS, "encoder.1.attn.query.weight encoder.1.mlp.fc.weight"),
+        ("fc", LAYERS, " ".join(LAYERS[1::2])),
+        ("mlp.fc", LAYERS, " ".join(LAYERS[1::2])),
+        ("fc.weight", LAYERS, " ".join(LAYERS[1::2])),
+        ("mlp", LAYERS, " ".join(LAYERS[1::2])),
+        ("10.mlp", LAYERS, LAYERS[5]),
+        ("weight", LAYERS, " ".join(LAYERS)),
+        ("uery", LAYERS, ""),
+        (re.compile(r"\.1\d"), LAYERS, " ".join(LAYERS[4:])),
+        (re.compile("FC"), LAYERS, ""),
+        ("encoder", PATHS, PATHS[0]),
+        ("query/kernel", PATHS, PATHS[0]),
+        ("kernel", PATHS, " ".join(PATHS)),
+        ("encoder", ["x/encoder/w", "encoder/w", "encoders/w"], "encoder/w"),
     ],
+    ids=str,
 )
-def test_pattern_matches_its_names_and_itself(pattern, name, expected):
-    assert matches(pattern, name) is expected
+def test_pattern_means_the_first_reading_that_finds_a_name(pattern, names, expected):
+    assert matching(pattern, names) == expected.split()
 
 
 CANDIDATES = {
@@ -56,15 +78,23 @@ CANDIDATES = {
     "out.weight": np.ones((5, 2)),
     "embedding": np.ones((9, 3)),
 }
-KNOWN = {"conv.weight": Layout("oihw"), "out.weight": Layout("oi")}
+KNOWN = {
+    "conv.weight": Layout("oihw"),
+    "out.weight": Layout("oi"),
+    "embedding": "an embedding",
+    "conv.bias": "a vector",
+}
+
+
+def select(candidates=CANDIDATES, known=KNOWN, **options):
+    options = {"include": None, "exclude": None, "layouts": None, **options}
+    default = options.pop("default", lambda weight: Layout("oi" + "k" * (weight.ndim - 2)))
+    return choose(candidates, known, **options, default=default)
 
 
 def axes_of(**options):
     """Return the axes of the chosen weights."""
-    options = {"include": None, "exclude": None, "layouts": None, **options}
-    default = options.pop("default", lambda weight: Layout("oi" + "k" * (weight.ndim - 2)))
-    chosen = choose(CANDIDATES, KNOWN, **options, default=default)
-    return {name: layout.axes for name, layout in chosen.items()}
+    return {name: layout.axes for name, layout in select(**options).layouts.items()}
 
 
 @pytest.mark.parametrize(
@@ -84,6 +114,16 @@ def axes_of(**options):
             {"conv.weight": "oihw", "out.weight": "oi", "embedding": "io"},
         ),
         ({"include": "out*", "layouts": {"embedding": "io"}}, {"out.weight": "oi"}),
+        ({"include": "conv.weight"}, {"conv.weight": "oihw"}),
+        ({"include": re.compile("^out|^emb")}, {"out.weight": "oi", "embedding": "oi"}),
+        ({"include": {"out", "embedding"}}, {"out.weight": "oi", "embedding": "oi"}),
+        ({"include": []}, {}),
+        ({"exclude": []}, {"conv.weight": "oihw", "out.weight": "oi"}),
+        (
+            {"include": [re.compile("out"), lambda name, w: w.ndim == 4]},
+            {"conv.weight": "oihw", "out.weight": "oi"},
+        ),
+        ({"layouts": {re.compile("out"): "io"}}, {"conv.weight": "oihw", "out.weight": "io"}),
     ],
 )
 def test_weights_are_chosen_in_the_order_of_the_candidates(options, expected):
@@ -97,6 +137,118 @@ def test_choice_that_matches_no_candidate_raises(option):
     value = {"absent": "oi"} if option == "layouts" else "absent"
     with pytest.raises(sc.NamesError, match=f"{option}: 'absent' matches none of the names"):
         axes_of(**{option: value})
+
+
+def test_every_other_candidate_is_left_out_with_a_reason():
+    found = select(exclude="conv.weight")
+    assert found.left_out == {
+        "conv.weight": "excluded",
+        "conv.bias": "a vector",
+        "embedding": "an embedding",
+    }
+    assert select(include="out").left_out == dict.fromkeys(
+        ["conv.weight", "conv.bias", "embedding"], "not included"
+    )
+
+
+UNKNOWN = {"known": np.ones((2, 3)), "matrix": np.ones((4, 3)), "experts": np.ones((5, 4, 3))}
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen", "guessed"),
+    [
+        ({"exclude": "experts"}, ["known", "matrix"], ("matrix",)),
+        ({"layouts": {"experts": "soi"}}, ["known", "matrix", "experts"], ("matrix",)),
+        ({"layouts": {"experts": "soi", "matrix": "io"}}, ["known", "matrix", "experts"], ()),
+        ({"include": "matrix"}, ["matrix"], ()),
+        (
+            {"include": ["known", "experts"], "layouts": {"experts": "soi"}},
+            ["known", "experts"],
+            (),
+        ),
+    ],
+)
+def test_matrix_of_an_unknown_layer_is_chosen_and_told(options, chosen, guessed):
+    found = select(UNKNOWN, {"known": Layout("oi")}, **options)
+    assert (list(found.layouts), found.guessed) == (chosen, guessed)
+
+
+@pytest.mark.parametrize("known", [{}, {"experts": "an embedding"}])
+@pytest.mark.parametrize("include", [None, "experts", lambda name, weight: True])
+def test_tensor_of_an_unknown_layer_needs_a_layout(known, include):
+    if known and include is None:
+        assert "experts" in select(UNKNOWN, known).left_out
+        return
+    with pytest.raises(sc.NamesError) as error:
+        select(UNKNOWN, known, include=include)
+    for part in ("experts: (5, 4, 3)", 'layouts={"experts": "sio"}', 'exclude=["experts"]'):
+        assert part in str(error.value)
+
+
+class Layer:
+    pass
+
+
+class Narrow(Layer):
+    pass
+
+
+class Absent:
+    pass
+
+
+OWNERS = {"known": Layer(), "matrix": Narrow(), "experts": object()}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"include": Layer}, ["known", "matrix"]),
+        ({"include": [Narrow, "experts"]}, ["matrix", "experts"]),
+        ({"include": (Layer,), "exclude": Narrow}, ["known"]),
+        ({"exclude": [Layer, Absent]}, ["experts"]),
+        ({"layouts": {Layer: "io"}, "exclude": "experts"}, ["known", "matrix"]),
+    ],
+)
+def test_classes_choose_what_their_objects_hold(options, expected):
+    options = {"layouts": {"experts": "soi"}, **options}
+    assert list(select(UNKNOWN, {}, owners=OWNERS, **options).layouts) == expected
+
+
+@pytest.mark.parametrize("owners", [OWNERS, {}])
+def test_class_that_holds_no_weight_raises(owners):
+    with pytest.raises(sc.NamesError, match="include: no weight is held by a Absent"):
+        select(UNKNOWN, {}, owners=owners, include=Absent)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"exclude": "head.weight"}, ["out"]),
+        ({"exclude": "head"}, ["out"]),
+        ({"include": "head.*"}, ["embedding"]),
+        ({"layouts": {"head": "io"}}, ["out", "embedding"]),
+    ],
+)
+def test_each_name_of_a_tied_weight_means_it(options, expected):
+    candidates = {"out": np.ones((2, 3)), "embedding": np.ones((4, 3))}
+    known = {"out": Layout("oi"), "embedding": "an embedding (tied)"}
+    aliases = {"embedding": ["head.weight"]}
+    assert list(select(candidates, known, aliases=aliases, **options).layouts) == expected
+
+
+@pytest.mark.parametrize("choice", [3, b"out", ["out", 3], [None]])
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_what_is_no_choice_is_refused(option, choice):
+    with pytest.raises(sc.NamesError, match=f"{option} must be names, patterns, classes"):
+        select(**{option: choice})
+
+
+def test_message_names_ten_at_most_and_the_one_meant():
+    names = [f"encoder.layer.{i}.attention.query.weight" for i in range(500)]
+    with pytest.raises(sc.NamesError, match=r"490 more.*did you mean 'attention'\?") as error:
+        by_name({"atention": 1}, names, "factor")
+    assert len(str(error.value)) < 700
 
 
 def test_default_layout_is_asked_only_where_none_is_known():

@@ -492,7 +492,7 @@ def test_include_exclude_and_layouts():
         ({"factor": {"*/outt/*": 0.1}}, sc.NamesError, "factor: .*matches none"),
         ({"n_iter": 0}, sc.ArgumentError, "n_iter"),
         ({"seed": -1}, sc.ArgumentError, "seed"),
-        ({"include": "hidden"}, sc.NamesError, "include: 'hidden' matches none"),
+        ({"include": "hiden"}, sc.NamesError, "include: 'hiden' matches none"),
         ({"exclude": "*"}, sc.NamesError, "nothing to regularize"),
         ({"layouts": {"head": "io"}}, sc.NamesError, "layouts: 'head' matches none"),
     ],
