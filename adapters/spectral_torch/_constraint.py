@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 import spectral_core as sc
-from spectral_core.engine import Choice, Factor, Plan, check_factors, scale_, select
+from spectral_core.engine import Choice, Plan, Schedule, at_step, check_factors, scale_, select
+from spectral_core.errors import listed
 
 from ._hook import OptimizerHook
 from ._select import Model
@@ -32,8 +33,9 @@ class SpectralNormConstraint(OptimizerHook):
     ----------
     model
         As for `SpectralNormRegularizer`.
-    bound : float, tensor of shape (), or mapping of name or pattern to either
-        The largest spectral norm. It can be changed at any time.
+    bound : float, tensor of shape (), callable, or mapping of name or pattern to any of them
+        The largest spectral norm. A callable is a schedule: ``bound(step)``. It can be changed at
+        any time.
     normalize : bool
         Whether to scale smaller matrices up to the bound too.
     n_iter, n_vectors, warmup_iters, include, exclude, layouts, seed, kernels
@@ -69,8 +71,8 @@ class SpectralNormConstraint(OptimizerHook):
     def __init__(
         self,
         model: Model,
+        bound: Schedule = 1.0,
         *,
-        bound: Factor = 1.0,
         normalize: bool = False,
         n_iter: int = 1,
         n_vectors: int = 1,
@@ -98,25 +100,24 @@ class SpectralNormConstraint(OptimizerHook):
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(bound={self.bound!r}, normalize={self.normalize}, "
-            f"n_iter={self.n_iter}, weights={list(self._parameters)})"
+            f"n_iter={self.n_iter}, weights={listed(self._parameters)}): {self._state_of()}"
         )
 
     @property
-    def bound(self) -> Factor:
-        """The largest spectral norm; checked when it is set."""
-        return self._bound
+    def bound(self) -> Schedule:
+        """The largest spectral norm, or its schedule; checked when it is set."""
+        return self._schedules.get("bound", self._bound)
 
     @bound.setter
-    def bound(self, bound: Factor) -> None:
-        check_factors(bound, self._parameters, "bound")
-        self._bound = bound
+    def bound(self, bound: Schedule) -> None:
+        self._bound = self._checked("bound", bound)
 
     def constrain_(self) -> None:
         """Scale all weights now: before the first step, or where an optimizer runs no hooks."""
         self._constrain_(None)
 
-    def _register(self, optimizer: Optimizer) -> RemovableHandle:
-        return optimizer.register_step_post_hook(self._after_step)
+    def _register(self, optimizer: Optimizer) -> list[RemovableHandle]:
+        return [optimizer.register_step_post_hook(self._after_step)]
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._constrain_(optimizer)
@@ -130,12 +131,14 @@ class SpectralNormConstraint(OptimizerHook):
         names = list(self._parameters)
         if optimizer is not None:
             held = self._held_by(optimizer)
-            names = [name for name in held if self._parameters[name].requires_grad]
+            names = [name for name in held if self._is_trained(name)]
         if not names:
             return
         self._follow()
         state = self._state
-        bounds = check_factors(self.bound, self._parameters, "bound")
+        owner = self if optimizer is None else optimizer
+        now = at_step(self.bound, self._step_of(owner))
+        bounds = check_factors(now, self._parameters, "bound")
         with self._full_precision():
             found = sc.constrain_(
                 {name: self._parameters[name] for name in names},
@@ -147,6 +150,23 @@ class SpectralNormConstraint(OptimizerHook):
                 scale=_scale_,
             )
         self._write_back(found)
+        self._acted(owner)
+
+    def _is_trained(self, name: str) -> bool:
+        parameter = self._parameters[name]
+        return parameter.requires_grad and parameter.grad is not None
+
+    def summary(self) -> sc.Summary:
+        """Return a table of the weights, their bound and σ, and what they are attached to.
+
+        The table shows the bound in place of λ. This waits for the device.
+
+        Returns
+        -------
+        spectral_core.Summary
+        """
+        title = f"{type(self).__name__} on {len(self._parameters)} weights"
+        return sc.Summary(title, self._rows(self.bound), self._left_out, notes=[self._state_of()])
 
 
 def _scale_(weight: Tensor, scale: Tensor, plan: Plan, xp: Any) -> Tensor:

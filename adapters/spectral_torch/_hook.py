@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
+import sys
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import cache
+from inspect import getfile
+from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -16,18 +19,38 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 import spectral_core as sc
-from spectral_core.engine import Choice, ReferenceEngine, array_namespace, check_fits, traits_of
-from spectral_core.errors import check_int
+from spectral_core.engine import (
+    Choice,
+    Factor,
+    ReferenceEngine,
+    Row,
+    Schedule,
+    array_namespace,
+    at_step,
+    check_factors,
+    check_fits,
+    plan_of,
+    traits_of,
+)
+from spectral_core.errors import check_int, listed
 
+from ._attach import unwrapped
 from ._jobs import JobCache
+from ._parametrized import remarks
 from ._select import Model, choose_parameters
 from .engines import DTensorEngine, engines
 from .engines.foreach import write_into
+
+_OURS = tuple(str(Path(getfile(thing)).parent) for thing in (torch, sc.Watch, JobCache))
 
 _Self = TypeVar("_Self", bound="OptimizerHook")
 
 # They leave the state's tensors alone: sigma and the vectors are new tensors.
 PURE_ENGINES = (DTensorEngine(), ReferenceEngine())
+
+# A step of an optimizer writes into a parameter a few times, and loading a checkpoint once. More
+# writes than these mean that training went on.
+_WRITES = 20
 
 
 class OptimizerHook:
@@ -53,7 +76,15 @@ class OptimizerHook:
         kernels: bool,
     ) -> None:
         self._parameters, chosen = choose_parameters(model, include, exclude, layouts)
-        self._handles: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
+        self._left_out: dict[str, str] = {}
+        self._handles: WeakKeyDictionary[Optimizer, list[RemovableHandle]] = WeakKeyDictionary()
+        self._steps: WeakKeyDictionary[object, int] = WeakKeyDictionary()
+        self._schedules: dict[str, Schedule] = {}
+        self._first_step = 0  # of an optimizer that has made no step yet
+        self._most_steps = 0  # of any optimizer, also of one that is gone
+        self._compiled = False
+        self._warned: set[str] = set()
+        self._written = self._writes()
         self.n_iter = check_int(n_iter, "n_iter")
         self._kernels = kernels
         self._jobs = JobCache(engines(kernels=kernels))
@@ -65,20 +96,35 @@ class OptimizerHook:
                 n_vectors=n_vectors,
                 engines=PURE_ENGINES,
             )
+        for kind, remark in remarks(model, self._parameters).items():
+            self._warn(kind, remark)
         if warmup_iters != 0:
             self.iterate_(check_int(warmup_iters, "warmup_iters"))
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of an optimizer lose its hooks, so a copy of this is attached to none. Compiled
         # kernels and tables are not copied, but made anew.
-        return {**vars(self), "_handles": None, "_jobs": None}
+        fresh = {"_handles": None, "_steps": None, "_jobs": None}
+        return {**vars(self), **fresh, "_first_step": self._most_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         fresh = {
             "_handles": WeakKeyDictionary(),
+            "_steps": WeakKeyDictionary(),
+            "_schedules": dict(state["_schedules"]),
+            "_warned": set(state["_warned"]),
             "_jobs": JobCache(engines(kernels=state["_kernels"])),
         }
         vars(self).update({**state, **fresh})
+
+    @property
+    def n_iter(self) -> int:
+        """The number of power iterations in a step; checked when it is set."""
+        return self._n_iter
+
+    @n_iter.setter
+    def n_iter(self, n_iter: int) -> None:
+        self._n_iter = check_int(n_iter, "n_iter")
 
     def attach(self: _Self, *optimizers: Optimizer) -> _Self:
         """Act in each step of these optimizers, on the weights that they hold.
@@ -89,6 +135,7 @@ class OptimizerHook:
         Parameters
         ----------
         *optimizers : torch.optim.Optimizer
+            A wrapper, such as that of Accelerate, stands for the optimizer that it wraps.
 
         Returns
         -------
@@ -100,25 +147,49 @@ class OptimizerHook:
         spectral_core.ArgumentError
             If the step of an optimizer would not run hooks, or would run them twice, or if no
             optimizer holds one of the weights.
+
+        Warns
+        -----
+        spectral_core.SpectralWarning
+            If another object of the same kind acts on one of the weights in the same step.
         """
-        for optimizer in optimizers:
-            check_hooks(optimizer, self._by_hand)
-        if not any(map(self._held_by, optimizers)):
+        if not optimizers:
+            raise sc.ArgumentError("attach() got no optimizer: give it one, attach(optimizer)")
+        inner = [unwrapped(optimizer, self._by_hand) for optimizer in optimizers]
+        if not any(map(self._held_by, inner)):
             raise sc.ArgumentError(
-                f"{', '.join(type(optimizer).__name__ for optimizer in optimizers)} holds none of "
-                f"the weights {list(self._parameters)}: was it made from another model?"
+                f"{', '.join(type(optimizer).__name__ for optimizer in inner)} holds none of "
+                f"the weights {listed(self._parameters)}: was it made from another model?"
             )
-        for optimizer in optimizers:
+        for optimizer in inner:
             if optimizer not in self._handles:
+                self._warn_of_others(optimizer)
                 self._handles[optimizer] = self._register(optimizer)
         return self
+
+    def _warn_of_others(self, optimizer: Optimizer) -> None:
+        hooks = (*optimizer._optimizer_step_pre_hooks.values(),)
+        hooks += (*optimizer._optimizer_step_post_hooks.values(),)
+        mine = {id(self._parameters[name]) for name in self._held_by(optimizer)}
+        for other in {
+            id(x): x for x in (getattr(hook, "__self__", None) for hook in hooks)
+        }.values():
+            if other is self or not isinstance(other, type(self)):
+                continue
+            both = [name for name, p in other._parameters.items() if id(p) in mine]
+            if both:
+                self._warn(
+                    "another",
+                    f"another {type(self).__name__} acts on {listed(both)} in the steps of "
+                    f"{type(optimizer).__name__} too, and both terms are added: detach() one of "
+                    "them, or exclude these weights from it",
+                )
 
     def detach(self, optimizer: Optimizer | None = None) -> None:
         """Undo `attach` for one optimizer, or for all."""
         self._jobs.clear()
         for attached in list(self._handles) if optimizer is None else [optimizer]:
-            handle = self._handles.pop(attached, None)
-            if handle is not None:
+            for handle in self._handles.pop(attached, ()):
                 handle.remove()
 
     @torch.no_grad()
@@ -145,7 +216,14 @@ class OptimizerHook:
         dict of name to tensor, shape (*stack,)
             The estimates of the last step: before the optimizer changed the weights, or after the
             weights were scaled to a bound.
+
+        Warns
+        -----
+        spectral_core.SpectralWarning
+            Once, if the weights were trained and nothing acted on them, or if no attached optimizer
+            holds one of them.
         """
+        self._warn_if_idle()
         return {name: sigma.clone() for name, sigma in self._state.sigma.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -155,11 +233,13 @@ class OptimizerHook:
         -------
         dict of str to tensor
             ``"<name>.v"`` and ``"<name>.sigma"`` of each weight. Where ``every_n_steps`` is not 1,
-            also ``"<name>.u"`` and ``"<name>.steps"``. The tensors are those in use, as in a
+            also ``"<name>.u"`` and ``"<name>.steps"``. Where a number is a schedule, also
+            ``"steps"``, the steps of each attached optimizer. The tensors are those in use, as in a
             module's state dict: the next step changes them.
         """
+        self._warn_if_idle()
         self._jobs.state_is_out = True
-        return {**self._required(), **self._between_iterations()}
+        return {**self._required(), **self._between_iterations(), **self._counted()}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load a `state_dict`: all of it or, after an error, nothing.
@@ -179,6 +259,7 @@ class OptimizerHook:
         """
         own = self._required()
         optional = {f"{name}.{field}" for name in self._parameters for field in ("u", "steps")}
+        optional.add("steps")
         between = self._between_iterations()
         whole = all(key in state_dict for key in between)
         own |= between if whole else {}
@@ -187,6 +268,130 @@ class OptimizerHook:
             for key, value in own.items():
                 value.copy_(state_dict[key].reshape(value.shape))
         self._load_between(between if whole else {})
+        if "steps" in state_dict:
+            self._resume(state_dict["steps"].tolist())
+
+    def _counted(self) -> dict[str, Tensor]:
+        """Return the steps that each attached optimizer has made, where a schedule needs them."""
+        if not self._schedules:
+            return {}
+        steps = [self._step_of(owner) for owner in self._handles] or [self._most_steps]
+        return {"steps": torch.tensor(steps)}
+
+    def _resume(self, steps: list[int]) -> None:
+        self._steps.clear()
+        self._first_step = self._most_steps = max(steps)
+        if len(steps) == len(self._handles):
+            self._steps.update(zip(self._handles, steps, strict=True))
+
+    def _step_of(self, owner: object) -> int:
+        """Return the number of the next step of an optimizer, counted from 0."""
+        return self._steps.get(owner, self._first_step)
+
+    def _acted(self, owner: object) -> None:
+        """Count a step of an optimizer, or of a call by hand."""
+        steps = self._steps[owner] = self._step_of(owner) + 1
+        self._most_steps = max(self._most_steps, steps)
+        self._written = self._writes()
+        if steps == self._first_step + 2 and owner is not self:
+            self._warn_of_unheld()
+
+    def _checked(self, what: str, given: Schedule) -> Factor:
+        """Return a number, or the first one of a schedule, which is kept; raise if it is bad."""
+        step = self._most_steps
+        now = at_step(given, step)
+        check_factors(now, self._parameters, what)
+        if callable(given) or (isinstance(given, Mapping) and any(map(callable, given.values()))):
+            self._schedules[what] = given
+            return now
+        self._schedules.pop(what, None)
+        return given  # as it was given: the entries of a mapping can be changed later
+
+    def _writes(self) -> int:
+        """Return how often the first weight was written into."""
+        return next(iter(self._parameters.values()))._version
+
+    def _taking_part(self) -> list[str]:
+        """Return the weights that are trained: those that require a gradient."""
+        return [name for name, p in self._parameters.items() if p.requires_grad]
+
+    def _warn(self, kind: str, message: str) -> None:
+        """Warn once, at the line of the user's own code."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            level, frame = 1, sys._getframe()
+            while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
+                level, frame = level + 1, frame.f_back
+            warnings.warn(message, sc.SpectralWarning, stacklevel=level)
+
+    def _warn_if_idle(self) -> None:
+        """Warn if training went on and nothing acted."""
+        if self._compiled or self._writes() - self._written <= _WRITES:
+            return
+        last = self._most_steps
+        acted = f"has not acted since its step {last - 1}" if last else "has never acted"
+        remedy = (
+            f"it is attached to {self._attached()}, which did not step: attach the optimizer that "
+            "is in use"
+            if self._handles
+            else f"call attach(optimizer), or {self._by_hand}"
+        )
+        kind = type(self).__name__
+        self._warn("idle", f"the weights have changed, but the {kind} {acted}: {remedy}")
+
+    def _warn_of_unheld(self) -> None:
+        """Warn of trained weights that no attached optimizer holds."""
+        held = {name for optimizer in self._handles for name in self._held_by(optimizer)}
+        lost = [name for name in self._taking_part() if name not in held]
+        if lost:
+            self._warn(
+                "unheld",
+                f"no attached optimizer holds {listed(lost)}: attach the optimizer that does, or "
+                "exclude them",
+            )
+
+    def _state_of(self) -> str:
+        """Return a sentence: attached to what, and the last step."""
+        last = self._most_steps
+        acted = f"last step {last - 1}" if last else "no step yet"
+        return f"attached to {self._attached()}, {'compiled' if self._compiled else acted}"
+
+    def _attached(self) -> str:
+        """Return the attached optimizers as text."""
+        return ", ".join(type(optimizer).__name__ for optimizer in self._handles) or "no optimizer"
+
+    def _rows(self, factor: Schedule) -> list[Row]:
+        """Return the rows of a summary; this waits for the device."""
+        self._warn_if_idle()
+        numbers = self._shown(factor)
+        holders = {name: o for o in self._handles for name in self._held_by(o)}
+        rows = []
+        for name, parameter in self._parameters.items():
+            layout, holder = self._state.layouts[name], holders.get(name)
+            plan = plan_of(layout, parameter.shape, name)
+            steps = 0 if holder is None else self._step_of(holder)
+            note = "" if parameter.requires_grad else "frozen"
+            if not note and self._handles and holder is None:
+                note = "held by no attached optimizer"
+            rows.append(
+                Row(
+                    name,
+                    tuple(parameter.shape),
+                    tuple(plan.matrix),
+                    layout.axes,
+                    numbers.get(name),
+                    float(self._state.sigma[name].max()),
+                    "–" if holder is None else type(holder).__name__,
+                    steps - 1 if steps else None,
+                    note,
+                )
+            )
+        return rows
+
+    def _shown(self, factor: Schedule) -> dict[str, float]:
+        step = self._most_steps
+        found = check_factors(at_step(factor, step), self._parameters)
+        return {name: float(number) for name, number in found.items()}
 
     def _required(self) -> dict[str, Tensor]:
         return sc.state_dict(replace(self._state, u={}))
@@ -198,7 +403,7 @@ class OptimizerHook:
     def _load_between(self, between: Mapping[str, Tensor]) -> None:
         """Load what `_between_iterations` returned, or do without it."""
 
-    def _register(self, optimizer: Optimizer) -> RemovableHandle:
+    def _register(self, optimizer: Optimizer) -> list[RemovableHandle]:
         raise NotImplementedError
 
     def _held_by(self, optimizer: Optimizer) -> list[str]:
@@ -222,6 +427,11 @@ class OptimizerHook:
     def _follow(self) -> None:
         """Move the state to the device and the precision of the weights, after ``model.to``."""
         state = self._state
+        # Tensors that are made in inference mode could not be written into by a training step.
+        with torch.inference_mode(False):
+            self._move(state)
+
+    def _move(self, state: sc.SpectralState) -> None:
         if all(
             state.v[name].device == parameter.device
             and state.v[name].dtype == _iterated_in(parameter.dtype)
@@ -256,29 +466,12 @@ class OptimizerHook:
         )
 
 
-def check_hooks(optimizer: Any, by_hand: str) -> None:
-    """Raise `ArgumentError` if a step of ``optimizer`` would run no hooks, or run them twice."""
-    kind = type(optimizer)
-    if not getattr(getattr(kind, "step", None), "hooked", False):
-        raise sc.ArgumentError(
-            f"{kind.__name__}.step runs no hooks: attach the optimizer that it wraps, or {by_hand}"
-        )
-    if _calls_parents_step(kind):
-        raise sc.ArgumentError(
-            f"{kind.__name__}.step calls the step of a class that it is derived from, and "
-            f"PyTorch may run the hooks in both: {by_hand} instead"
-        )
+def _is_ours(file: str) -> bool:
+    """Return True for a file of this library, or of PyTorch, which calls the hooks."""
+    return file.startswith(_OURS)
 
 
 @cache
 def _iterated_in(dtype: torch.dtype) -> torch.dtype:
     traits = traits_of(dtype, array_namespace(torch.empty(0)))
     return dtype if traits is None else traits.iteration_dtype
-
-
-def _calls_parents_step(kind: type[Optimizer]) -> bool:
-    """PyTorch hooks the step of each class that an optimizer was ever made of."""
-    steps = {inspect.unwrap(vars(base)["step"]) for base in kind.__mro__ if "step" in vars(base)}
-    own = inspect.unwrap(kind.step)
-    overridden = steps - {own, inspect.unwrap(Optimizer.step)}
-    return bool(overridden) and "step" in own.__code__.co_names

@@ -190,6 +190,7 @@ class _Kept:
         if torch.is_autocast_enabled("cuda"):
             return False
         addresses: list[int] = []
+        taken: set[int] = set()
         for parameter, job, place in zip(self._parameters, self._jobs, self._places, strict=True):
             grad = parameter.grad
             if grad is None or not parameter.requires_grad:
@@ -211,12 +212,15 @@ class _Kept:
                 or grad.layout is not torch.strided
                 or grad.requires_grad
                 or grad.is_neg()
+                # One tensor for two weights: the new list gives each its own.
+                or (here := grad.data_ptr()) in taken
                 or grad.is_contiguous() is not (grad_stride is None)
                 or (grad_stride is not None and grad.stride() != grad_stride)
             ):
                 return False
             job.grad = grad
-            addresses.append(grad.data_ptr())
+            taken.add(here)
+            addresses.append(here)
         # A lazy conjugation changes the numbers, but not the address.
         if self._lazy and any(x.is_conj() for job in self.jobs for x in (job.weight, job.grad)):
             return False
@@ -274,6 +278,7 @@ def _build(
                 "exclude the weight or make its gradient dense (sparse=False)"
             )
         grads[name] = grad
+    _separate(grads, parameters)
     jobs = JobList(
         make_jobs(
             grads,
@@ -290,6 +295,26 @@ def _build(
             # device must not keep its old memory until the next step.
             job.weight = parameters[job.name]
     return jobs
+
+
+def _separate(grads: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Give a gradient memory of its own where it shares some, with itself or with another.
+
+    `torch.autograd.grad` returns one tensor for both terms of a sum, and an expanded tensor for the
+    gradient of a mean. In place, each weight would get the other's term too.
+    """
+    taken: set[int] = set()
+    for name, grad in grads.items():
+        if type(grad) not in _PLAIN:
+            continue
+        address = grad.data_ptr()
+        expanded = 0 in grad.stride() and any(
+            size > 1 and stride == 0 for size, stride in zip(grad.shape, grad.stride(), strict=True)
+        )
+        if expanded or address in taken:
+            own = torch.empty_like(grad, memory_format=torch.contiguous_format).copy_(grad)
+            parameters[name].grad = grads[name] = own
+        taken.add(address)
 
 
 def _is_cacheable(job: Job) -> bool:

@@ -6,30 +6,36 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 import spectral_core as sc
 from spectral_core.engine import (
     Choice,
-    Factor,
     JobList,
+    Schedule,
     Triplet,
     array_namespace,
+    at_step,
     check_factors,
     check_power,
     dispatch,
     plan_of,
+    select,
 )
-from spectral_core.errors import check_int
+from spectral_core.errors import check_int, listed
 
 from . import _compile
+from ._attach import is_nested
 from ._hook import PURE_ENGINES, OptimizerHook
 from ._jobs import Penalty, release, write_back
 from ._select import Model
+from ._terms import Added, OpenStep, take_out
 from .engines.dtensor import is_sharded, penalty_at
 
 _AS_IT_IS: AbstractContextManager[object] = nullcontext()
@@ -47,10 +53,11 @@ class SpectralNormRegularizer(OptimizerHook):
         The weights to regularize. Of a module, the weights of its linear, bilinear, convolution,
         recurrent and attention layers; not embeddings, norms and biases. Of a parametrized layer,
         the original. Of names and parameters, every one with two axes or more.
-    factor : float, tensor of shape (), or mapping of name or pattern to either
-        λ. It can be changed at any time, as a schedule does: ``reg.factor = 0.02``. A tensor can be
+    factor : float, tensor of shape (), callable, or mapping of name or pattern to any of them
+        λ. A callable is a schedule: ``factor(step)`` returns the number for a step, counted from 0
+        for each optimizer. λ can be changed at any time: ``reg.factor = 0.02``. A tensor can be
         written into, and then `torch.compile` compiles no step again.
-    target : float, tensor of shape (), or mapping of name or pattern to either
+    target : float, tensor of shape (), callable, or mapping of name or pattern to any of them
         The σ below which the penalty is zero: the penalty is the hinge
         (λ/2)·Σ max(0, σ − target)². It can be changed at any time.
     power : int
@@ -75,6 +82,10 @@ class SpectralNormRegularizer(OptimizerHook):
     layouts : mapping of name or pattern to `spectral_core.Layout` or str, optional
         The meaning of a parameter's axes, where its module does not define it or defines it
         otherwise. A parameter named here is regularized even if the default would skip it.
+    restore_gradients : bool
+        Whether to take the term out of the gradients again after the optimizer's step, so that
+        they are what the backward pass left. This costs one more pass over the gradients. False
+        saves it, for a loop that sets the gradients to zero before each backward pass.
     seed : int
         Seed of the random start vectors. They depend only on the seed and the parameter's name, so
         all ranks draw the same ones.
@@ -101,6 +112,12 @@ class SpectralNormRegularizer(OptimizerHook):
     weight that is sharded over processes (DTensor) stays sharded, and the processes must step
     together. Nothing in a step waits for the device. Results are written into the existing v, σ and
     u tensors, because captured CUDA graphs refer to them by address.
+
+    After a step the gradients are what the backward pass left, up to rounding. Where two optimizers
+    hold one weight, or several steps follow one backward pass, each step adds its term once. Two
+    cases differ: an optimizer that changes or replaces a gradient within its step leaves it as it
+    is, and a step that ends in an error leaves the term until the next step. An optimizer made with
+    ``maximize=True`` gets the term with the opposite sign, so that σ shrinks.
 
     If ``optimizer.step`` gets a closure, the term is added after each call of the closure, and the
     penalty is added to the loss it returns, as a line search needs. A `torch.amp.GradScaler` may be
@@ -132,9 +149,9 @@ class SpectralNormRegularizer(OptimizerHook):
     def __init__(
         self,
         model: Model,
+        factor: Schedule = 0.01,
         *,
-        factor: Factor = 0.01,
-        target: Factor = 0.0,
+        target: Schedule = 0.0,
         power: int = 2,
         n_iter: int = 1,
         n_vectors: int = 1,
@@ -143,6 +160,7 @@ class SpectralNormRegularizer(OptimizerHook):
         include: Choice | None = None,
         exclude: Choice | None = None,
         layouts: Mapping[str, sc.Layout | str] | None = None,
+        restore_gradients: bool = True,
         seed: int = 0,
         kernels: bool = True,
     ) -> None:
@@ -157,46 +175,79 @@ class SpectralNormRegularizer(OptimizerHook):
             seed=seed,
             kernels=kernels,
         )
-        self._penalty = Penalty(factor, target, check_power(power))
+        self._penalty = Penalty(0.0, 0.0, check_power(power))
+        self._open: WeakKeyDictionary[object, OpenStep] = WeakKeyDictionary()
         self.factor = factor
         self.target = target
-        self.every_n_steps = check_int(every_n_steps, "every_n_steps")
+        self.every_n_steps = every_n_steps
+        self.restore_gradients = restore_gradients
         self._steps_taken = dict.fromkeys(self._parameters, 0)
         self._number = _compile.number_of(self._jobs)
         self._lines = {
             name: _compile.described(name, layout) for name, layout in self._state.layouts.items()
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_open": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._open = WeakKeyDictionary()
         self._penalty = copy(self._penalty)  # `copy.copy` would share it
         self._number = _compile.number_of(self._jobs)
 
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(factor={self.factor!r}, n_iter={self.n_iter}, "
-            f"weights={list(self._parameters)})"
+            f"weights={listed(self._parameters)}): {self._state_of()}"
         )
 
+    def summary(self) -> sc.Summary:
+        """Return a table of the weights, their λ and σ, and what they are attached to.
+
+        Below the table is what is left out, and why. This waits for the device.
+
+        Returns
+        -------
+        spectral_core.Summary
+
+        Examples
+        --------
+        >>> import torch, spectral_torch
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 3))
+        >>> summary = spectral_torch.SpectralNormRegularizer(model).summary()
+        >>> [row.name for row in summary.rows], list(summary.left_out)
+        (['1.weight'], ['0.weight'])
+        """
+        title = f"{type(self).__name__} on {len(self._parameters)} weights"
+        return sc.Summary(title, self._rows(self.factor), self._left_out, notes=[self._state_of()])
+
     @property
-    def factor(self) -> Factor:
-        """λ; checked when it is set."""
-        return self._penalty.factor
+    def factor(self) -> Schedule:
+        """λ or its schedule; checked when it is set."""
+        return self._schedules.get("factor", self._penalty.factor)
 
     @factor.setter
-    def factor(self, factor: Factor) -> None:
-        check_factors(factor, self._parameters)
-        self._penalty.factor = factor
+    def factor(self, factor: Schedule) -> None:
+        self._penalty.factor = self._checked("factor", factor)
 
     @property
-    def target(self) -> Factor:
-        """The σ below which the penalty is zero; checked when it is set."""
-        return self._penalty.target
+    def target(self) -> Schedule:
+        """The σ below which the penalty is zero, or its schedule; checked when it is set."""
+        return self._schedules.get("target", self._penalty.target)
 
     @target.setter
-    def target(self, target: Factor) -> None:
-        check_factors(target, self._parameters, "target")
-        self._penalty.target = target
+    def target(self, target: Schedule) -> None:
+        self._penalty.target = self._checked("target", target)
+
+    @property
+    def every_n_steps(self) -> int:
+        """The number of steps from one iteration to the next; checked when it is set."""
+        return self._every_n_steps
+
+    @every_n_steps.setter
+    def every_n_steps(self, every_n_steps: int) -> None:
+        self._every_n_steps = check_int(every_n_steps, "every_n_steps")
 
     @property
     def power(self) -> int:
@@ -215,38 +266,81 @@ class SpectralNormRegularizer(OptimizerHook):
         scale : float or tensor of one element, optional
             The scale of the gradients, where they have not been unscaled yet.
         """
+        self._open.pop(self, None)
         self._add_terms_(self._parameters, self, scale)
+        self._open.pop(self, None)  # the term stays: no step follows that could end
 
-    def penalty(self, *, differentiable: bool = False) -> Tensor:
-        """Return (λ/2)·Σσ² of the weights as they are now (paper, equation 1).
+    def penalty(self, *, differentiable: bool = True) -> Tensor:
+        """Return (λ/2)·Σσ² of the weights that require a gradient (paper, equation 1).
 
         With ``target`` and ``power`` it is (λ/power)·Σ max(0, σ − target)^power.
+
+        The value is differentiable where PyTorch records gradients, so it can be added to the loss
+        in place of `attach`. When the gradient of the value is computed, v moves on by the power
+        iteration that the value was computed with. A value that is only logged changes nothing.
 
         Parameters
         ----------
         differentiable : bool
-            Whether to build a graph. The gradient of the value is then the term of a step. To train
-            with the value in the loss instead of the hook, call `iterate_` in each step.
+            False builds no graph.
 
         Returns
         -------
         torch.Tensor, shape ()
-        """
-        self._follow()
-        with self._full_precision():
-            with torch.no_grad():
-                found = sc.iterate(self._parameters, self._state, engines=PURE_ENGINES)
-            with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-                prices = self._prices()
-                terms = [self._penalty_at(name, found, prices[name]) for name in self._parameters]
-                return _sum(terms)
 
-    def _prices(self) -> dict[str, dict[str, Any]]:
+        Warns
+        -----
+        spectral_core.SpectralWarning
+            Once, if the gradient of the value is computed although the regularizer is attached:
+            the term then counts twice.
+        """
+        self._warn_if_idle()
+        self._follow()
+        names = self._taking_part()
+        if not names:
+            return torch.zeros((), device=next(iter(self._parameters.values())).device)
+        record = differentiable and torch.is_grad_enabled()
+        with self._full_precision():
+            state = select(self._state, names)
+            with torch.no_grad():
+                weights = {name: self._parameters[name] for name in names}
+                found = sc.iterate(weights, state, engines=PURE_ENGINES)
+            with torch.set_grad_enabled(record):
+                prices = self._prices(self._now(None if self._handles else self))
+                total = _sum([self._penalty_at(name, found, prices[name]) for name in names])
+        if record:
+            self._follow_training(total, found)
+        return total
+
+    def _follow_training(self, total: Tensor, found: sc.SpectralState) -> None:
+        """Write the iteration into the state when the gradient of ``total`` is computed."""
+
+        def advance(gradient: Tensor) -> None:  # noqa: ARG001
+            if self._handles:
+                self._warn(
+                    "twice",
+                    "penalty() is part of a loss, and the regularizer is attached to an "
+                    "optimizer: the term counts twice; use one of them (detach())",
+                )
+            self._write_back(found)
+            self._acted(self)
+
+        total.register_hook(advance)  # type: ignore[no-untyped-call]
+
+    def _now(self, owner: object | None) -> Penalty:
+        """Return the numbers of an optimizer's next step, or without one, of the last step made."""
+        if not self._schedules:
+            return self._penalty
+        step = max(self._most_steps - 1, 0) if owner is None else self._step_of(owner)
+        factor, target = (at_step(x, step) for x in (self.factor, self.target))
+        return Penalty(factor, target, self.power)
+
+    def _prices(self, penalty: Penalty) -> dict[str, dict[str, Any]]:
         """Return the keywords of each weight's penalty."""
-        factors = check_factors(self.factor, self._parameters)
-        targets = check_factors(self.target, self._parameters, "target")
+        factors = check_factors(penalty.factor, self._parameters)
+        targets = check_factors(penalty.target, self._parameters, "target")
         return {
-            name: {"factor": factors[name], "target": targets[name], "power": self.power}
+            name: {"factor": factors[name], "target": targets[name], "power": penalty.power}
             for name in self._parameters
         }
 
@@ -259,8 +353,11 @@ class SpectralNormRegularizer(OptimizerHook):
         W = sc.as_matrix(parameter, layout, name=name)
         return sc.penalty_at(W, triplet.u, **price)
 
-    def _register(self, optimizer: Optimizer) -> RemovableHandle:
-        return optimizer.register_step_pre_hook(self._before_step)
+    def _register(self, optimizer: Optimizer) -> list[RemovableHandle]:
+        return [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
 
     def _between_iterations(self) -> dict[str, Tensor]:
         if self.every_n_steps == 1:
@@ -279,6 +376,8 @@ class SpectralNormRegularizer(OptimizerHook):
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._begin(optimizer):
+            return None
         if kwargs.get("grad_scaler") is not None:
             raise sc.ArgumentError(
                 f"{type(optimizer).__name__} receives the GradScaler itself: detach the "
@@ -294,11 +393,13 @@ class SpectralNormRegularizer(OptimizerHook):
 
     def _with_term(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
         def closure_with_term() -> Any:
+            self._end(optimizer)  # the term of the call before, if the gradients still have it
             loss = closure()
             held = self._held_by(optimizer)
+            penalty = self._now(optimizer)
             self._add_terms_(held, optimizer)
             held = [name for name in held if self._has_gradient(name)]
-            prices, sigma = self._prices(), self._state.sigma
+            prices, sigma = self._prices(penalty), self._state.sigma
             terms = [sc.penalty(sigma[name], **prices[name]) for name in held]
             if not terms or not isinstance(loss, (Tensor, float, int)):
                 return loss
@@ -306,6 +407,46 @@ class SpectralNormRegularizer(OptimizerHook):
             return loss + (total.to(loss.device) if isinstance(loss, Tensor) else float(total))
 
         return closure_with_term
+
+    def _begin(self, optimizer: Optimizer) -> bool:
+        """Return True if a step of this optimizer runs within a step that has the term already."""
+        if torch.compiler.is_compiling() or optimizer not in self._open:
+            return False
+        if is_nested(optimizer):
+            self._open[optimizer].inner += 1
+            return True
+        self._end(optimizer)  # the step before ended in an error, and left its term
+        return False
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._end_compiled(optimizer)
+        elif optimizer in self._open and self._open[optimizer].inner:
+            self._open[optimizer].inner -= 1
+        else:
+            self._end(optimizer)
+            self._acted(optimizer)
+
+    def _end(self, optimizer: Optimizer) -> None:
+        """Take the terms of an optimizer's step out of the gradients."""
+        opened = self._open.pop(optimizer, None)
+        if opened is None or not opened.added or not self.restore_gradients:
+            return
+        fused, factors = any(group.get("fused") for group in optimizer.param_groups), None
+        if fused and getattr(optimizer, "grad_scale", None) is not None:
+            # A fused optimizer divides the gradients, and the term in them, by the scale.
+            names = self._maximized_by(optimizer)
+            factors = self._scaled(None, names, self._now(optimizer))
+        engines = self._jobs.engines
+        for added in opened.added:
+            take_out(added, self._parameters, engines, factors=factors, rewritten=fused)
+
+    def _end_compiled(self, optimizer: Optimizer) -> None:
+        names = self._held_by(optimizer)
+        if not self._is_one_operation(names):
+            torch.compiler.disable(self._end)(optimizer)  # type: ignore[no-untyped-call]
+        elif self.restore_gradients:
+            self._add_compiled_(names, optimizer, getattr(optimizer, "grad_scale", None), undo=True)
 
     def _add_terms_(
         self, names: Collection[str], owner: object, scale: float | Tensor | None = None
@@ -326,11 +467,13 @@ class SpectralNormRegularizer(OptimizerHook):
             found_inf = getattr(owner, "found_inf", None)
         before = None if found_inf is None else [x.clone() for x in self._buffers(names)]
         if compiling:
-            self._add_compiled_(names, scale)
+            self._add_compiled_(names, owner, scale)
         else:
+            penalty, flipped, added = self._now(owner), self._maximized_by(owner), []
             for n_iter, due in self._phases(names):
-                scaled = None if scale is None else self._scaled(scale)
-                arguments = (owner, due, self._parameters, self._penalty, scaled, n_iter)
+                changed = scale is not None or flipped
+                scaled = self._scaled(scale, flipped, penalty) if changed else None
+                arguments = (owner, due, self._parameters, penalty, scaled, n_iter)
                 jobs, context = self._jobs.current(*arguments), _AS_IT_IS
                 if jobs is None:
                     self._follow()
@@ -339,12 +482,26 @@ class SpectralNormRegularizer(OptimizerHook):
                 try:
                     with context:
                         write_back(jobs, dispatch(jobs, n_iter, self._jobs.engines).triplets)
+                    if jobs:
+                        # A kernel writes by address, unseen by autograd: a backward pass that saved
+                        # a gradient must notice, as after any operation in place.
+                        increment_version([job.grad for job in jobs])
+                        added.append(Added.by(jobs))
                     if self.every_n_steps != 1:
                         self._count(jobs)
                 finally:
                     release(jobs)
+            self._open[owner] = OpenStep(added)
         if found_inf is not None and before is not None:
             _undo_where(found_inf, self._buffers(names), before)
+
+    def _maximized_by(self, owner: object) -> set[str]:
+        """Return the weights that an optimizer with ``maximize=True`` moves along its gradients."""
+        groups: list[dict[str, Any]] = getattr(owner, "param_groups", [])
+        ids = {id(p) for group in groups if group.get("maximize") for p in group["params"]}
+        if not ids:
+            return set()
+        return {name for name, p in self._parameters.items() if id(p) in ids}
 
     def _count(self, jobs: JobList) -> None:
         for job in jobs:
@@ -366,29 +523,42 @@ class SpectralNormRegularizer(OptimizerHook):
             phases.setdefault(self.n_iter if due else 0, []).append(name)
         return list(phases.items())
 
-    def _add_compiled_(self, names: Collection[str], scale: float | Tensor | None) -> None:
-        """Make a step within `torch.compile`, as one operation."""
+    def _add_compiled_(
+        self,
+        names: Collection[str],
+        owner: object,
+        scale: float | Tensor | None,
+        *,
+        undo: bool = False,
+    ) -> None:
+        """Add the terms within `torch.compile`, as one operation, or take the last ones out."""
         present = [name for name in names if self._has_gradient(name)]
         if not present:
             return
+        self._compiled = True
         parameters, state = self._parameters, self._state
-        prices, scaled = self._prices(), None if scale is None else self._scaled(scale)
+        flipped = self._maximized_by(owner)
+        prices = self._prices(self._penalty)
+        factors = {name: prices[name]["factor"] for name in present}
+        if scale is not None or flipped:
+            factors = self._scaled(scale, flipped, self._penalty)
         with torch.no_grad():
             _compile.run(
                 [self._lines[name] for name in present],
                 [parameters[name] for name in present],
                 [parameters[name].grad for name in present],  # type: ignore[misc]
                 [Triplet(state.sigma[n], state.u[n], state.v[n]) for n in present],
-                [prices[n]["factor"] if scaled is None else scaled[n] for n in present],
+                [-factors[name] if undo else factors[name] for name in present],
                 [prices[n]["target"] for n in present],
                 power=self.power,
-                n_iter=self.n_iter,
+                n_iter=0 if undo else self.n_iter,
                 engines=self._number,
             )
 
     def _is_one_operation(self, names: Collection[str]) -> bool:
         """Return True if `torch.compile` can have the step of these parameters in its graph."""
-        return self.every_n_steps == 1 and all(map(self._is_operation, names))
+        plain = self.every_n_steps == 1 and not self._schedules
+        return plain and all(map(self._is_operation, names))
 
     def _is_operation(self, name: str) -> bool:
         return _compile.accepts(self._parameters[name], self._state.v[name])
@@ -402,16 +572,20 @@ class SpectralNormRegularizer(OptimizerHook):
         state = self._state
         return [field[name] for field in (state.v, state.sigma, state.u) for name in names]
 
-    def _scaled(self, scale: float | Tensor) -> dict[str, Any]:
-        factors = check_factors(self.factor, self._parameters)
+    def _scaled(
+        self, scale: float | Tensor | None, flipped: Collection[str], penalty: Penalty
+    ) -> dict[str, Any]:
+        """Return λ of each weight, times the scale of its gradient and the sign of its step."""
+        factors = check_factors(penalty.factor, self._parameters)
+        signed = {name: -f if name in flipped else f for name, f in factors.items()}
         if not isinstance(scale, Tensor):
-            return {name: factor * scale for name, factor in factors.items()}
+            return signed if scale is None else {name: f * scale for name, f in signed.items()}
         # One product for all weights with the same factor and device: each is an operation there.
-        products: dict[tuple[Any, torch.device], Tensor] = {}
+        products: dict[tuple[Any, ...], Tensor] = {}
         scaled = {}
-        for name, factor in factors.items():
-            device = self._parameters[name].device
-            key = (factor if isinstance(factor, float) else id(factor), device)
+        for name, factor in signed.items():
+            device, own = self._parameters[name].device, factors[name]
+            key = (own if isinstance(own, float) else id(own), name in flipped, device)
             if key not in products:
                 products[key] = factor * scale.reshape(()).to(device, non_blocking=True)
             scaled[name] = products[key]

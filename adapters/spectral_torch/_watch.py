@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 import spectral_core as sc
 from spectral_core.engine import Log, Snapshot
 
-from ._hook import check_hooks
+from ._attach import unwrapped
 from ._regularizer import SpectralNormRegularizer
 
 
@@ -87,7 +87,7 @@ class Watch(sc.Watch):
             If a step of ``optimizer`` would run no hooks, or would run them twice, or if the watch
             is attached already.
         """
-        check_hooks(optimizer, "call watch(reg) after its step")
+        optimizer = unwrapped(optimizer, "call watch(reg) after its step")
         if self._handle is not None:
             raise sc.ArgumentError(
                 "this watch is attached already, to the optimizer whose steps it counts: close() "
@@ -126,7 +126,11 @@ class Watch(sc.Watch):
 
     def _snapshot(self, state: SpectralNormRegularizer) -> Snapshot:
         # The tensors in use, to copy all at once: `sigmas` would copy one by one.
-        return Snapshot(state._state.sigma, state.factor, state.target, state.power)
+        state._warn_if_idle()
+        now = state._now(None)
+        names = state._taking_part()
+        sigma = {name: state._state.sigma[name] for name in names}
+        return Snapshot(sigma, now.factor, now.target, now.power)
 
 
 class TensorCopy(NamedTuple):
