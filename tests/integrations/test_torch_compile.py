@@ -117,7 +117,7 @@ def test_the_whole_step_has_no_break_and_no_recompilation_more(make):
     graphs, breaks = found[2:]
     assert breaks == without[3]  # PyTorch's own, within Optimizer.step
     assert graphs[1:] == [graphs[1]] * (STEPS - 1)
-    assert graphs[-1] <= without[2][-1] + 1
+    assert graphs[-1] <= without[2][-1] + 2  # the term is added in one, taken out in the other
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_model_that_was_moved_is_followed():
 def test_a_weight_that_was_frozen_takes_part_again():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    reg = SpectralNormRegularizer(model, factor=0.3).attach(optimizer)
+    reg = SpectralNormRegularizer(model, factor=0.3, restore_gradients=False).attach(optimizer)
     step, weight = torch.compile(optimizer.step, backend="aot_eager"), model[4].weight
     for frozen in (False, True, False):
         weight.requires_grad_(not frozen)

@@ -116,11 +116,9 @@ def test_a_training_run_with_the_hook_is_one_with_the_penalty_in_the_loss(target
             optimizer.zero_grad()
             loss = model(torch.randn(16, 6, dtype=torch.float64)).square().mean()
             if in_loss:
-                loss = loss + reg.penalty(differentiable=True)
-                loss.backward()
-                reg.iterate_()
-            else:
-                loss.backward()
+                reg.penalty().item()  # what is only logged changes nothing
+                loss = loss + reg.penalty()
+            loss.backward()
             optimizer.step()
         runs.append(model)
     for p, q in zip(*(model.parameters() for model in runs), strict=True):
@@ -183,7 +181,8 @@ def test_a_hook_registered_after_clips_with_the_term_and_clipping_before_does_no
     def lengths(after):
         model = nn.Linear(4, 3, bias=False).double()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        SpectralNormRegularizer(model, factor=100.0).attach(optimizer)
+        reg = SpectralNormRegularizer(model, factor=100.0, restore_gradients=False)
+        reg.attach(optimizer)
 
         def clip(*_):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -284,7 +283,7 @@ def test_attach_accepts_one_optimizer_for_each_parameter():
     of_weight, of_bias = (torch.optim.SGD([p], lr=0.1) for p in model.parameters())
     with pytest.raises(sc.ArgumentError, match="SGD holds none of the weights"):
         SpectralNormConstraint(model).attach(of_bias)
-    with pytest.raises(sc.ArgumentError, match="holds none of the weights"):
+    with pytest.raises(sc.ArgumentError, match="got no optimizer"):
         SpectralNormConstraint(model).attach()
     SpectralNormConstraint(model).attach(of_bias, of_weight)
 
