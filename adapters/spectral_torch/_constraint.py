@@ -139,9 +139,10 @@ class SpectralNormConstraint(OptimizerHook):
         owner = self if optimizer is None else optimizer
         now = at_step(self.bound, self._step_of(owner))
         bounds = check_factors(now, self._parameters, "bound")
+        weights = self._weights(names)
         with self._full_precision():
             found = sc.constrain_(
-                {name: self._parameters[name] for name in names},
+                weights,
                 select(state, names),
                 bound={name: bounds[name] for name in names},
                 normalize=self.normalize,
@@ -149,6 +150,8 @@ class SpectralNormConstraint(OptimizerHook):
                 engines=self._jobs.engines,
                 scale=_scale_,
             )
+        for name in self._masks.keys() & weights.keys():
+            self._masks[name].write(weights[name], self._parameters[name])
         self._write_back(found)
         self._acted(owner)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -36,7 +36,7 @@ from spectral_core.errors import check_int, listed
 
 from ._attach import unwrapped
 from ._jobs import JobCache
-from ._parametrized import remarks
+from ._parametrized import masks, remarks
 from ._select import Model, choose_parameters
 from .engines import DTensorEngine, engines
 from .engines.foreach import write_into
@@ -96,6 +96,7 @@ class OptimizerHook:
                 n_vectors=n_vectors,
                 engines=PURE_ENGINES,
             )
+        self._masks = masks(model, self._parameters)
         for kind, remark in remarks(model, self._parameters).items():
             self._warn(kind, remark)
         if warmup_iters != 0:
@@ -105,7 +106,8 @@ class OptimizerHook:
         # Copies of an optimizer lose its hooks, so a copy of this is attached to none. Compiled
         # kernels and tables are not copied, but made anew.
         fresh = {"_handles": None, "_steps": None, "_jobs": None}
-        return {**vars(self), **fresh, "_first_step": self._most_steps}
+        masks = {name: mask.without_module() for name, mask in self._masks.items()}
+        return {**vars(self), **fresh, "_masks": masks, "_first_step": self._most_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         fresh = {
@@ -203,9 +205,8 @@ class OptimizerHook:
         """
         self._follow()
         with self._full_precision():
-            found = sc.iterate(
-                self._parameters, self._state, n_iter=n_iter, engines=self._jobs.engines
-            )
+            weights = self._weights(self._parameters)
+            found = sc.iterate(weights, self._state, n_iter=n_iter, engines=self._jobs.engines)
         self._write_back(found)
 
     def sigmas(self) -> dict[str, Tensor]:
@@ -310,6 +311,14 @@ class OptimizerHook:
     def _writes(self) -> int:
         """Return how often the first weight was written into."""
         return next(iter(self._parameters.values()))._version
+
+    def _weights(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the weights that the layers use: of a pruned parameter, mask · parameter."""
+        masks, parameters = self._masks, self._parameters
+        return {
+            name: masks[name].applied(parameters[name]) if name in masks else parameters[name]
+            for name in names
+        }
 
     def _taking_part(self) -> list[str]:
         """Return the weights that are trained: those that require a gradient."""

@@ -1,10 +1,12 @@
-"""Find weights from which a layer computes another one, where that needs saying."""
+"""Find parameters from which a layer computes its weight: pruned ones, and normalized ones."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from spectral_core.errors import listed
@@ -37,15 +39,11 @@ _REMARKS = {
         "weight anew from them: their σ has no effect on the layer; exclude them, or remove the "
         "normalization"
     ),
-    "pruned": (
-        "{0} are pruned: σ and the term are those of the parameter without its mask; make the "
-        "pruning permanent (torch.nn.utils.prune.remove) or exclude them"
-    ),
 }
 
 
 def _computed_from(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters that a module normalizes or prunes, with the kind."""
+    """Yield the parameters that a module normalizes, with the kind."""
     parametrizations: Mapping[str, Any] = getattr(module, "parametrizations", {})
     for those in parametrizations.values():
         if any(type(one).__name__.lstrip("_") in _NORMALIZED for one in those):
@@ -55,7 +53,43 @@ def _computed_from(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if type(hook).__name__ in _NORMALIZED:
             found = (getattr(module, f"{hook.name}_{end}", None) for end in ("orig", "v"))
             yield from (("normalized", p) for p in found if p is not None)
-        elif hasattr(hook, "compute_mask") and hasattr(hook, "_tensor_name"):
-            original = getattr(module, f"{hook._tensor_name}_orig", None)
-            if original is not None:
-                yield "pruned", original
+
+
+class Mask(NamedTuple):
+    """The place of a pruned parameter's mask: `torch.nn.utils.prune` keeps it in its module."""
+
+    module: Any
+    name: str
+
+    def without_module(self) -> Mask:
+        """Return the mask as it is now, for a copy that must not copy the module too."""
+        return Mask(SimpleNamespace(**{self.name: self.now()}), self.name)
+
+    def now(self) -> Tensor | None:
+        """Return the mask, which pruning again replaces, or None once pruning is permanent."""
+        found: Tensor | None = getattr(self.module, self.name, None)
+        return found
+
+    def applied(self, parameter: Tensor) -> Tensor:
+        """Return mask · parameter: the weight that the layer uses."""
+        mask = self.now()
+        return parameter if mask is None else parameter * mask
+
+    def write(self, weight: Tensor, parameter: Tensor) -> None:
+        """Write a scaled weight into its parameter, but for the entries that the mask removes."""
+        mask = self.now()
+        if mask is not None:
+            parameter.copy_(torch.where(mask != 0, weight / mask, parameter))
+
+
+def masks(model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Mask]:
+    """Return the masks of the pruned ones among these parameters."""
+    if not isinstance(model, nn.Module):
+        return {}
+    found = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            mask = f"{name.removesuffix('_orig')}_mask"
+            if name.endswith("_orig") and isinstance(getattr(module, mask, None), Tensor):
+                found[id(parameter)] = Mask(module, mask)
+    return {name: found[id(p)] for name, p in parameters.items() if id(p) in found}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 import spectral_core as sc
 from spectral_core.engine import (
     Choice,
-    JobList,
+    Job,
     Schedule,
     Triplet,
     array_namespace,
@@ -25,8 +25,10 @@ from spectral_core.engine import (
     check_factors,
     check_power,
     dispatch,
+    make_jobs,
     plan_of,
     select,
+    slope_of,
 )
 from spectral_core.errors import check_int, listed
 
@@ -35,7 +37,7 @@ from ._attach import is_nested
 from ._hook import PURE_ENGINES, OptimizerHook
 from ._jobs import Penalty, release, write_back
 from ._select import Model
-from ._terms import Added, OpenStep, take_out
+from ._terms import Added, AddedTensors, OpenStep, take_out
 from .engines.dtensor import is_sharded, penalty_at
 
 _AS_IT_IS: AbstractContextManager[object] = nullcontext()
@@ -303,8 +305,7 @@ class SpectralNormRegularizer(OptimizerHook):
         with self._full_precision():
             state = select(self._state, names)
             with torch.no_grad():
-                weights = {name: self._parameters[name] for name in names}
-                found = sc.iterate(weights, state, engines=PURE_ENGINES)
+                found = sc.iterate(self._weights(names), state, engines=PURE_ENGINES)
             with torch.set_grad_enabled(record):
                 prices = self._prices(self._now(None if self._handles else self))
                 total = _sum([self._penalty_at(name, found, prices[name]) for name in names])
@@ -345,7 +346,8 @@ class SpectralNormRegularizer(OptimizerHook):
         }
 
     def _penalty_at(self, name: str, found: sc.SpectralState, price: dict[str, Any]) -> Tensor:
-        parameter, layout = self._parameters[name], self._state.layouts[name]
+        (parameter,) = self._weights([name]).values()
+        layout = self._state.layouts[name]
         triplet = Triplet(found.sigma[name], found.u[name], found.v[name])
         if is_sharded(parameter):
             plan = plan_of(layout, parameter.shape, name)
@@ -439,7 +441,10 @@ class SpectralNormRegularizer(OptimizerHook):
             factors = self._scaled(None, names, self._now(optimizer))
         engines = self._jobs.engines
         for added in opened.added:
-            take_out(added, self._parameters, engines, factors=factors, rewritten=fused)
+            if isinstance(added, AddedTensors):
+                added.take_out(self._parameters, factors, rewritten=fused)
+            else:
+                take_out(added, self._parameters, engines, factors=factors, rewritten=fused)
 
     def _end_compiled(self, optimizer: Optimizer) -> None:
         names = self._held_by(optimizer)
@@ -469,10 +474,15 @@ class SpectralNormRegularizer(OptimizerHook):
         if compiling:
             self._add_compiled_(names, owner, scale)
         else:
-            penalty, flipped, added = self._now(owner), self._maximized_by(owner), []
+            penalty, flipped = self._now(owner), self._maximized_by(owner)
+            added: list[Added | AddedTensors] = []
             for n_iter, due in self._phases(names):
                 changed = scale is not None or flipped
                 scaled = self._scaled(scale, flipped, penalty) if changed else None
+                if self._masks:
+                    pruned = [name for name in due if name in self._masks]
+                    due = [name for name in due if name not in self._masks]
+                    added += self._add_masked_(pruned, penalty, scaled, n_iter)
                 arguments = (owner, due, self._parameters, penalty, scaled, n_iter)
                 jobs, context = self._jobs.current(*arguments), _AS_IT_IS
                 if jobs is None:
@@ -495,6 +505,37 @@ class SpectralNormRegularizer(OptimizerHook):
         if found_inf is not None and before is not None:
             _undo_where(found_inf, self._buffers(names), before)
 
+    @torch.no_grad()
+    def _add_masked_(
+        self,
+        names: Collection[str],
+        penalty: Penalty,
+        scaled: Mapping[str, Any] | None,
+        n_iter: int,
+    ) -> list[Added | AddedTensors]:
+        """Add the terms of pruned parameters: the gradient through a mask is masked too."""
+        names = [name for name in names if self._has_gradient(name)]
+        if not names:
+            return []
+        self._follow()
+        prices = self._prices(penalty)
+        factors = scaled or {name: prices[name]["factor"] for name in names}
+        with self._full_precision():
+            weights = self._weights(names)
+            terms = {name: torch.zeros_like(self._parameters[name]) for name in names}
+            slopes = slope_of(penalty.target, penalty.power, self._parameters)
+            jobs = make_jobs(
+                names, weights, self._state, grads=terms, factors=factors, slopes=slopes
+            )
+            write_back(jobs, dispatch(jobs, n_iter, self._jobs.engines).triplets)
+        for name in names:
+            mask = self._masks[name].now()
+            terms[name] = terms[name] if mask is None else terms[name] * mask
+            self._parameters[name].grad.add_(terms[name])  # type: ignore[union-attr]
+        if self.every_n_steps != 1:
+            self._count(jobs)
+        return [AddedTensors.of(self._parameters, terms, factors)]
+
     def _maximized_by(self, owner: object) -> set[str]:
         """Return the weights that an optimizer with ``maximize=True`` moves along its gradients."""
         groups: list[dict[str, Any]] = getattr(owner, "param_groups", [])
@@ -503,7 +544,7 @@ class SpectralNormRegularizer(OptimizerHook):
             return set()
         return {name for name, p in self._parameters.items() if id(p) in ids}
 
-    def _count(self, jobs: JobList) -> None:
+    def _count(self, jobs: Iterable[Job]) -> None:
         for job in jobs:
             self._steps_taken[job.name] += 1
 
@@ -561,7 +602,8 @@ class SpectralNormRegularizer(OptimizerHook):
         return plain and all(map(self._is_operation, names))
 
     def _is_operation(self, name: str) -> bool:
-        return _compile.accepts(self._parameters[name], self._state.v[name])
+        whole = name not in self._masks
+        return whole and _compile.accepts(self._parameters[name], self._state.v[name])
 
     def _has_gradient(self, name: str) -> bool:
         parameter = self._parameters[name]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -34,11 +34,46 @@ class Added(NamedTuple):
         return cls(jobs, grads, [grad._version for grad in grads])
 
 
+class AddedTensors(NamedTuple):
+    """Terms that were added as tensors: those of pruned parameters."""
+
+    names: list[str]
+    terms: list[Tensor]
+    factors: list[Number]
+    grads: list[Tensor]
+    versions: list[int]
+
+    @classmethod
+    def of(
+        cls,
+        parameters: Mapping[str, Tensor],
+        terms: Mapping[str, Tensor],
+        factors: Mapping[str, Number],
+    ) -> AddedTensors:
+        """Return the terms that have just been added to the gradients."""
+        grads: list[Any] = [parameters[name].grad for name in terms]
+        versions = [grad._version for grad in grads]
+        used = [factors[name] for name in terms]
+        return cls(list(terms), list(terms.values()), used, grads, versions)
+
+    def take_out(
+        self,
+        parameters: Mapping[str, Tensor],
+        factors: Mapping[str, Number] | None,
+        *,
+        rewritten: bool,
+    ) -> None:
+        """Subtract the terms; see the function `take_out`."""
+        for name, term, factor, grad, version in zip(*self, strict=True):
+            if parameters[name].grad is grad and (rewritten or grad._version == version):
+                grad.sub_(term if factors is None else term * (factors[name] / factor))
+
+
 @dataclass
 class OpenStep:
     """A step that has begun: what was added to the gradients, and the steps within it."""
 
-    added: list[Added]
+    added: list[Added | AddedTensors]
     inner: int = 0
 
 

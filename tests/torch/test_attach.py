@@ -8,7 +8,6 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from torch import nn  # noqa: E402
-from torch.nn.utils import prune  # noqa: E402
 
 import spectral_core as sc  # noqa: E402
 from spectral_torch import SpectralNormConstraint, SpectralNormRegularizer, Watch  # noqa: E402
@@ -359,14 +358,3 @@ def test_a_normalized_layer_is_named_once(name, kind):
     with warnings.catch_warnings():
         warnings.simplefilter("error", sc.SpectralWarning)
         kind(model, include="1.weight")
-
-
-def test_a_pruned_layer_is_named():
-    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
-    prune.l1_unstructured(model[1], "weight", amount=0.5)
-    with pytest.warns(sc.SpectralWarning, match=r"\['1.weight_orig'\] are pruned"):
-        SpectralNormRegularizer(model)
-    prune.remove(model[1], "weight")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        SpectralNormRegularizer(model)
