@@ -1,4 +1,4 @@
-"""Spectral norm regularization for Keras 3, on PyTorch and JAX: an optimizer around another."""
+"""Regularize spectral norms in Keras 3, on PyTorch and JAX: an optimizer around another."""
 
 from importlib.util import find_spec
 
@@ -7,8 +7,13 @@ from importlib.util import find_spec
 if find_spec("keras") is None:
     raise ImportError("spectral_keras needs Keras: pip install spectral-core[keras]")
 
-from spectral_core import Layout, __version__
+from spectral_core import Layout, SpectralWarning, __version__
 
 from ._optimizer import SpectralNormRegularizer
 
-__all__ = ["Layout", "SpectralNormRegularizer", "__version__"]
+__all__ = [
+    "Layout",
+    "SpectralNormRegularizer",
+    "SpectralWarning",
+    "__version__",
+]

@@ -9,30 +9,21 @@ optimizer in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
 import spectral_core as sc
-from spectral_core.engine import (
-    Choice,
-    Engine,
-    by_name,
-    check_factor,
-    check_factors,
-    check_power,
-)
+from spectral_core.engine import Choice, Schedule, check_power
 from spectral_core.errors import check_int
 
-from ._select import Variable, Weights, choose_variables
+from ._select import Variable, Weights
+from ._wrapper import OptimizerWrapper, full_precision, outside_graphs, values_of
 
 
 @keras.saving.register_keras_serializable(package="spectral_keras")
-class SpectralNormRegularizer(keras.optimizers.Optimizer):  # type: ignore[misc]
+class SpectralNormRegularizer(OptimizerWrapper):
     r"""Add λσuvᵀ to the gradient of every weight matrix, and let another optimizer step.
 
     Minimizes :math:`L + \frac{λ}{2} \sum_ℓ σ(W^ℓ)^2` by Algorithm 1 of Yoshida & Miyato (2017),
@@ -40,18 +31,19 @@ class SpectralNormRegularizer(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     Parameters
     ----------
-    inner_optimizer : keras.optimizers.Optimizer
+    inner_optimizer : keras.optimizers.Optimizer or str
         The optimizer that moves the weights. Its learning rate, weight decay, clipping, averages
         and accumulation work as usual. ``learning_rate`` and ``iterations`` of the regularizer are
         those of the inner optimizer.
     model : keras.Model
         The model to regularize. It must be built. By default the kernels of dense, einsum-dense
-        (and so attention), convolution and recurrent layers are regularized. Embeddings, norms
-        and biases are not.
-    factor : float, `keras.optimizers.schedules.LearningRateSchedule`, or mapping of path or pattern
-        λ. A schedule is called with the number of the step. A mapping holds a number or a schedule
-        for each weight: ``{"*conv*": 0.05, "*": 0.01}``.
-    target : float
+        (and so attention), convolution and recurrent layers are regularized. Embeddings, norms,
+        biases and frozen weights are not. A matrix of a layer of your own is regularized too, and a
+        `spectral_core.SpectralWarning` says so.
+    factor : number, function of the step, or mapping of path or pattern to either
+        λ. A `keras.optimizers.schedules.LearningRateSchedule` is a function of the step. A mapping
+        holds an entry for each weight: ``{"conv*": 0.05, "*": 0.01}``.
+    target : number, function of the step, or mapping of path or pattern to either
         The σ below which a matrix is left alone. The penalty is then the hinge
         (λ/2)·Σ max(0, σ − target)².
     power : int
@@ -60,10 +52,15 @@ class SpectralNormRegularizer(keras.optimizers.Optimizer):  # type: ignore[misc]
         Power iterations in a step.
     n_vectors : int
         Number of vectors to iterate with for each matrix: see `spectral_core.block_iteration`.
-    include : str, iterable of str, or callable, optional
-        Paths (``variable.path``) or shell patterns (``"*head/*"``) of the variables to regularize
-        instead of the default ones, or ``include(path, variable) -> bool``.
-    exclude : str, iterable of str, or callable, optional
+    every_n_steps : int
+        Iterate only in every n-th step. The steps between add the term of the last iteration again.
+    warmup_iters : int
+        Power iterations before the first step. The paper has none: 0.
+    include : str, compiled pattern, class, layer, callable, or iterable of these, optional
+        Variables to regularize instead of the default ones: paths (``variable.path``), with or
+        without the model's name, shell patterns (``"*head/*"``), names of layers (``"head"``),
+        classes of layers (``keras.layers.Conv2D``), or ``include(path, variable) -> bool``.
+    exclude : str, compiled pattern, class, layer, callable, or iterable of these, optional
         Variables to skip, in the same forms as ``include``.
     layouts : mapping of path or pattern to `spectral_core.Layout` or str, optional
         The meaning of a variable's axes, where its layer does not determine it. Variables named
@@ -77,10 +74,11 @@ class SpectralNormRegularizer(keras.optimizers.Optimizer):  # type: ignore[misc]
     Raises
     ------
     spectral_core.NamesError
-        If a pattern matches nothing, or nothing is left to regularize.
+        If a pattern matches nothing, nothing is left to regularize, or a kernel with three axes or
+        more is of an unknown layer.
     spectral_core.ArgumentError
-        If a number is out of its range, the backend is neither PyTorch nor JAX, or the inner
-        optimizer scales the loss.
+        If a number is out of its range, the model is not built, the backend is neither PyTorch nor
+        JAX, or the inner optimizer is no Keras optimizer or scales the loss.
 
     Notes
     -----
@@ -101,79 +99,79 @@ class SpectralNormRegularizer(keras.optimizers.Optimizer):  # type: ignore[misc]
     >>> optimizer = spectral_keras.SpectralNormRegularizer(
     ...     keras.optimizers.SGD(0.1, momentum=0.9), model, factor=0.01
     ... )
+    >>> optimizer
+    SpectralNormRegularizer(SGD, factor=0.01, n_iter=1, 1 weight, not built)
     >>> model.compile(optimizer, loss="mse")
     >>> history = model.fit(np.ones((8, 4)), np.ones((8, 2)), verbose=0)
     >>> [path.split("/", 1)[1] for path in optimizer.sigmas()]
     ['out/kernel']
     """
 
+    _numbers = ("factor", "target")
+    _options = (
+        "power",
+        "n_iter",
+        "n_vectors",
+        "every_n_steps",
+        "warmup_iters",
+        "seed",
+    )
+
     def __init__(
         self,
-        inner_optimizer: keras.optimizers.Optimizer,
+        inner_optimizer: keras.optimizers.Optimizer | str,
         model: keras.Model | Weights,
+        factor: Schedule = 0.01,
         *,
-        factor: Any = 0.01,
-        target: float = 0.0,
+        target: Schedule = 0.0,
         power: int = 2,
         n_iter: int = 1,
         n_vectors: int = 1,
+        every_n_steps: int = 1,
+        warmup_iters: int = 15,
         include: Choice | None = None,
         exclude: Choice | None = None,
         layouts: Mapping[str, sc.Layout | str] | None = None,
         seed: int = 0,
         name: str | None = None,
     ) -> None:
-        backend = keras.backend.backend()
-        if backend not in ("torch", "jax"):
-            raise sc.ArgumentError(
-                f"the Keras backend is {backend!r}, but only PyTorch and JAX are supported: set "
-                "KERAS_BACKEND to 'torch' or 'jax' before keras is imported"
-            )
-        if isinstance(inner_optimizer, keras.optimizers.LossScaleOptimizer):
-            raise sc.ArgumentError(
-                "inner_optimizer scales the loss: put the LossScaleOptimizer around this one"
-            )
-        super().__init__(learning_rate=0.0, name=name)
-        self.inner_optimizer = inner_optimizer
-        if not isinstance(model, Weights):
-            model = choose_variables(model, include, exclude, layouts)
-        self._weights = model
-        factors = factor if isinstance(factor, Mapping) else {"*": factor}
-        self._factors = by_name(factors, model.layouts, "factor")
-        check_factors(self._factors_at(0), model.layouts)
-        self.n_iter = check_int(n_iter, "n_iter")
-        self.n_vectors = check_int(n_vectors, "n_vectors")
-        self.seed = check_int(seed, "seed", least=0)
-        self.target = check_factor(target, "target")
+        super().__init__(
+            inner_optimizer,
+            model,
+            n_iter=n_iter,
+            n_vectors=n_vectors,
+            warmup_iters=warmup_iters,
+            include=include,
+            exclude=exclude,
+            layouts=layouts,
+            seed=seed,
+            name=name,
+        )
+        self.factor = factor
+        self.target = target
         self.power = check_power(power)
+        self.every_n_steps = check_int(every_n_steps, "every_n_steps")
 
-    def build(self, variables: Sequence[Variable]) -> None:
-        """Create v and σ, and the variables of the inner optimizer.
+    @property
+    def factor(self) -> Any:
+        """λ, as it was given, or by path; checked when it is set.
 
-        Parameters
-        ----------
-        variables : list of keras.Variable
-            All trained variables.
+        A train step that JAX has compiled keeps the old number until `compile` is called again.
         """
-        self._weights = self._weights.among(variables)
-        weights, layouts = _values(self._weights.variables), self._weights.layouts
-        self._engines = _engines()
-        self._in_place = any(engine.in_place for engine in self._engines)
-        with _full_precision():
-            start = _outside_graphs(sc.init)(
-                weights,
-                seed=self.seed,
-                layouts=layouts,
-                n_vectors=self.n_vectors,
-                engines=() if self._in_place else self._engines,
-            )
-        # An engine that works in place writes u too, into memory that the state provides.
-        self._start = start if self._in_place else replace(start, u={})
-        self._v = {path: self._variable(v, path, "v") for path, v in start.v.items()}
-        self._sigma = {path: self._variable(s, path, "sigma") for path, s in start.sigma.items()}
-        if not self.inner_optimizer.built:
-            self.inner_optimizer.build(variables)
-        super().build(variables)
+        return self._get_number("factor")
+
+    @factor.setter
+    def factor(self, factor: Schedule) -> None:
+        self._set_number("factor", factor)
+
+    @property
+    def target(self) -> Any:
+        """The σ below which the penalty is zero; checked when it is set, as ``factor``."""
+        return self._get_number("target")
+
+    @target.setter
+    def target(self, target: Schedule) -> None:
+        self._set_number("target", target)
 
     def apply(
         self, grads: Sequence[Any], trainable_variables: Sequence[Variable] | None = None
@@ -186,67 +184,60 @@ class SpectralNormRegularizer(keras.optimizers.Optimizer):  # type: ignore[misc]
         trainable_variables : list of keras.Variable, optional
             The variables of these gradients. The default is those passed to `build`.
         """
-        if trainable_variables is None:
-            if not self.built:
-                raise sc.ArgumentError("give trainable_variables, or call build with them before")
-            trainable_variables = self._trainable_variables
-        variables = list(trainable_variables)
-        if not self.built:
-            self.build(variables)
+        variables, gradient_of = self._trained(grads, trainable_variables)
         weights = self._weights.variables
-        gradient_of = {id(v): grad for v, grad in zip(variables, grads, strict=True)}
         own = {path: self._own(gradient_of.get(id(v))) for path, v in weights.items()}
-        state = replace(self._start, v=self._owned(self._v), sigma=self._owned(self._sigma))
-        options = self._options()
-        # The call is here, not in a method of its own: every frame between the user and the
-        # product is one more to step through.
-        with _full_precision():
-            if self._in_place:
-                add_gradient_ = _outside_graphs(sc.add_gradient_)
-                state = add_gradient_(_values(weights), own, state, **options)
-            else:
-                own, state = sc.add_gradient(_values(weights), own, state, **options)
+        own, state = self._with_terms(own)
         for path, grad in own.items():
             if grad is not None:
-                self.assign(self._v[path], state.v[path])
-                self.assign(self._sigma[path], state.sigma[path])
+                self._keep(path, state)
                 gradient_of[id(weights[path])] = grad
+        self._count_step()
         self.inner_optimizer.apply([gradient_of[id(v)] for v in variables], variables)
 
-    def sigmas(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Return the newest estimate of each weight's largest singular value.
+    def _with_terms(self, own: dict[str, Any]) -> tuple[dict[str, Any], sc.SpectralState]:
+        """Return the gradients with their terms, and the state after the step."""
+        weights, state, options = values_of(self._weights.variables), self._state(), self._step()
+        with full_precision():
+            if self._in_place:
+                # On the host: to read the number of the step on the device would wait for it.
+                due = self._count % self.every_n_steps == 0
+                add_gradient_ = outside_graphs(sc.add_gradient_)
+                n_iter = self.n_iter if due else 0
+                return own, add_gradient_(weights, own, state, n_iter=n_iter, **options)
+            if self.every_n_steps == 1:
+                return sc.add_gradient(weights, own, state, n_iter=self.n_iter, **options)
 
-        Within an epoch on JAX, call ``model.jax_state_sync()`` first.
+            def stepped(n_iter: int) -> tuple[Any, ...]:
+                new, after = sc.add_gradient(weights, own, state, n_iter=n_iter, **options)
+                return new, dict(after.v), dict(after.sigma), dict(after.u)
+
+            due = keras.ops.equal(self._iterations % self.every_n_steps, 0)
+            new, v, sigma, u = keras.ops.cond(due, lambda: stepped(self.n_iter), lambda: stepped(0))
+            return new, sc.SpectralState(v, sigma, state.layouts, u)
+
+    def penalty(self) -> float:
+        """Return (λ/2)·Σσ² of the newest σ, to log it.
+
+        With ``target`` and ``power`` it is (λ/power)·Σ max(0, σ − target)^power. Within an epoch on
+        JAX, call ``model.jax_state_sync()`` first.
 
         Returns
         -------
-        dict of path to NumPy array, shape (*stack,)
-            The values of the last step, before the weights moved.
+        float
 
         Raises
         ------
         spectral_core.ArgumentError
-            If the optimizer is not built yet.
+            As `sigmas`.
         """
-        if not self.built:
-            raise sc.ArgumentError("not built yet: fit the model first, or call build")
-        return {path: keras.ops.convert_to_numpy(s.value) for path, s in self._sigma.items()}
+        sigmas = {path: sigma.astype("float64") for path, sigma in self.sigmas().items()}
+        step = self._inner_steps()
+        factors, targets = (self._numbers_at(what, step, sigmas) for what in self._numbers)
+        return float(sc.penalty(sigmas, factor=factors, target=targets, power=self.power))
 
-    def load_own_variables(self, store: Mapping[str, Any]) -> None:
-        """Load the variables. A v that 0.1.0 saved without its axis of vectors gets the axis.
-
-        Parameters
-        ----------
-        store : mapping of str to array
-            The arrays of a saved model, by number.
-        """
-        arrays = {key: store[key] for key in store.keys()}  # noqa: SIM118  (not always iterable)
-        v = {id(variable) for variable in self._v.values()} if self.built else set()
-        for i, variable in enumerate(self.variables):
-            array = arrays.get(str(i))
-            if array is not None and id(variable) in v and array.ndim == len(variable.shape) - 1:
-                arrays[str(i)] = np.expand_dims(array, -2)
-        super().load_own_variables(arrays)
+    def _keeps_u(self) -> bool:
+        return self.every_n_steps > 1
 
     def _own(self, grad: Any) -> Any:
         """Return a gradient that may be changed, or None where there is none."""
@@ -255,151 +246,12 @@ class SpectralNormRegularizer(keras.optimizers.Optimizer):  # type: ignore[misc]
         grad = keras.ops.convert_to_tensor(grad)
         return grad.detach().clone() if self._in_place else grad
 
-    def _owned(self, variables: Mapping[str, Variable]) -> dict[str, Any]:
-        """Return values that an engine may write into: those of `stateless_apply` must stay."""
-        values = _values(variables)
-        return {path: x.clone() for path, x in values.items()} if self._in_place else values
-
-    def _options(self) -> dict[str, Any]:
+    def _step(self) -> dict[str, Any]:
         """Return the options of this step."""
-        scale = self.loss_scale_factor or 1.0
-        factors = self._factors_at(self.iterations)
+        step, scale = self.iterations, self.loss_scale_factor or 1.0
         return {
-            "factor": {path: scale * factor for path, factor in factors.items()},
-            "target": self.target,
+            "factor": {path: scale * x for path, x in self._at("factor", step).items()},
+            "target": self._at("target", step),
             "power": self.power,
-            "n_iter": self.n_iter,
             "engines": self._engines,
         }
-
-    def _factors_at(self, step: Any) -> dict[str, Any]:
-        factors = {path: f for path, f in self._factors.items() if path in self._weights.layouts}
-        return {path: f(step) if callable(f) else f for path, f in factors.items()}
-
-    def _variable(self, value: Any, path: str, what: str) -> Variable:
-        variable = self.add_variable(
-            tuple(value.shape),
-            dtype=keras.backend.standardize_dtype(value.dtype),
-            name=f"{path.replace('/', '_')}_{what}",
-        )
-        variable.assign(value)
-        return variable
-
-    # Attributes of the inner optimizer
-
-    @property
-    def variables(self) -> list[Variable]:
-        """Everything that a checkpoint holds: v and σ, and the inner optimizer's variables."""
-        return [*self._variables, *self.inner_optimizer.variables]
-
-    @property
-    def learning_rate(self) -> Any:
-        """Learning rate of the inner optimizer."""
-        return self.inner_optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate: Any) -> None:
-        self.inner_optimizer.learning_rate = learning_rate
-
-    @property
-    def iterations(self) -> Any:
-        """Number of steps of the inner optimizer."""
-        return self.inner_optimizer.iterations
-
-    @property
-    def loss_scale_factor(self) -> float | None:
-        """Loss scale of the inner optimizer, which divides the gradients by it."""
-        inner = getattr(self, "inner_optimizer", None)
-        return None if inner is None else inner.loss_scale_factor
-
-    @loss_scale_factor.setter
-    def loss_scale_factor(self, factor: float | None) -> None:
-        if hasattr(self, "inner_optimizer"):  # Keras sets it before there is one
-            self.inner_optimizer.loss_scale_factor = factor
-
-    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
-        """Call the inner optimizer's method."""
-        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
-
-    def finalize_variable_values(self, var_list: Sequence[Variable]) -> None:
-        """Call the inner optimizer's method, which may write its averages into the weights."""
-        self.inner_optimizer.finalize_variable_values(var_list)
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the arguments of `from_config`, with the chosen weights in place of a model."""
-        kept = self._weights.get_config()
-        factors = {path: self._factors[path] for path in kept["weights"]}
-        return {
-            "name": self.name,
-            "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
-            "factor": keras.saving.serialize_keras_object(factors),
-            "n_iter": self.n_iter,
-            "n_vectors": self.n_vectors,
-            "seed": self.seed,
-            "target": self.target,
-            "power": self.power,
-            **kept,
-        }
-
-    @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None
-    ) -> SpectralNormRegularizer:
-        """Make the optimizer that `get_config` describes.
-
-        Parameters
-        ----------
-        config : dict
-        custom_objects : dict, optional
-            The user's classes that the inner optimizer needs.
-        """
-        inner = _any_backend(config["inner_optimizer"])
-        parts = {
-            key: keras.saving.deserialize_keras_object(part, custom_objects=custom_objects)
-            for key, part in (("inner_optimizer", inner), ("factor", config["factor"]))
-        }
-        kept = ("name", "n_iter", "n_vectors", "seed", "target", "power")
-        options = {key: config[key] for key in kept}
-        return cls(model=Weights.from_config(config), **parts, **options)
-
-
-def _values(variables: Mapping[str, Variable]) -> dict[str, Any]:
-    return {path: variable.value for path, variable in variables.items()}
-
-
-def _any_backend(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a Keras optimizer's config without the name of the backend that saved it."""
-    of_keras = str(config["module"]).startswith("keras.src.backend.")
-    return {**config, "module": "keras.optimizers"} if of_keras else dict(config)
-
-
-def _engines() -> tuple[Engine, ...]:
-    """Return the engines of the backend. Without them the reference gives the same, slower."""
-    if keras.backend.backend() == "torch":
-        from spectral_torch.engines import engines
-
-        return engines()
-    try:
-        from spectral_jax import XlaEngine
-    except ImportError:  # optax is not installed, and Keras works without it
-        return ()
-    return (XlaEngine(),)
-
-
-def _full_precision() -> AbstractContextManager[Any]:
-    """Return a context in which float32 means float32: JAX may round the factors of a product."""
-    if keras.backend.backend() == "torch":
-        return nullcontext()
-    import jax
-
-    return jax.default_matmul_precision("highest")
-
-
-def _outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function`` so that it runs between two graphs, with ``jit_compile`` on PyTorch."""
-    if keras.backend.backend() == "torch":
-        import torch
-
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-    return function
