@@ -9,10 +9,12 @@ if find_spec("keras") is None:
 
 from spectral_core import Layout, SpectralWarning, __version__
 
+from ._constraint import SpectralNormConstraint
 from ._optimizer import SpectralNormRegularizer
 
 __all__ = [
     "Layout",
+    "SpectralNormConstraint",
     "SpectralNormRegularizer",
     "SpectralWarning",
     "__version__",
