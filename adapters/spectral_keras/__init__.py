@@ -9,12 +9,14 @@ if find_spec("keras") is None:
 
 from spectral_core import Layout, SpectralWarning, __version__
 
+from ._callbacks import SpectralNormLogger
 from ._constraint import SpectralNormConstraint
 from ._optimizer import SpectralNormRegularizer
 
 __all__ = [
     "Layout",
     "SpectralNormConstraint",
+    "SpectralNormLogger",
     "SpectralNormRegularizer",
     "SpectralWarning",
     "__version__",
