@@ -11,10 +11,13 @@ from spectral_core import Layout, SpectralWarning, __version__
 
 from ._callbacks import SpectralNormLogger
 from ._constraint import SpectralNormConstraint
+from ._kernel import SpectralNorm, SpectralNormBound
 from ._optimizer import SpectralNormRegularizer
 
 __all__ = [
     "Layout",
+    "SpectralNorm",
+    "SpectralNormBound",
     "SpectralNormConstraint",
     "SpectralNormLogger",
     "SpectralNormRegularizer",
