@@ -6,7 +6,6 @@ import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import h5py
 import keras
@@ -15,8 +14,17 @@ import pytest
 from keras import layers as kl
 
 import spectral_core as sc
+import spectral_keras
 from backends import svd_norm
-from spectral_keras import Layout, SpectralNormRegularizer
+from spectral_keras import (
+    Layout,
+    SpectralNorm,
+    SpectralNormBound,
+    SpectralNormConstraint,
+    SpectralNormLogger,
+    SpectralNormRegularizer,
+    SpectralWarning,
+)
 
 TORCH = keras.backend.backend() == "torch"
 RNG = np.random.default_rng(0)
@@ -44,7 +52,11 @@ def sgd(**options):
 
 def compiled(model, inner=None, around=lambda optimizer: optimizer, **options):
     model.compile(
-        around(SpectralNormRegularizer(inner or sgd(), model, **{"factor": 0.3, **options})),
+        around(
+            SpectralNormRegularizer(
+                inner or sgd(), model, **{"factor": 0.3, "warmup_iters": 0, **options}
+            )
+        ),
         loss="mse",
     )
     return model
@@ -335,9 +347,22 @@ def test_frozen_layers_are_left_out(tmp_path):
     assert list(keras.saving.load_model(tmp_path / "model.keras").optimizer.sigmas()) == [
         "net/out/kernel"
     ]
+    optimizer = SpectralNormRegularizer(sgd(), model)
+    assert optimizer._weights.left_out == {"net/hidden/kernel": "frozen"}
     model.get_layer("out").trainable = False
-    with pytest.raises(sc.NamesError, match="is among the optimizer's variables"):
-        SpectralNormRegularizer(sgd(), model).build(model.trainable_variables)
+    with pytest.raises(sc.NamesError, match=r"is among the optimizer's variables.*frozen"):
+        optimizer.build(model.trainable_variables)
+    with pytest.raises(sc.NamesError, match=r"nothing to regularize.*net/out/kernel: frozen"):
+        SpectralNormRegularizer(sgd(), model)
+
+
+def test_a_layer_that_is_thawed_later_is_told():
+    model = perceptron()
+    model.get_layer("hidden").trainable = False
+    optimizer = SpectralNormRegularizer(sgd(), model)
+    model.get_layer("hidden").trainable = True
+    with pytest.warns(SpectralWarning, match="net/hidden/kernel.*was frozen"):
+        optimizer.build(model.trainable_variables)
 
 
 def plane(W, *rows):
@@ -403,7 +428,9 @@ LAYERS = [
 
 def assert_weights(model, expected):
     """Just these weights are chosen, and each gets the term of the matrices that it is."""
-    optimizer = SpectralNormRegularizer(keras.optimizers.SGD(1.0), model, factor=0.5, n_iter=15)
+    optimizer = SpectralNormRegularizer(
+        keras.optimizers.SGD(1.0), model, factor=0.5, n_iter=15, warmup_iters=0
+    )
     variables = {variable.path: variable for variable in model.trainable_variables}
     for variable in variables.values():
         variable.assign(variable.value + 1)  # which is of rank one: σ₁ is far from σ₂
@@ -460,6 +487,7 @@ def test_layers_in_layers():
     assert_weights(outer, {**attention, **rest})
 
 
+@pytest.mark.skipif(not TORCH, reason="the choice does not depend on the backend")
 def test_include_exclude_and_layouts():
     model = perceptron()
 
@@ -495,6 +523,13 @@ def test_include_exclude_and_layouts():
         ({"include": "hiden"}, sc.NamesError, "include: 'hiden' matches none"),
         ({"exclude": "*"}, sc.NamesError, "nothing to regularize"),
         ({"layouts": {"head": "io"}}, sc.NamesError, "layouts: 'head' matches none"),
+        ({"layouts": "io"}, sc.ArgumentError, "layouts must be a mapping"),
+        ({"factor": "0.1"}, sc.ArgumentError, "factor must be a finite number"),
+        ({"factor": [0.1]}, sc.ArgumentError, "factor must be a finite number"),
+        ({"target": lambda step: -1.0}, sc.ArgumentError, "target must be a finite number"),
+        ({"power": 3}, sc.ArgumentError, "power"),
+        ({"every_n_steps": 0}, sc.ArgumentError, "every_n_steps"),
+        ({"warmup_iters": -1}, sc.ArgumentError, "warmup_iters"),
     ],
 )
 def test_bad_options(options, error, message):
@@ -503,11 +538,9 @@ def test_bad_options(options, error, message):
 
 
 def test_a_model_that_is_not_built():
-    with pytest.raises(sc.NamesError, match="not built"):
-        SpectralNormRegularizer(sgd(), keras.Sequential([kl.Dense(3)]))
+    with pytest.raises(sc.ArgumentError, match=r"'raw' is not built.*model\.build"):
+        SpectralNormRegularizer(sgd(), keras.Sequential([kl.Dense(3)], name="raw"))
     optimizer = SpectralNormRegularizer(sgd(), perceptron())
-    with pytest.raises(sc.ArgumentError, match="not built yet"):
-        optimizer.sigmas()
     with pytest.raises(sc.ArgumentError, match="trainable_variables"):
         optimizer.apply([np.ones((5, 7))])
 
@@ -518,13 +551,16 @@ def test_a_scaled_loss_within_is_refused():
 
 
 def test_two_variables_of_one_path():
-    a, b = kl.Dense(3, name="same"), kl.Dense(3, name="same")
-    model = SimpleNamespace(weights=[])
-    for layer in (a, b):
-        layer.build((5,))
-        model.weights += layer.weights
+
+    class Twins(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = kl.Dense(3, name="same"), kl.Dense(3, name="same")
+            self.one.build((5,))
+            self.other.build((5,))
+
     with pytest.raises(sc.NamesError, match=r"several variables have the path \['same/kernel'\]"):
-        SpectralNormRegularizer(sgd(), model)
+        SpectralNormRegularizer(sgd(), Twins())
 
 
 # Compilation
@@ -571,17 +607,23 @@ def test_a_compiled_step_is_as_an_eager_one():
 def test_several_steps_an_execution():
     model = perceptron()
     expected, _ = by_hand(values(model.weights), epochs=2, factor=0.3)
-    optimizer = SpectralNormRegularizer(sgd(), model, factor=0.3)
+    optimizer = SpectralNormRegularizer(sgd(), model, factor=0.3, warmup_iters=0)
     model.compile(optimizer, loss="mse", steps_per_execution=3)
-    fit(model, epochs=2)
+    lines = []
+    logger = SpectralNormLogger(lambda _, step: lines.append(step), every_n_steps=2)
+    fit(model, epochs=2, callbacks=[logger])
     assert_close(values(model.weights), expected)
+    assert lines == [2, 5]  # the ends of the executions with the steps 0 and 2, and 4
 
 
 # Examples
 
 
-def test_the_docstring_s():
-    assert doctest.testmod(sys.modules[SpectralNormRegularizer.__module__]).failed == 0
+@pytest.mark.parametrize("public", spectral_keras.__all__ if TORCH else ["SpectralNormRegularizer"])
+def test_the_docstring_s(public):
+    found = getattr(spectral_keras, public)
+    if str(getattr(found, "__module__", "")).startswith("spectral_keras"):
+        assert doctest.testmod(sys.modules[found.__module__]).failed == 0
 
 
 def test_digits():
@@ -614,3 +656,343 @@ def test_stateless_apply_leaves_its_arguments_alone():
     for place, value in zip(places, before, strict=True):
         assert bool((variables[place] == value).all())
     assert any(bool((after[place] != old).any()) for place, old in zip(places, before, strict=True))
+
+
+# Several numbers, schedules, steps without an iteration
+
+
+def half(step):
+    return 0.5 / (step + 1.0)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+def growing(step):
+    return 0.1 * (step + 1.0)
+
+
+def plain_model():
+    layers = [kl.Dense(7, use_bias=False, name="one"), kl.Dense(3, use_bias=False, name="two")]
+    return keras.Sequential([keras.Input((5,)), *layers], name="net")
+
+
+def steps(optimizer, model, n):
+    for _ in range(n):
+        apply(optimizer, [np.cos(value) for value in values(model.trainable_variables)])
+
+
+@pytest.mark.parametrize("every", [1, 3] if TORCH else [3])
+def test_schedules_by_path_and_steps_without_an_iteration(every):
+    model = plain_model()
+    start = dict(zip(["net/one/kernel", "net/two/kernel"], values(model.weights), strict=True))
+    numbers = {"one": half, "two": 0.25}
+    targets = {"one": 0.0, "two": lambda step: 0.1 * step}
+    optimizer = SpectralNormRegularizer(
+        keras.optimizers.SGD(0.125),
+        model,
+        numbers,
+        target=targets,
+        every_n_steps=every,
+        warmup_iters=3,
+    )
+    optimizer.build(model.trainable_variables)
+    steps(optimizer, model, 4)
+    weights = start
+    state = sc.iterate(weights, sc.init(weights, layouts="io"), n_iter=3)
+    for step in range(4):
+        grads, state = sc.add_gradient(
+            weights,
+            {name: np.cos(w) for name, w in weights.items()},
+            state,
+            factor={"net/one/kernel": half(step), "net/two/kernel": 0.25},
+            target={"net/one/kernel": 0.0, "net/two/kernel": 0.1 * step},
+            n_iter=int(step % every == 0),
+        )
+        weights = {name: w - 0.125 * grads[name] for name, w in weights.items()}
+    assert_close(values(model.weights), weights.values())
+    assert_close(optimizer.sigmas().values(), state.sigma.values())
+    expected = sc.penalty(
+        state.sigma,
+        factor={"net/one/kernel": half(4), "net/two/kernel": 0.25},
+        target={"net/one/kernel": 0.0, "net/two/kernel": 0.4},
+    )
+    assert optimizer.penalty() == pytest.approx(float(expected))
+
+
+def test_steps_without_an_iteration_go_on_after_loading(tmp_path):
+    model = plain_model()
+    optimizer = SpectralNormRegularizer(
+        keras.optimizers.SGD(0.125), model, growing, every_n_steps=3, warmup_iters=0
+    )
+    model.compile(optimizer, loss="mse")
+    fit(model)  # three steps
+    steps(optimizer, model, 1)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.every_n_steps == 3
+    for one in (model, loaded):
+        steps(one.optimizer, one, 3)
+    assert_equal(values(loaded.weights), values(model.weights))
+    assert loaded.optimizer.summary().rows[0].last_step == 6
+
+
+def test_a_number_can_be_set_anew():
+    model = compiled(perceptron(), factor=0.1)
+    optimizer = model.optimizer
+    assert optimizer.factor == 0.1
+    optimizer.factor = {"hidden": 0.2, "*": 0.4}
+    assert optimizer.factor == {"net/hidden/kernel": 0.2, "net/out/kernel": 0.4}
+    optimizer.factor = 0.3
+    expected, _ = by_hand(values(model.weights), factor=0.3)
+    fit(model)
+    assert_close(values(model.weights), expected)
+    if TORCH:
+        optimizer.factor = 0.0
+    else:
+        with pytest.warns(SpectralWarning, match="call model.compile again"):
+            optimizer.factor = 0.0
+    with pytest.raises(sc.ArgumentError, match="factor"):
+        optimizer.factor = -1.0
+    with pytest.raises(sc.ArgumentError, match=r"target.*is a keras.Variable"):
+        optimizer.target = keras.Variable(0.1)
+
+
+# What happened
+
+
+def test_repr_and_summary():
+    model = compiled(perceptron(), factor={"hidden": 0.1, "out": half})
+    optimizer = model.optimizer
+    assert (
+        repr(optimizer)
+        == "SpectralNormRegularizer(SGD, factor={0.1, half}, n_iter=1, 2 weights, not built)"
+    )
+    before = optimizer.summary()
+    assert "no step yet" in str(before)
+    assert before.rows[0].last_step is None
+    fit(model)
+    summary = optimizer.summary()
+    assert repr(optimizer).endswith("2 weights)")
+    row = summary.rows[1]
+    assert row[:4] == ("net/out/kernel", (7, 3), (3, 7), "io")
+    assert row.factor == pytest.approx(half(3))
+    assert row.last_step == 2
+    assert row.sigma == float(optimizer.sigmas()["net/out/kernel"])
+    assert row.attached == "SGD"
+
+
+def test_sigmas_before_the_first_step():
+    model = perceptron()
+    optimizer = SpectralNormRegularizer(sgd(), model, warmup_iters=30)
+    for path, sigma in optimizer.sigmas().items():
+        W = values([optimizer._weights.variables[path]])[0]
+        np.testing.assert_allclose(sigma, np.linalg.norm(W, 2), rtol=1e-2)
+    assert optimizer.penalty() > 0
+    assert not optimizer.built
+    other = SpectralNormRegularizer.from_config(optimizer.get_config())
+    with pytest.raises(sc.ArgumentError, match=r"optimizer\.build"):
+        other.sigmas()
+
+
+def test_an_optimizer_that_is_passed_by_is_told():
+    model = perceptron()
+    inner = sgd()
+    optimizer = SpectralNormRegularizer(inner, model)
+    model.compile(inner, loss="mse")
+    fit(model)
+    with pytest.warns(SpectralWarning, match="has made 3 steps without SpectralNormRegularizer"):
+        optimizer.sigmas()
+    again = SpectralNormRegularizer(inner, model)  # whose steps before are no matter
+    again.sigmas()
+
+
+def test_two_regularizers_of_one_weight_are_told():
+    model = perceptron()
+    inner = SpectralNormRegularizer(sgd(), model, include="hidden")
+    with pytest.warns(SpectralWarning, match="two SpectralNormRegularizers act on .*hidden"):
+        SpectralNormRegularizer(inner, model)
+    SpectralNormRegularizer(inner, model, include="out")
+    SpectralNormConstraint(inner, model)
+
+
+@pytest.mark.skipif(TORCH, reason="PyTorch's variables are always there")
+def test_sigmas_within_an_epoch():
+    model = compiled(perceptron())
+    found = []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            with pytest.raises(sc.ArgumentError, match="jax_state_sync"):
+                model.optimizer.sigmas()
+            model.jax_state_sync()
+            found.append(model.optimizer.sigmas())
+
+    fit(model, callbacks=[Look()])
+    assert len(found) == 3
+
+
+@pytest.mark.skipif(not TORCH, reason="the errors do not depend on the backend")
+def test_arguments_of_other_kinds():
+    import torch
+
+    model = perceptron()
+    for arguments, message in [
+        ((model, sgd()), r"SpectralNormRegularizer\(optimizer, model\): swap"),
+        ((torch.optim.SGD([torch.zeros(2)], 0.1), model), "keras.optimizers.SGD.*spectral_torch"),
+        ((None, model), "must be a Keras optimizer, not builtins.NoneType"),
+        ((sgd(), model.trainable_variables), "pass the model itself"),
+        ((sgd(), None), "must be a keras.Model"),
+    ]:
+        with pytest.raises(sc.ArgumentError, match=message):
+            SpectralNormRegularizer(*arguments)
+    assert isinstance(SpectralNormRegularizer("adam", model).inner_optimizer, keras.optimizers.Adam)
+    with pytest.raises(sc.ArgumentError, match="around this one"):
+        SpectralNormRegularizer(
+            SpectralNormConstraint(keras.optimizers.LossScaleOptimizer(sgd()), model), model
+        )
+
+
+# The bound
+
+
+def test_a_bound_equals_a_loop_by_hand():
+    model = plain_model()
+    weights = dict(zip(["net/one/kernel", "net/two/kernel"], values(model.weights), strict=True))
+    bounds = {"one": 0.75, "*": lambda step: 0.5 + 0.125 * step}
+    optimizer = SpectralNormConstraint(
+        keras.optimizers.SGD(0.125), model, bound=bounds, n_iter=2, warmup_iters=3
+    )
+    optimizer.build(model.trainable_variables)
+    steps(optimizer, model, 3)
+    state = sc.iterate(weights, sc.init(weights, layouts="io"), n_iter=3)
+    for step in range(3):
+        weights = {name: w - 0.125 * np.cos(w) for name, w in weights.items()}
+        bound = {"net/one/kernel": 0.75, "net/two/kernel": 0.5 + 0.125 * step}
+        weights, state = sc.constrain(weights, state, bound=bound, n_iter=2)
+    assert_close(values(model.weights), weights.values())
+    assert_close(optimizer.sigmas().values(), state.sigma.values())
+    assert "bound={0.75, <lambda>}" in repr(optimizer)
+    assert optimizer.summary().rows[0].factor == "σ ≤ 0.75"
+
+
+def test_a_bound_around_a_regularizer_is_saved_with_the_model(tmp_path):
+    model = perceptron()
+    inner = SpectralNormRegularizer(keras.optimizers.Adam(0.05), model, factor=0.1)
+    model.compile(SpectralNormConstraint(inner, model, bound={"hidden": 0.5, "*": 1.0}), loss="mse")
+    fit(model, epochs=3)
+    for i, bound in ((0, 0.5), (2, 1.0)):
+        assert np.linalg.norm(values(model.weights)[i], 2) < 1.05 * bound
+    assert len(inner.sigmas()) == 2
+    model.save(tmp_path / "model.keras")
+    fit(model)
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.bound == {"net/hidden/kernel": 0.5, "net/out/kernel": 1.0}
+    fit(loaded)
+    assert_equal(values(loaded.weights), values(model.weights))
+    assert_equal(values(loaded.optimizer.variables), values(model.optimizer.variables))
+    repr(loaded.optimizer)
+
+
+def test_a_bound_of_other_kinds():
+    with pytest.raises(sc.ArgumentError, match="bound"):
+        SpectralNormConstraint(sgd(), perceptron(), bound=-1.0)
+    with pytest.raises(sc.NamesError, match="bound has no entry"):
+        SpectralNormConstraint(sgd(), perceptron(), bound={"out": 1.0})
+
+
+# Logs
+
+
+def test_the_logger(tmp_path):
+    model = perceptron()
+    compiled(model, around=lambda optimizer: SpectralNormConstraint(optimizer, model))
+    lines = []
+    logger = SpectralNormLogger(lambda *line: lines.append(line), every_n_steps=2)
+    csv = keras.callbacks.CSVLogger(tmp_path / "log.csv")
+    history = fit(model, epochs=2, callbacks=[logger, csv]).history
+    reg = model.optimizer.inner_optimizer
+    sigma = {f"spectral/sigma/{path}": float(s) for path, s in reg.sigmas().items()}
+    for name, value in sigma.items():
+        assert history[name][-1] == pytest.approx(value)
+    product = np.log10(list(sigma.values())).sum()
+    assert history["spectral/log10_sigma_product"][-1] == pytest.approx(product)
+    assert history["spectral/penalty"][-1] == pytest.approx(reg.penalty())
+    assert "spectral/penalty" in (tmp_path / "log.csv").read_text()
+    assert [step for _, step in lines] == [0, 2, 4]
+    assert lines[0][0].keys() == {*sigma, "spectral/log10_sigma_product", "spectral/penalty"}
+    assert lines[1][0]["spectral/penalty"] == pytest.approx(history["spectral/penalty"][0])
+    plain = perceptron()
+    plain.compile("sgd", loss="mse")
+    with pytest.raises(sc.ArgumentError, match="SpectralNormRegularizer"):
+        fit(plain, callbacks=[SpectralNormLogger()])
+
+
+# One kernel
+
+
+def test_a_kernel_regularizer(tmp_path):
+    regularizer = SpectralNorm(0.3, n_iter=40)
+    layers = [
+        kl.Conv1D(4, 3, kernel_regularizer=SpectralNorm(0.2, layout="kio", target=0.1, n_iter=40)),
+        kl.Flatten(),
+        kl.Dense(3, kernel_regularizer=regularizer, name="out"),
+    ]
+    model = keras.Sequential([keras.Input((5, 2)), *layers])
+    model.compile(keras.optimizers.SGD(1.0), loss="mse")
+    before = values(model.trainable_variables)
+    conv, _, dense, _ = before
+    norms = np.linalg.norm(conv.reshape(6, 4), 2), np.linalg.norm(dense, 2)
+    expected = 0.1 * (norms[0] - 0.1) ** 2 + 0.15 * norms[1] ** 2
+    assert sum(float(x) for x in model.losses) == pytest.approx(expected, rel=1e-3)
+    x = np.zeros((4, 5, 2))  # no part of the loss but the penalty moves the kernels
+    y = model.predict(x, verbose=0)
+    model.fit(x, y, epochs=1, verbose=0)
+    U, S, Vt = np.linalg.svd(dense)
+    after = values(model.trainable_variables)
+    np.testing.assert_allclose(
+        dense - after[2], 0.3 * S[0] * np.outer(U[:, 0], Vt[0]), atol=0.02 * S[0]
+    )
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    found = loaded.layers[0].kernel_regularizer
+    assert found.get_config() == layers[0].kernel_regularizer.get_config()
+    assert float(found(conv)) == float(layers[0].kernel_regularizer(conv))
+
+
+def test_a_kernel_constraint(tmp_path):
+    layers = [
+        kl.Conv2D(4, 2, kernel_constraint=SpectralNormBound(0.5, layout="kkio"), name="conv"),
+        kl.Flatten(),
+        kl.Dense(3, kernel_constraint=SpectralNormBound(0.25, n_iter=30), name="out"),
+    ]
+    model = keras.Sequential([keras.Input((3, 3, 2)), *layers])
+    model.compile("sgd", loss="mse")
+    model.fit(np.ones((4, 3, 3, 2)), np.ones((4, 3)), verbose=0)
+    conv, _, dense, _ = values(model.trainable_variables)
+    assert np.linalg.norm(conv.reshape(8, 4), 2) == pytest.approx(0.5, rel=0.03)
+    assert np.linalg.norm(dense, 2) == pytest.approx(0.25, rel=0.03)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.get_layer("out").kernel_constraint.get_config() == {
+        "bound": 0.25,
+        "layout": None,
+        "normalize": False,
+        "n_iter": 30,
+        "seed": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: SpectralNorm(half), sc.ArgumentError, "factor must be a number here"),
+        (lambda: SpectralNorm({"*": 0.1}), sc.ArgumentError, "factor must be"),
+        (lambda: SpectralNormBound(-1), sc.ArgumentError, "bound"),
+        (lambda: SpectralNorm(n_iter=0), sc.ArgumentError, "n_iter"),
+        (lambda: SpectralNorm()(np.ones((2, 2, 3, 4))), sc.ShapeError, '"kkio".*Conv2DTranspose'),
+        (lambda: SpectralNormBound()(np.ones((2, 2, 3))), sc.ShapeError, 'layout="kio"'),
+        (lambda: SpectralNorm()(np.ones(3)), sc.ShapeError, "use it on kernels"),
+    ],
+)
+def test_a_face_of_one_kernel_with_bad_options(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

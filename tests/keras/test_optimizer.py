@@ -12,6 +12,7 @@ if find_spec("keras") is None:  # importing it would import its backend
     pytest.skip("keras is not installed", allow_module_level=True)
 
 CASES = Path(__file__).with_name("keras_cases.py")
+ZOO = Path(__file__).with_name("zoo_cases.py")  # the choice does not depend on the backend
 
 
 def run(backend, *args):
@@ -31,18 +32,24 @@ def run(backend, *args):
 def test_backend(backend):
     pytest.importorskip(backend, reason=f"{backend} is not installed")
     options = ("-q", "--import-mode=importlib", "-p", "no:cacheprovider")
-    code, output = run(backend, "-m", "pytest", *options, str(CASES))
+    files = [CASES, ZOO] if backend == "torch" else [CASES]
+    code, output = run(backend, "-m", "pytest", *options, *map(str, files))
     print(output)
     assert code == 0, output
 
 
-def test_other_backends_are_refused():
+def test_other_backends_have_the_faces_without_a_state_alone():
     code = """
 import keras, spectral_keras
 model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+layer = keras.layers.Dense(2, kernel_constraint=spectral_keras.SpectralNormBound(1.0, n_iter=50))
+layer.build((3,))
+kernel = layer.kernel_constraint(10 * layer.kernel)
+print("bounded", abs(keras.ops.norm(kernel, 2) - 1) < 0.01)
 spectral_keras.SpectralNormRegularizer(keras.optimizers.SGD(), model)
 """
     code, output = run("numpy", "-c", code)
     assert code == 1
+    assert "bounded True" in output
     assert "ArgumentError: the Keras backend is 'numpy'" in output
     assert "set KERAS_BACKEND to 'torch' or 'jax'" in output
