@@ -9,6 +9,7 @@ optimizer in the same way.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,8 +17,9 @@ import keras
 
 import spectral_core as sc
 from spectral_core.engine import Choice, Schedule, check_power
-from spectral_core.errors import check_int
+from spectral_core.errors import check_int, listed
 
+from ._kernel import SpectralNorm
 from ._select import Variable, Weights
 from ._wrapper import OptimizerWrapper, full_precision, outside_graphs, values_of
 
@@ -151,6 +153,7 @@ class SpectralNormRegularizer(OptimizerWrapper):
         self.target = target
         self.power = check_power(power)
         self.every_n_steps = check_int(every_n_steps, "every_n_steps")
+        self._warn_of_kernel_regularizers()
 
     @property
     def factor(self) -> Any:
@@ -235,6 +238,18 @@ class SpectralNormRegularizer(OptimizerWrapper):
         step = self._inner_steps()
         factors, targets = (self._numbers_at(what, step, sigmas) for what in self._numbers)
         return float(sc.penalty(sigmas, factor=factors, target=targets, power=self.power))
+
+    def _warn_of_kernel_regularizers(self) -> None:
+        """Warn of kernels that a `SpectralNorm` of their layer regularizes too."""
+        variables = self._weights.variables
+        both = [path for path, v in variables.items() if isinstance(v.regularizer, SpectralNorm)]
+        if both:
+            warnings.warn(
+                f"the kernel_regularizer SpectralNorm acts on {listed(both)} too: remove it, or "
+                f"write exclude={both[:10]}",
+                sc.SpectralWarning,
+                stacklevel=3,
+            )
 
     def _keeps_u(self) -> bool:
         return self.every_n_steps > 1
