@@ -25,8 +25,8 @@ from ._select import choose, named_leaves
 
 
 def constrain_spectral_norm(
-    *,
     bound: Any = 1.0,
+    *,
     normalize: bool = False,
     n_iter: int = 1,
     n_vectors: int = 1,

@@ -36,10 +36,6 @@ from spectral_core.engine import (
 
 Axes: TypeAlias = tuple[int, ...]
 
-# Up to this many iterations are unrolled. More are a loop, or the time to compile would grow with
-# their number.
-_UNROLLED = 3
-
 
 class XlaEngine:
     """Run jobs on JAX arrays, each weight multiplied as it is in memory.
@@ -89,7 +85,8 @@ class XlaEngine:
                 traced = any(isinstance(x, jax.core.Tracer) for x in (job.weight, job.V))
                 if self._n_iter is not None:
                     triplet = jax.lax.fori_loop(0, self._n_iter, iterate, triplet)
-                elif n_iter > _UNROLLED and traced:
+                elif n_iter > 1 and traced:
+                    # Unrolled, the time to compile would grow with the number of iterations.
                     triplet = jax.lax.fori_loop(0, n_iter, iterate, triplet)
                 else:
                     for i in range(n_iter):

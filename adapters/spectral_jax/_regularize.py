@@ -45,8 +45,8 @@ class SpectralNormState(NamedTuple):
 
 
 def add_spectral_norm_regularization(
-    *,
     factor: Any = 0.01,
+    *,
     target: Any = 0.0,
     power: int = 2,
     n_iter: int = 1,
