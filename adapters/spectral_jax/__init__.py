@@ -10,18 +10,27 @@ from spectral_core import Layout, __version__
 
 from ._constrain import constrain_spectral_norm
 from ._engine import XlaEngine
-from ._regularize import SpectralNormState, add_spectral_norm_regularization, sigmas
+from ._regularize import (
+    SpectralBoundState,
+    SpectralNormState,
+    add_spectral_norm_regularization,
+    sigmas,
+)
+from ._report import penalty, summary
 from ._watch import Watch
 
 del _jax, _optax
 
 __all__ = [
     "Layout",
+    "SpectralBoundState",
     "SpectralNormState",
     "Watch",
     "XlaEngine",
     "__version__",
     "add_spectral_norm_regularization",
     "constrain_spectral_norm",
+    "penalty",
     "sigmas",
+    "summary",
 ]

@@ -9,19 +9,20 @@ import jax
 import optax
 
 import spectral_core as sc
-from spectral_core.engine import check_factors, merge, select
+from spectral_core.engine import Choice, at_step, check_factors, merge, select
 from spectral_core.errors import check_int
 
 from ._engine import XlaEngine
 from ._regularize import (
+    SpectralBoundState,
     SpectralNormState,
-    at_step,
     from_core,
     initial_state,
     is_traced,
     to_core,
+    transformation,
 )
-from ._select import choose, named_leaves
+from ._select import Selector, updates_of
 
 
 def constrain_spectral_norm(
@@ -30,8 +31,10 @@ def constrain_spectral_norm(
     normalize: bool = False,
     n_iter: int = 1,
     n_vectors: int = 1,
+    include: Choice | None = None,
+    exclude: Choice | None = None,
     mask: Any | Callable[[Any], Any] | None = None,
-    layouts: Mapping[str, sc.Layout | str] | None = None,
+    layouts: Mapping[Any, sc.Layout | str] | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformation:
     r"""Scale every weight matrix to a spectral norm of at most ``bound`` after each step.
@@ -45,26 +48,24 @@ def constrain_spectral_norm(
 
     Parameters
     ----------
-    bound : float, array of shape (), schedule, or mapping of name or pattern to the first two
+    bound : float, array of shape (), schedule, or mapping of name or pattern to these
         A schedule is called with the number of the step.
     normalize : bool
-        Whether smaller matrices grow to the bound too.
+        If True, smaller matrices grow to the bound too.
     n_iter : int
         Power iterations in a step.
-    n_vectors, mask, layouts, seed
+    n_vectors, include, exclude, mask, layouts, seed
         As for `add_spectral_norm_regularization`.
 
     Returns
     -------
     optax.GradientTransformation
-        Its state is a `SpectralNormState`, or with a mask an `optax.MaskedState` of one.
+        Its state is a `SpectralBoundState`, or with a mask an `optax.MaskedState` of one.
 
     Raises
     ------
     spectral_core.SpectralError
         As `add_spectral_norm_regularization`.
-    ValueError
-        From ``update`` if it gets no params.
 
     Notes
     -----
@@ -73,7 +74,7 @@ def constrain_spectral_norm(
     the bound by its rounding.
 
     `optax.inject_hyperparams` turns numbers into traced arrays. Pass it
-    ``static_args=("n_iter", "normalize", "n_vectors", "seed", "mask")``.
+    ``static_args=("n_iter", "normalize", "n_vectors", "seed", "mask", "include", "exclude")``.
 
     Examples
     --------
@@ -86,7 +87,7 @@ def constrain_spectral_norm(
     >>> round(float(jnp.linalg.norm(params["dense"]["kernel"], 2)), 3)
     1.0
     """
-    masked = mask is not None
+    chosen_of = Selector(include, exclude, layouts, mask is not None)
     if is_traced(n_iter) or is_traced(normalize):
         raise sc.ArgumentError(
             "n_iter and normalize must not be traced: give optax.inject_hyperparams "
@@ -94,27 +95,30 @@ def constrain_spectral_norm(
         )
     check_int(n_iter, "n_iter")
 
-    def init(params: Any) -> SpectralNormState:
-        return initial_state(params, layouts, masked, seed, n_vectors, keeps_u=False)
+    def init(params: Any, *, whole: Any = None) -> SpectralNormState:
+        state = initial_state(params, chosen_of, seed, n_vectors, whole)
+        return SpectralBoundState(*state[:3], {} if isinstance(state.u, dict) else state.u)
 
     def update(
-        updates: Any, state: SpectralNormState, params: Any = None
+        updates: Any, state: SpectralNormState, params: Any = None, *, whole: Any = None
     ) -> tuple[Any, SpectralNormState]:
         if params is None:
-            raise ValueError("constrain_spectral_norm: pass params to update")
-        count = optax.safe_increment(state.count)
+            raise sc.ArgumentError("params is None: pass params to update(updates, state, params)")
+        step: Any = state.count
+        count = optax.safe_increment(step)
         if not jax.tree.leaves(params):
             return updates, state._replace(count=count)
-        before, chosen = choose(params, layouts, masked)
-        leaves, structure = named_leaves(updates)
+        chosen = chosen_of(params, whole)
+        before = chosen.weights
+        changes, leaves, structure = updates_of(updates, chosen)
         # A weight without an update stays as it is.
-        moved = {name: before[name] + leaf for name, _, leaf in leaves if name in before}
+        moved = {name: before[name] + change for name, change in changes.items()}
         moved = {name: weight.astype(before[name].dtype) for name, weight in moved.items()}
-        whole = to_core(state, chosen)
-        bounds = check_factors(at_step(bound, state.count), before, "bound")
+        whole_state = to_core(state, chosen.layouts)
+        bounds = check_factors(at_step(bound, step), before, "bound")
         weights, after = sc.constrain(
             moved,
-            select(whole, moved),
+            select(whole_state, moved),
             bound={name: bounds[name] for name in moved},
             normalize=normalize,
             n_iter=n_iter,
@@ -123,7 +127,7 @@ def constrain_spectral_norm(
         new = [
             weights[name] - before[name] if name in weights else leaf for name, _, leaf in leaves
         ]
-        return jax.tree.unflatten(structure, new), from_core(count, merge(whole, after))
+        after = merge(whole_state, after)
+        return jax.tree.unflatten(structure, new), from_core(state, count, after)
 
-    transformation = optax.GradientTransformation(init, update)
-    return optax.masked(transformation, mask) if masked else transformation
+    return transformation(init, update, mask)

@@ -75,8 +75,12 @@ class XlaEngine:
     def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
         """Iterate each weight, then add each term."""
         triplets = []
-        # float32 means float32: by default, a GPU or TPU may round the factors of a product.
-        with jax.default_matmul_precision("highest"):
+        # float32 means float32: by default, a GPU or TPU may round the factors of a product. The
+        # iteration of a bfloat16 weight is in float32: strict promotion would refuse their sum.
+        with (
+            jax.default_matmul_precision("highest"),
+            jax.numpy_dtype_promotion("standard"),
+        ):
             for job in jobs:
                 if n_iter == 0:
                     triplets.append(last_of(job))
@@ -92,9 +96,9 @@ class XlaEngine:
                     for i in range(n_iter):
                         triplet = iterate(i, triplet)
                 triplets.append(triplet)
-        if self._power is not None:
-            jobs = [replace(job, slope=_slope(job, self._power)) for job in jobs]
-        return Result(add_terms(jobs, triplets, add_outer), triplets)
+            if self._power is not None:
+                jobs = [replace(job, slope=_slope(job, self._power)) for job in jobs]
+            return Result(add_terms(jobs, triplets, add_outer), triplets)
 
 
 class _Product(NamedTuple):

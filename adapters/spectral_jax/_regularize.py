@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,11 +11,11 @@ import jax.numpy as jnp
 import optax
 
 import spectral_core as sc
-from spectral_core.engine import check_power, check_weights, merge, select
+from spectral_core.engine import Choice, at_step, check_power, check_weights, merge, select
 from spectral_core.errors import check_int
 
 from ._engine import XlaEngine
-from ._select import choose, named_leaves
+from ._select import Selector, updates_of
 
 # The core knows no pytrees. Registered here, its state can be an argument of a jitted function.
 jax.tree_util.register_pytree_node(
@@ -44,6 +43,12 @@ class SpectralNormState(NamedTuple):
     u: Any  # empty unless a step can have no iteration of its own
 
 
+class SpectralBoundState(SpectralNormState):
+    """State of `constrain_spectral_norm`. The fields are those of a `SpectralNormState`."""
+
+    __slots__ = ()
+
+
 def add_spectral_norm_regularization(
     factor: Any = 0.01,
     *,
@@ -52,8 +57,10 @@ def add_spectral_norm_regularization(
     n_iter: int = 1,
     n_vectors: int = 1,
     every_n_steps: int = 1,
+    include: Choice | None = None,
+    exclude: Choice | None = None,
     mask: Any | Callable[[Any], Any] | None = None,
-    layouts: Mapping[str, sc.Layout | str] | None = None,
+    layouts: Mapping[Any, sc.Layout | str] | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformation:
     r"""Add λσuvᴴ to the update of every weight matrix.
@@ -62,15 +69,18 @@ def add_spectral_norm_regularization(
               \text{the gradient of } \frac{λ}{2} \sum_ℓ σ(W^ℓ)^2
 
     This is Algorithm 1 of `Yoshida & Miyato, 2017 <https://arxiv.org/abs/1705.10941>`_. Each step
-    runs a power iteration from the v of the step before. Put the transformation where
-    `optax.add_decayed_weights` would stand: before anything that rescales gradients, such as
-    `optax.sgd` or `optax.adam`.
+    runs a power iteration from the v of the step before.
+
+    Put the transformation where `optax.add_decayed_weights` would stand: before anything that
+    rescales gradients, such as `optax.sgd` or `optax.adam`. It adds to gradients. After
+    `optax.adam` the updates carry the negative learning rate already: the term would have the
+    wrong sign, and σ would grow.
 
     Parameters
     ----------
-    factor : float, array of shape (), schedule, or mapping of name or pattern to the first two
+    factor : float, array of shape (), schedule, or mapping of name or pattern to these
         λ. A schedule is called with the number of the step.
-    target : float, array of shape (), schedule, or mapping of name or pattern to the first two
+    target : float, array of shape (), schedule, or mapping of name or pattern to these
         The σ below which a matrix is left alone. The penalty is then the hinge
         (λ/2)·Σ max(0, σ − target)².
     power : int
@@ -84,16 +94,22 @@ def add_spectral_norm_regularization(
         σ, u and v are refreshed in steps that are multiples of this number, from 0 on. The steps
         between add the term of the last refresh with their own λ, and read no weight. They are
         cheaper, but the term lags behind weights that move fast. The state then holds u too.
+    include : names, patterns, classes of layers or predicates, optional
+        What to regularize instead of the default: a path, a shell pattern, the path of a module or
+        its end, a compiled pattern, ``include(name, weight)``, or a list of these. Classes need a
+        tree that holds its modules, as Equinox's do. The default is every weight of a dense,
+        convolution, attention or recurrent layer of Flax (NNX and Linen), Haiku and Equinox, and
+        every other matrix. Embeddings, norms, scales and biases are left out.
+    exclude : names, patterns, classes of layers or predicates, optional
+        Leaves to skip, in the same forms.
     mask : pytree of bool or callable, optional
-        As in `optax.masked`: exactly the marked leaves are regularized. The default is the weights
-        of dense, convolution and recurrent layers of Flax (NNX and Linen), Haiku and Equinox. In
-        a tree without modules it is every leaf with two axes or more. Embeddings, norms, scales
-        and biases are left out.
-    layouts : mapping of path or pattern to `spectral_core.Layout` or str, optional
-        The meaning of a weight's axes, where its name and its number of axes do not determine it.
-        A Flax kernel under ``scan`` is ``"sio"``. The kernel of a grouped convolution is
-        ``Layout("hwi(go)", groups)``. Paths look like ``"encoder/layers/0/kernel"``. Leaves named
-        here are regularized even where the default would leave them out.
+        As in `optax.masked`: exactly the marked leaves are regularized. Give either a mask, or
+        ``include`` and ``exclude``.
+    layouts : mapping of name, pattern or class to `spectral_core.Layout` or str, optional
+        The meaning of a weight's axes, where the tree does not tell it. The kernel of a grouped
+        Flax convolution is ``Layout("hwi(go)", groups)``. Paths look like
+        ``"encoder/layers/0/kernel"``. Leaves named here are regularized even where the default
+        would leave them out.
     seed : int
         Seed of the random start vectors. They depend only on the seed and the paths.
 
@@ -105,19 +121,24 @@ def add_spectral_norm_regularization(
     Raises
     ------
     spectral_core.SpectralError
-        At once if ``power`` or ``every_n_steps`` is out of its range. From ``init`` or ``update``
-        if a leaf has no matrix, a layout does not fit, or a factor is out of its range.
-    ValueError
-        From ``update`` if it gets no params.
+        At once if ``power``, ``n_iter`` or ``every_n_steps`` is out of its range. From ``init`` or
+        ``update`` if a leaf has no matrix, a layout is needed or does not fit, or a factor is out
+        of its range. From ``update`` also if it gets no params, or updates with other paths.
+
+    Warns
+    -----
+    spectral_core.SpectralWarning
+        From ``init``, if only a name told what a leaf is. It lists what was taken and left out.
 
     Notes
     -----
     Donate the buffers that a step replaces, ``@partial(jax.jit, donate_argnums=(0, 1))`` for
     ``step(params, state, batch)``, as with any optax optimizer: XLA then reuses their memory.
 
-    `optax.inject_hyperparams` turns numbers into traced arrays, and calls a mask as if it were a
-    schedule. ``factor``, ``target``, ``power``, ``n_iter`` and ``every_n_steps`` work as traced
-    arrays, unchecked. Pass ``static_args=("mask", "n_vectors", "seed")`` if there is a mask or
+    `optax.inject_hyperparams` turns numbers into traced arrays, and calls a mask or a predicate as
+    if it were a schedule. ``factor``, ``target``, ``power``, ``n_iter`` and ``every_n_steps`` work
+    as traced arrays, unchecked. Pass
+    ``static_args=("mask", "include", "exclude", "n_vectors", "seed")`` if one of these is given or
     ``init`` is jitted. Any further option listed in ``static_args`` is checked, and compiles to
     less: ``"target"``, ``"power"``, ``"n_iter"``, ``"every_n_steps"``.
 
@@ -139,37 +160,39 @@ def add_spectral_norm_regularization(
     >>> {name: round(float(sigma), 3) for name, sigma in spectral_jax.sigmas(state).items()}
     {'dense/kernel': 4.854}
     """
-    masked = mask is not None
-    if not is_traced(every_n_steps):
-        check_int(every_n_steps, "every_n_steps")
+    chosen_of = Selector(include, exclude, layouts, mask is not None)
+    for name, value in (("n_iter", n_iter), ("every_n_steps", every_n_steps)):
+        if not is_traced(value):
+            check_int(value, name)
     if not is_traced(power):
         check_power(power)
 
-    def init(params: Any) -> SpectralNormState:
+    def init(params: Any, *, whole: Any = None) -> SpectralNormState:
         # A traced number can turn out to be more than 1.
         keeps_u = is_traced(every_n_steps) or every_n_steps > 1
-        return initial_state(params, layouts, masked, seed, n_vectors, keeps_u=keeps_u)
+        state = initial_state(params, chosen_of, seed, n_vectors, whole)
+        return state if keeps_u or not isinstance(state.u, dict) else state._replace(u={})
 
     def update(
-        updates: Any, state: SpectralNormState, params: Any = None
+        updates: Any, state: SpectralNormState, params: Any = None, *, whole: Any = None
     ) -> tuple[Any, SpectralNormState]:
         if params is None:
-            raise ValueError("add_spectral_norm_regularization: pass params to update")
-        count = optax.safe_increment(state.count)
+            raise sc.ArgumentError("params is None: pass params to update(updates, state, params)")
+        step: Any = state.count
+        count = optax.safe_increment(step)
         if not jax.tree.leaves(params):
             return updates, state._replace(count=count)
-        weights, chosen = choose(params, layouts, masked)
-        leaves, structure = named_leaves(updates)
-        # Gradients may be NumPy arrays.
-        grads = {name: jnp.asarray(leaf) for name, _, leaf in leaves if name in weights}
-        before = to_core(state, chosen)
+        chosen = chosen_of(params, whole)
+        weights = chosen.weights
+        grads, leaves, structure = updates_of(updates, chosen)
+        before = to_core(state, chosen.layouts)
         check_weights(weights, before.v)
         engines = [_engine(n_iter, power)]
         here = 1 if is_traced(n_iter) else n_iter  # a traced number is the engine's
         if before.u:
             moved = {name: weights[name] for name in grads}
             refresh = partial(sc.iterate, moved, n_iter=here, engines=engines)
-            due = state.count % every_n_steps == 0
+            due = step % every_n_steps == 0
             newer = jax.lax.cond(due, refresh, lambda state: state, select(before, grads))
             before, here = merge(before, newer), 0
         elif not is_traced(every_n_steps) and every_n_steps > 1:
@@ -181,29 +204,46 @@ def add_spectral_norm_regularization(
             weights,
             {**dict.fromkeys(weights), **grads},
             before,
-            factor=at_step(factor, state.count),
-            target=at_step(target, state.count),
+            factor=at_step(factor, step),
+            target=at_step(target, step),
             power=2 if is_traced(power) else power,
             n_iter=here,
             engines=engines,
         )
-        new_leaves = [new.get(name, leaf) for name, _, leaf in leaves]
-        return jax.tree.unflatten(structure, new_leaves), from_core(count, after)
+        new_leaves = [new[name] if name in grads else leaf for name, _, leaf in leaves]
+        return jax.tree.unflatten(structure, new_leaves), from_core(state, count, after)
 
-    transformation = optax.GradientTransformation(init, update)
-    return optax.masked(transformation, mask) if masked else transformation
+    return transformation(init, update, mask)
+
+
+def transformation(
+    init: Callable[..., SpectralNormState],
+    update: Callable[..., tuple[Any, SpectralNormState]],
+    mask: Any | Callable[[Any], Any] | None,
+) -> optax.GradientTransformation:
+    """Return a transformation of all leaves, or of those that a mask marks.
+
+    `optax.masked` hides the other leaves, which tell more about a weight: its bias, the layers
+    beside it. ``init`` and ``update`` get them as ``whole``.
+    """
+    if mask is None:
+        return optax.GradientTransformation(init, update)
+
+    def masked_init(params: Any) -> Any:
+        inner = optax.GradientTransformation(partial(init, whole=params), update)
+        return optax.masked(inner, mask).init(params)
+
+    def masked_update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        inner = optax.GradientTransformation(init, partial(update, whole=params))
+        return optax.masked(inner, mask).update(updates, state, params)
+
+    return optax.GradientTransformation(masked_init, masked_update)
 
 
 def initial_state(
-    params: Any,
-    layouts: Mapping[str, sc.Layout | str] | None,
-    masked: bool,
-    seed: Any,
-    n_vectors: Any,
-    *,
-    keeps_u: bool,
+    params: Any, chosen_of: Selector, seed: Any, n_vectors: Any, whole: Any
 ) -> SpectralNormState:
-    """Return the state to start from; with ``keeps_u``, steps without an iteration can use it.
+    """Return the state to start from.
 
     Raises
     ------
@@ -215,16 +255,21 @@ def initial_state(
         # All leaves are masked, or this is the placeholder of `optax.tree_map_params`. That maps a
         # leaf of this state over whatever is in its place in a real one.
         return SpectralNormState(count, jnp.zeros([]), jnp.zeros([]), jnp.zeros([]))
-    weights, chosen = choose(params, layouts, masked)
+    chosen = chosen_of(params, whole, warn=True)
     for value, what in ((seed, "seed"), (n_vectors, "n_vectors")):
         if is_traced(value):
             raise sc.ArgumentError(
                 f"{what} is traced, but the start vectors are drawn on the host: give "
                 'optax.inject_hyperparams static_args=("seed", "n_vectors"), or do not jit init'
             )
-    engines = [XlaEngine()]
-    state = sc.init(weights, seed=seed, layouts=chosen, n_vectors=n_vectors, engines=engines)
-    return from_core(count, state if keeps_u else replace(state, u={}))
+    state = sc.init(
+        chosen.weights,
+        seed=seed,
+        layouts=chosen.layouts,
+        n_vectors=n_vectors,
+        engines=[XlaEngine()],
+    )
+    return from_core(SpectralNormState(count, None, None, None), count, state)
 
 
 def to_core(state: SpectralNormState, layouts: Mapping[str, sc.Layout]) -> sc.SpectralState:
@@ -237,9 +282,11 @@ def to_core(state: SpectralNormState, layouts: Mapping[str, sc.Layout]) -> sc.Sp
     return sc.SpectralState(v, sigma, layouts, u)
 
 
-def from_core(count: jax.Array, state: sc.SpectralState) -> SpectralNormState:
-    """Return the optimizer's state."""
-    return SpectralNormState(count, dict(state.v), dict(state.sigma), dict(state.u))
+def from_core(
+    before: SpectralNormState, count: jax.Array, state: sc.SpectralState
+) -> SpectralNormState:
+    """Return the optimizer's state, of the class of the one before."""
+    return type(before)(count, dict(state.v), dict(state.sigma), dict(state.u))
 
 
 def sigmas(state: Any) -> dict[str, jax.Array]:
@@ -292,11 +339,6 @@ def states(state: Any) -> list[SpectralNormState]:
     if not found:
         raise sc.NamesError("this optimizer state holds no SpectralNormState")
     return found
-
-
-def at_step(value: Any, count: jax.Array) -> Any:
-    """Return the value of a schedule at this step; anything else is returned as it is."""
-    return value(count) if callable(value) else value
 
 
 def is_traced(value: Any) -> bool:

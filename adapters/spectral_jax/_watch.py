@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import spectral_core as sc
-from spectral_core.engine import Factor, Log, Snapshot
+from spectral_core.engine import Factor, Log, Schedule, Snapshot, at_step, check_factors
 
-from ._regularize import at_step, is_traced, sigmas, states
+from ._regularize import SpectralBoundState, is_traced, sigmas, states
 
 
 class Watch(sc.Watch):
@@ -20,15 +20,15 @@ class Watch(sc.Watch):
 
     Call ``watch(state, step)`` between two jitted steps. If the step is due, the call starts to
     copy the newest σ to the host. It then logs every earlier copy that is complete. The buffers of
-    the state may be donated to the next step. `spectral_core.Watch` describes the numbers and the
-    loggers.
+    the state may be donated to the next step. Weights that are only bounded have no penalty.
+    `spectral_core.Watch` describes the numbers and the loggers.
 
     Parameters
     ----------
     log : callable or writer
         ``log(values, step)`` with a dict of name to float, or an object with a method
         ``add_scalar(name, value, step)``, such as TensorBoard's ``SummaryWriter``.
-    factor : float, array of shape (), schedule, or mapping of name or pattern to the first two
+    factor : float, array of shape (), schedule, or mapping of name or pattern to these
         λ, as passed to the transformation. It can be changed at any time:
         ``watch.factor = state.hyperparams["factor"]``.
     target, power
@@ -62,8 +62,8 @@ class Watch(sc.Watch):
         self,
         log: Log | Any,
         *,
-        factor: Factor | Callable[[Any], Any] = 0.01,
-        target: Factor | Callable[[Any], Any] = 0.0,
+        factor: Schedule = 0.01,
+        target: Schedule = 0.0,
         power: int = 2,
         every_n_steps: int = 100,
         prefix: str = "spectral/",
@@ -78,13 +78,34 @@ class Watch(sc.Watch):
         found = sigmas(state)
         if any(map(is_traced, found.values())):
             raise sc.ArgumentError("state is traced: call watch between jitted steps, not in one")
-        step = jnp.maximum(states(state)[0].count - 1, 0)  # the count is that of the next step
-        # Compiled, a schedule is one call to the device.
-        factor, target = (
-            at_step(jax.jit(value) if callable(value) else value, step)
-            for value in (self.factor, self.target)
-        )
+        nodes = states(state)
+        step: Any = jnp.maximum(nodes[0].count - 1, 0)  # the count is that of the next step
+        factor, target = (at_step(_compiled(x), step) for x in (self.factor, self.target))
+        regularized = {
+            name
+            for node in nodes
+            if not isinstance(node, SpectralBoundState) and isinstance(node.sigma, Mapping)
+            for name in node.sigma
+        }
+        if len(regularized) < len(found):
+            factor = _only(factor, regularized, found, "factor")
+            target = _only(target, regularized, found, "target")
         return Snapshot(found, factor, target, self.power)
+
+
+def _compiled(schedule: Schedule) -> Schedule:
+    """Return the schedules compiled: each is one call to the device."""
+    if isinstance(schedule, Mapping):
+        return {name: jax.jit(x) if callable(x) else x for name, x in schedule.items()}
+    return jax.jit(schedule) if callable(schedule) else schedule
+
+
+def _only(
+    numbers: Factor, regularized: Collection[str], names: Collection[str], what: str
+) -> Factor:
+    """Return the numbers of the regularized weights, and zero for those that are only bounded."""
+    own = check_factors(numbers, regularized, what) if regularized else {}
+    return {name: own.get(name, 0.0) for name in names}
 
 
 class ArrayCopy(NamedTuple):
