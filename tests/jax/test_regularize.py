@@ -1,6 +1,9 @@
 """The optax transformation: its steps, its options and its state."""
 
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +18,11 @@ import jax.numpy as jnp  # noqa: E402
 import spectral_jax  # noqa: E402
 from jax_params import assert_trees_close, by_core, params_of, run, zeros  # noqa: E402
 from spectral_jax import add_spectral_norm_regularization  # noqa: E402
+from spectral_jax import constrain_spectral_norm as constrain  # noqa: E402
 
-DATA = Path(__file__).parents[1] / "data"
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "tests/data"
+THOROUGH = pytest.mark.thorough
 
 
 def test_equals_the_core():
@@ -447,3 +453,75 @@ def test_a_state_that_0_1_0_saved_goes_on(jit):
         assert_trees_close(state.sigma, dict(core.sigma))
     assert state.v["conv/kernel"].shape == (1, 18)
     assert int(state.count) == 5
+
+
+def test_the_factor_by_position_and_a_mapping_of_schedules():
+    params = params_of()
+    updates, _ = run(add_spectral_norm_regularization(0.3), params)
+    assert_trees_close(updates, run(add_spectral_norm_regularization(factor=0.3), params)[0])
+    schedules = {"conv": optax.linear_schedule(0.0, 0.4, 4), "*": 0.4}
+    targets = {"conv": 0.0, "dense": lambda count: 0.5 * count}
+    tx = add_spectral_norm_regularization(schedules, target=targets)
+    updates, state = run(tx, params, steps=4)
+    sigma = spectral_jax.sigmas(state)
+    for name, length in (
+        ("conv", 0.3 * sigma["conv/kernel"]),
+        ("dense", 0.4 * (sigma["dense/kernel"] - 1.5)),
+    ):
+        found = float(jnp.linalg.norm(updates[name]["kernel"]))
+        assert found == pytest.approx(float(length), rel=1e-4)
+
+
+def test_updates_of_other_parameters_are_refused():
+    params = params_of()
+    tx = add_spectral_norm_regularization(0.1)
+    state = tx.init(params)
+    wrapped = {"model": zeros(params)}
+    missing = {"conv": zeros(params)["conv"]}
+    more = {**zeros(params), "head": {"kernel": jnp.ones((2, 2))}}
+    for make in (tx, spectral_jax.constrain_spectral_norm(1.0)):
+        for updates in (wrapped, missing, more):
+            with pytest.raises(sc.NamesError, match="paths of updates are not those of params"):
+                make.update(updates, state, params)
+    for nothing in (None, optax.MaskedNode()):
+        updates, _ = tx.update({**zeros(params), "conv": nothing}, state, params)
+        assert updates["conv"] is nothing
+        assert updates["dense"]["kernel"].any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=THOROUGH)])
+@pytest.mark.parametrize("factor", [pytest.param(0.1, marks=THOROUGH), jnp.float16(0.1)])
+def test_strict_promotion(dtype, factor):
+    params = params_of(dtype)
+    tx = add_spectral_norm_regularization(factor, target=0.5)
+    cap = spectral_jax.constrain_spectral_norm(jnp.float16(1.0))
+    with jax.numpy_dtype_promotion("strict"):
+        updates, _ = run(tx, params, steps=1)
+        capped, _ = run(cap, params, steps=1)
+        value = spectral_jax.penalty(params, tx.init(params), factor=jnp.float16(0.1))
+    assert value.dtype == jnp.float32
+    assert updates["dense"]["kernel"].dtype == capped["dense"]["kernel"].dtype == dtype
+    assert_trees_close(updates, run(tx, params, steps=1)[0])
+
+
+@pytest.mark.parametrize("make", [add_spectral_norm_regularization, constrain])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"n_vectors": 2}, marks=THOROUGH), {"every_n_steps": 3}], ids=str
+)
+def test_the_compiled_program_does_not_grow_with_n_iter(make, options):
+    if make is constrain and "every_n_steps" in options:
+        pytest.skip("a bound acts in every step")
+    params = {"w": jnp.ones((4, 5))}
+
+    def size(n_iter):
+        tx = make(0.1, n_iter=n_iter, **options)
+        return len(jax.jit(tx.update).lower(params, tx.init(params), params).as_text())
+
+    assert abs(size(200) - size(2)) < 100
+
+
+def test_a_missing_framework_names_the_extra():
+    code = "import sys; sys.modules['optax'] = None; import spectral_jax"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "adapters")))}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "pip install spectral-core[jax]" in ran.stderr
