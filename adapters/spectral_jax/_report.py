@@ -67,8 +67,9 @@ def penalty(
     >>> state = spectral_jax.add_spectral_norm_regularization(0.0).init(params)
     >>> float(spectral_jax.penalty(params, state, factor=0.01))
     0.125
-    >>> jax.grad(spectral_jax.penalty)(params, state, factor=0.1)["w"].round(3).tolist()
-    [[0.30000001192092896, 0.4000000059604645]]
+    >>> grads = jax.grad(spectral_jax.penalty)(params, state, factor=0.1)
+    >>> [round(float(x), 4) for x in grads["w"][0]]
+    [0.3, 0.4]
     """
     nodes = [node for node in states(state) if not isinstance(node, SpectralBoundState)]
     if not nodes:
