@@ -360,7 +360,8 @@ def test_walk_on_jax():
     import spectral_jax
 
     weights, grads = (jax.tree.map(jax.numpy.asarray, tree) for tree in arrays())
-    transformation = spectral_jax.add_spectral_norm_regularization(factor=0.01)
+    layouts = {"dense": "oi", "conv": "oihw"}
+    transformation = spectral_jax.add_spectral_norm_regularization(factor=0.01, layouts=layouts)
     state = transformation.init(weights)
 
     def step():
