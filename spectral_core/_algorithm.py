@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from ._arrays import Array, array_namespace
+from ._arrays import Array, array_namespace, plain
 from ._layout import plan_of
 from ._penalty import slope_of
 from ._power import Triplet, start_vector
@@ -72,6 +72,7 @@ def init(
         if not isinstance(name, str):
             raise NamesError(f"a weight's name must be a string, not {name!r}")
         array_namespace(weight, name=f"weight {name!r}")
+    weights = _plain(weights, "weight")
     n_vectors = check_int(n_vectors, "n_vectors")
     chosen = choose_layouts({name: len(weight.shape) for name, weight in weights.items()}, layouts)
     v = {}
@@ -124,6 +125,7 @@ def iterate(
     4.8541
     """
     check_weights(weights, state.v)
+    weights = _plain(weights, "weight")
     jobs = make_jobs(weights, weights, state)
     found = dispatch(jobs, check_int(n_iter, "n_iter"), _with_reference(engines))
     return _advanced(state, jobs, found.triplets)
@@ -279,12 +281,17 @@ def _jobs(
     check_grads(grads, state.v)
     return make_jobs(
         [name for name in state.v if grads[name] is not None],
-        weights,
+        _plain(weights, "weight"),
         state,
-        grads=grads,
+        grads=_plain(grads, "the gradient of"),
         factors=check_factors(factor, state.v),
         slopes=slope_of(target, power, state.v),
     )
+
+
+def _plain(arrays: Mapping[str, Array], what: str) -> dict[str, Array]:
+    """Return the arrays without NumPy's subclasses: a view of each on the same memory."""
+    return {name: plain(array, f"{what} {name!r}") for name, array in arrays.items()}
 
 
 def _advanced(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
+from os import getpid
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -14,6 +16,9 @@ from .errors import DeviceError, DTypeError
 Array: TypeAlias = Any
 Namespace: TypeAlias = Any
 
+PROCESS = getpid()
+"""The process that imported the library. In a forked child, `os.getpid` returns another number."""
+
 
 def array_namespace(*arrays: Array, name: str = "the arguments") -> Namespace:
     """Return the one namespace of all these arrays.
@@ -21,13 +26,65 @@ def array_namespace(*arrays: Array, name: str = "the arguments") -> Namespace:
     Raises
     ------
     DTypeError
-        If one is not an array, or two arrays come from different libraries.
+        If one is not an array, is sparse or masked, or two arrays come from different libraries.
     """
+    for x in arrays:
+        if type(x) is not np.ndarray:
+            check_dense(x, name)
     try:
         return _array_namespace(*arrays)
-    except TypeError as error:
-        kinds = ", ".join(f"{type(x).__module__}.{type(x).__qualname__}" for x in arrays)
-        raise DTypeError(f"{name}: expected arrays of one library, not {kinds} ({error})") from None
+    except TypeError:
+        kinds = ", ".join(_kind(x) for x in arrays)
+        raise DTypeError(f"{name}: expected arrays of one library, not {kinds}") from None
+
+
+def check_dense(x: Array, name: str) -> None:
+    """Raise `DTypeError` unless ``x`` is an array that stores each of its elements.
+
+    Python's numbers, sequences, sparse arrays and masked arrays are refused, with the remedy.
+    """
+    if isinstance(x, (np.ndarray, np.generic)):
+        if not _is_masked(x):
+            return
+        remedy = "np.ma.filled(W, 0) is the matrix with zeros for the masked elements"
+    elif hasattr(x, "layout"):  # PyTorch
+        if x.layout is sys.modules["torch"].strided:
+            return
+        remedy = "call its to_dense() first, or leave it out"
+    elif x is None or isinstance(x, (bool, int, float, complex, list, tuple)):
+        remedy = "make an array of it first, as numpy.asarray does"
+    else:
+        dense = next((m for m in ("toarray", "todense", "to_numpy") if hasattr(x, m)), None)
+        if dense is None or hasattr(x, "__array_namespace__"):
+            return  # the search for its namespace decides
+        remedy = f"call its {dense}() first, or leave it out"
+    raise DTypeError(f"{name}: expected arrays of one library, not {_kind(x)}: {remedy}")
+
+
+def plain(x: Array, name: str) -> Array:
+    """Return a subclass of NumPy's array as a plain array on the same memory; others unchanged.
+
+    `numpy.matrix` multiplies in another way and keeps two axes whatever happens to it. A memory map
+    is an array.
+
+    Raises
+    ------
+    DTypeError
+        If ``x`` is a masked array: its mask would be lost.
+    """
+    if type(x) is np.ndarray or not isinstance(x, np.ndarray):
+        return x
+    check_dense(x, name)
+    return np.asarray(x)
+
+
+def _is_masked(x: Any) -> bool:
+    masked = sys.modules.get("numpy.ma")  # without it, there is no masked array
+    return masked is not None and isinstance(x, masked.MaskedArray)
+
+
+def _kind(x: Any) -> str:
+    return f"{type(x).__module__}.{type(x).__qualname__}"
 
 
 class Traits(NamedTuple):
@@ -51,8 +108,11 @@ def traits_of(dtype: Any, xp: Namespace) -> Traits | None:
     is_complex = bool(xp.isdtype(dtype, "complex floating"))
     narrow = xp.complex64 if is_complex else xp.float32
     wide = narrow if xp.finfo(dtype).bits < 32 else dtype
+    if isinstance(wide, np.dtype):
+        wide = wide.newbyteorder("=")  # products of big-endian arrays are in the machine's order
     info = xp.finfo(wide)
-    tiny = float(info.smallest_normal)
+    # The smallest longdouble is zero as a float, and then zero by zero would be divided.
+    tiny = max(float(info.smallest_normal), sys.float_info.min)
     return Traits(is_complex, wide, tiny, float(info.eps), guard=tiny)
 
 
@@ -77,6 +137,14 @@ def is_complex(x: Array, xp: Namespace) -> bool:
     """Return True if the elements of ``x`` are complex."""
     found = traits_of(x.dtype, xp)
     return found is not None and found.complex
+
+
+def is_integral(x: Array, xp: Namespace) -> bool:
+    """Return True if the elements of ``x`` are integers or booleans."""
+    try:
+        return bool(xp.isdtype(x.dtype, ("bool", "integral")))
+    except TypeError:  # such as ml_dtypes.bfloat16 in NumPy
+        return False
 
 
 def conj(x: Array, xp: Namespace) -> Array:

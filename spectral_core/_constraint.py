@@ -14,7 +14,7 @@ from math import inf
 from typing import TypeAlias
 
 from ._algorithm import iterate
-from ._arrays import Array, Namespace, array_namespace, constant
+from ._arrays import Array, Namespace, array_namespace, constant, plain
 from ._layout import plan_of
 from ._plan import Plan, broadcast_stack, scale_, scaled
 from ._state_dict import Arrays, SpectralState
@@ -129,7 +129,7 @@ def constrain(
     for name, weight in weights.items():
         s = scale_to(state.sigma[name], bounds[name], normalize=normalize)
         plan = plan_of(state.layouts[name], weight.shape, f"weight {name!r}")
-        xp = array_namespace(weight)
+        weight, xp = plain(weight, f"weight {name!r}"), array_namespace(weight)
         new[name] = scale(constant(weight), broadcast_stack(s, plan, xp), plan, xp)
         sigma[name] = xp.asarray(s * state.sigma[name])  # NumPy makes a scalar of the product
     return new, replace(state, sigma=sigma)

@@ -41,7 +41,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ._arrays import Array, array_namespace
+from ._arrays import Array, array_namespace, plain
 from ._plan import Plan, Shape, inverse, make_plan, rearrange, tokens_of
 from .errors import ArgumentError, ShapeError, check_int
 
@@ -149,8 +149,10 @@ def as_matrix(weight: Array, layout: Layout | str, *, name: str = "weight") -> A
     >>> sc.as_matrix(np.zeros((8, 3, 5, 5)), sc.Layout("(go)ihw", groups=4)).shape
     (4, 2, 75)
     """
+    weight = plain(weight, name)
+    xp = array_namespace(weight, name=name)
     plan = plan_of(layout, weight.shape, name)
-    return rearrange(weight, plan.split, plan.order, plan.matrix, array_namespace(weight))
+    return rearrange(weight, plan.split, plan.order, plan.matrix, xp)
 
 
 def from_matrix(matrix: Array, layout: Layout | str, shape: Shape) -> Array:
@@ -178,6 +180,8 @@ def from_matrix(matrix: Array, layout: Layout | str, shape: Shape) -> Array:
     >>> bool(np.all(sc.from_matrix(matrix, "hwio", kernel.shape) == kernel))
     True
     """
+    matrix = plain(matrix, "matrix")
+    xp = array_namespace(matrix, name="matrix")
     plan = plan_of(layout, shape, "the tensor")
     if tuple(matrix.shape) != plan.matrix:
         raise ShapeError(
@@ -185,7 +189,7 @@ def from_matrix(matrix: Array, layout: Layout | str, shape: Shape) -> Array:
             f"layout {as_layout(layout).axes!r} has a matrix of shape {plan.matrix}"
         )
     ordered = tuple(plan.split[axis] for axis in plan.order)
-    return rearrange(matrix, ordered, inverse(plan.order), tuple(shape), array_namespace(matrix))
+    return rearrange(matrix, ordered, inverse(plan.order), tuple(shape), xp)
 
 
 def plan_of(layout: Layout | str, shape: Shape, name: str) -> Plan:

@@ -11,11 +11,30 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
-from ._arrays import Array, Namespace, array_namespace, cast, conj, squared
+from ._arrays import (
+    Array,
+    Namespace,
+    array_namespace,
+    cast,
+    conj,
+    is_complex,
+    plain,
+    squared,
+    traits,
+)
 from ._plan import Plan, broadcast_outer
 from ._power import Triplet, rmatvec
-from ._validate import Factor, Number, check_factor, check_factors, check_limit, check_power
-from .errors import NamesError
+from ._validate import (
+    Factor,
+    Number,
+    check_factor,
+    check_factors,
+    check_limit,
+    check_power,
+    check_triplet,
+    check_vector,
+)
+from .errors import DTypeError, NamesError
 
 # Where a product needs a temporary, this many elements of a gradient are updated at once.
 _CHUNK = 1 << 18
@@ -73,7 +92,7 @@ def penalty(
     0.05
     """
     if not isinstance(sigma, Mapping):
-        xp = array_namespace(sigma)
+        sigma, xp = _sigma(sigma)
         factor, limit = check_factor(factor), check_limit(target, "target", sigma.dtype, xp)
         below, power = sigma <= limit, check_power(power)
         return factor * xp.sum(_raised(sigma, limit, power, below, xp))
@@ -119,6 +138,8 @@ def penalty_at(
 
     Raises
     ------
+    ShapeError, DTypeError
+        If W or u is not floating-point, or u does not fit W.
     ArgumentError
         If ``factor`` or ``target`` is negative or not finite, or ``power`` neither 1 nor 2.
 
@@ -129,7 +150,11 @@ def penalty_at(
     >>> float(sc.penalty_at(np.array([[3.0, 4.0]]), np.array([1.0]), factor=2.0))
     25.0
     """
-    xp = array_namespace(W, u)
+    W, u = plain(W, "W"), plain(u, "u")
+    xp = array_namespace(W, u, name="W and u")
+    check_vector(W, u, xp)
+    if is_complex(W, xp) and not is_complex(u, xp):
+        u = cast(u, traits(W, xp, "W").iteration_dtype, xp)
     WHu = rmatvec(cast(W, u.dtype, xp), u, xp)
     square, factor = xp.sum(squared(WHu, xp), axis=-1), check_factor(factor)
     if is_paper(target, check_power(power)):
@@ -168,7 +193,7 @@ def slope(sigma: Array, *, target: Number = 0.0, power: int = 2) -> Array:
     >>> sc.slope(np.array([1.0, 3.0]), target=2.0)
     array([0., 1.])
     """
-    xp = array_namespace(sigma)
+    sigma, xp = _sigma(sigma)
     limit = check_limit(target, "target", sigma.dtype, xp)
     over = sigma - limit if check_power(power) == 2 else xp.ones_like(sigma)
     return xp.where(sigma <= limit, xp.zeros_like(sigma), over)  # a σ that is NaN stays NaN
@@ -205,6 +230,8 @@ def rank_one(
 
     Raises
     ------
+    ShapeError, DTypeError
+        If an array is not floating-point, or the shapes do not fit each other.
     ArgumentError
         If ``factor`` or ``target`` is negative or not finite, or ``power`` neither 1 nor 2.
 
@@ -218,9 +245,20 @@ def rank_one(
     array([[1., 0.],
            [0., 0.]])
     """
-    xp = array_namespace(sigma, u, v)
+    sigma, u, v = plain(sigma, "sigma"), plain(u, "u"), plain(v, "v")
+    xp = array_namespace(sigma, u, v, name="sigma, u and v")
+    check_triplet(sigma, u, v, xp)
     force = sigma if is_paper(target, power) else slope(sigma, target=target, power=power)
     return _scaled(force, u, check_factor(factor))[..., None] * conj(v, xp)[..., None, :]
+
+
+def _sigma(sigma: Array) -> tuple[Array, Namespace]:
+    """Return sigma, checked to be an array of real numbers, and its namespace."""
+    sigma = plain(sigma, "sigma")
+    xp = array_namespace(sigma, name="sigma")
+    if traits(sigma, xp, "sigma").complex:
+        raise DTypeError(f"sigma has dtype {sigma.dtype}: singular values are real")
+    return sigma, xp
 
 
 def outer_factors(
@@ -293,7 +331,8 @@ def same_slope(slope: Slope | None, other: Slope | None) -> bool:
 
 def is_paper(target: Factor, power: int) -> bool:
     """Return True for the paper's penalty, whose slope is sigma itself."""
-    return isinstance(target, (int, float)) and target == 0 and check_power(power) == 2
+    zero = isinstance(target, (int, float)) and not isinstance(target, bool) and target == 0
+    return zero and check_power(power) == 2
 
 
 def _raised(sigma: Array, limit: Number, power: int, below: Array, xp: Namespace) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from decimal import Decimal
 from math import inf
 from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
@@ -16,6 +17,7 @@ from ._arrays import (
     Traits,
     array_namespace,
     cast,
+    check_dense,
     check_same_device,
     is_complex,
     traits,
@@ -59,16 +61,46 @@ def check_factor(factor: Factor, name: str = "factor") -> Number:
     ArgumentError
         If ``factor`` is anything else.
     """
-    if isinstance(factor, (np.ndarray, np.generic)) and factor.shape == ():
-        factor = factor.item()
-    if isinstance(factor, Real) and not isinstance(factor, bool):
-        if 0 <= (value := float(factor)) < inf:
-            return value
-    elif getattr(factor, "shape", None) == ():
+    on_host = isinstance(factor, (np.ndarray, np.generic))
+    if on_host:
+        check_dense(factor, name)
+        factor = factor.item() if factor.shape == () else factor
+    value = _finite(factor)
+    if value is not None:
+        return value
+    if not on_host and getattr(factor, "shape", None) == () and hasattr(factor, "dtype"):
         return factor
     raise ArgumentError(
-        f"{name} must be a finite number ≥ 0 or an array of shape (), not {factor!r}"
+        f"{name} must be a finite number ≥ 0 or an array of shape (), not {shown(factor)}"
     )
+
+
+def check_number(value: object, name: str) -> float:
+    """Return ``value`` as a float; raise `ArgumentError` unless it is a finite number ≥ 0."""
+    number = _finite(value)
+    if number is None:
+        raise ArgumentError(f"{name} must be a finite number ≥ 0, not {shown(value)}")
+    return number
+
+
+def shown(value: object) -> str:
+    """Return a short form of a value for an error; the digits of an integer may be thousands."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _finite(value: object) -> float | None:
+    """Return a real number as a float, or None if it is not one, is negative or not finite."""
+    if isinstance(value, bool) or not isinstance(value, (Real, Decimal)):
+        return None
+    try:
+        number = float(value)
+    except (OverflowError, ValueError, TypeError):  # 10**400; a signaling NaN; a duration
+        return None
+    return number if 0 <= number < inf else None
 
 
 def check_factors(
@@ -176,6 +208,27 @@ def check_matrix(W: Array, V: Array, xp: Namespace, *, rows: bool) -> Traits:
     return kind
 
 
+def check_vector(W: Array, u: Array, xp: Namespace) -> None:
+    """Raise `ShapeError` or `DTypeError` unless u (..., m) fits the matrices W (..., m, n)."""
+    traits(W, xp, "W"), traits(u, xp, "u")
+    shape, given = tuple(W.shape), tuple(u.shape)
+    if len(shape) < 2 or given != shape[:-1]:
+        raise ShapeError(f"u has shape {given}, but W of shape {shape} needs {shape[:-1]}")
+
+
+def check_triplet(sigma: Array, u: Array, v: Array, xp: Namespace) -> None:
+    """Raise `ShapeError` or `DTypeError` unless the arrays are singular triplets."""
+    for name, x in (("sigma", sigma), ("u", u), ("v", v)):
+        traits(x, xp, name)
+    stack = tuple(sigma.shape)
+    for name, x in (("u", u), ("v", v)):
+        if x.ndim != len(stack) + 1 or tuple(x.shape[:-1]) != stack:
+            raise ShapeError(
+                f"{name} has shape {tuple(x.shape)}, but sigma of shape {stack} needs one vector "
+                "for each number"
+            )
+
+
 class Fitting(NamedTuple):
     """Everything that must fit one weight."""
 
@@ -232,7 +285,7 @@ def _kinds(layout: Layout, weight: Array, fitting: Sequence[Any]) -> tuple[Any, 
         kinds += (weight.shape, weight.dtype, weight.device)
         for x in fitting:
             kinds.append(type(x))
-            if not (x is None or isinstance(x, float)):
+            if not (x is None or type(x) is float):
                 kinds += (x.shape, x.dtype, x.device)
     except AttributeError:  # not an array: the full check explains what it is instead
         return ()
@@ -243,8 +296,12 @@ def _check_fit(
     name: str, weight: Array, layout: Layout, fitting: Fitting
 ) -> tuple[Plan, Namespace]:
     V, grad, factor, sigma, u = fitting
-    arrays = [x for x in (V, grad, factor) if x is not None and not isinstance(x, float)]
-    xp = array_namespace(weight, *arrays, name=f"weight {name!r}, its v, its gradient and factor")
+    arrays = [V, *(x for x in (grad, sigma, u) if x is not None)]
+    if not isinstance(factor, float):
+        arrays.append(factor)
+    xp = array_namespace(
+        weight, *arrays, name=f"weight {name!r}, its state, its gradient and factor"
+    )
     if grad is not None:
         _check_grad(name, weight, grad, xp)
     plan = plan_of(layout, weight.shape, f"weight {name!r}")

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from decimal import Decimal
 from fractions import Fraction
 
 import array_api_compat
@@ -325,6 +326,78 @@ def test_number_is_returned_as_a_float(value):
     found = check_factor(value)
     assert type(found) is float
     assert found == float(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (Decimal("0.25"), 0.25),
+        (np.float16(0.25), 0.25),
+        (np.longdouble(0.25), 0.25),
+        (np.array(3), 3.0),
+        (np.uint8(3), 3.0),
+        (Fraction(10**400, 10**400 * 4), 0.25),
+        (-0.0, 0.0),
+        (5e-324, 5e-324),
+    ],
+    ids=str,
+)
+def test_numbers_of_any_type_are_taken(value, expected):
+    assert check_factor(value) == check_factor(value, "bound") == expected
+    assert np.isfinite(sc.penalty(np.ones(2), factor=value, target=value))
+
+
+BAD_NUMBERS = {
+    "10**400": 10**400,
+    "-10**400": -(10**400),
+    "10**5000": 10**5000,  # more digits than Python prints
+    "fraction": Fraction(10**400),
+    "decimal": Decimal("1e400"),
+    "decimal NaN": Decimal("NaN"),
+    "signaling NaN": Decimal("sNaN"),
+    "longdouble": np.longdouble("1e400"),
+    "nan": float("nan"),
+    "inf": float("inf"),
+    "negative": -1e-300,
+    "complex": 1 + 0j,
+    "np.complex64": np.complex64(1),
+    "bool": True,
+    "False": False,
+    "np.bool": np.True_,
+    "0-d bool": np.array(True),
+    "0-d object": np.array(None),
+    "str": "0.1",
+    "bytes": b"1",
+    "None": None,
+    "list": [0.1],
+    "array": np.ones(1000),
+    "masked": np.ma.masked_array(0.1, True),
+    "date": np.datetime64("2020-01-01"),
+    "duration": np.timedelta64(1, "s"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_NUMBERS)
+def test_what_is_no_number_is_refused_everywhere(kind):
+    weights, grads = {"w": np.eye(2)}, {"w": np.zeros((2, 2))}
+    state, bad = init(weights), BAD_NUMBERS[kind]
+    for call in (
+        lambda: add_gradient(weights, grads, state, factor=bad),
+        lambda: add_gradient_(weights, grads, state, factor={"w": bad}),
+        lambda: add_gradient_(weights, grads, state, target=bad),
+        lambda: sc.constrain(weights, state, bound=bad),
+        lambda: sc.constrain_(weights, state, bound={"*": bad}),
+        lambda: sc.penalty(np.ones(2), factor=bad),
+        lambda: sc.penalty(np.ones(2), target=bad),
+        lambda: sc.penalty_at(np.eye(2), np.ones(2), factor=bad),
+        lambda: sc.rank_one(np.asarray(1.0), np.ones(2), np.ones(2), factor=bad),
+        lambda: sc.slope(np.ones(2), target=bad),
+        lambda: sc.spectral_norm(np.eye(2), tol=bad if bad is not None else "x"),
+    ):
+        with pytest.raises(sc.SpectralError) as error:
+            call()
+        assert len(str(error.value)) < 300
+    assert not grads["w"].any()
 
 
 @on("torch-cpu", "jax-cpu", "array-api-strict")
