@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import log2
 from operator import index
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,10 +25,12 @@ from ._arrays import (
     conj,
     device_of,
     is_complex,
+    norm,
+    plain,
     squared,
     traits,
 )
-from ._validate import check_matrix
+from ._validate import check_matrix, check_number, shown
 from .errors import ArgumentError, check_int
 
 
@@ -73,13 +76,14 @@ def power_iteration(
         A matrix or a stack of them, real or complex floating-point. float16 and bfloat16 are
         iterated in float32.
     v : array, shape (..., n)
-        Start vector: any vector that is not orthogonal to the first right singular vector.
-        A Gaussian vector is suitable almost surely. Afterwards, pass the ``v`` of the last call.
+        Start vector of any length but zero. It must not be orthogonal to the first right singular
+        vector: a Gaussian vector is suitable almost surely. Afterwards, pass the ``v`` of the last
+        call.
     n_iter : int
         Number of iterations. One for each training step is enough, since v is kept.
     eps : float, optional
-        Added to a squared norm before it divides. The default is the smallest normal number: it
-        prevents a division by zero, and changes no other norm in range.
+        Added to a squared norm before it divides. The default, and the least, is the smallest
+        normal number: it prevents a division by zero, and changes no other norm in range.
 
     Returns
     -------
@@ -89,8 +93,8 @@ def power_iteration(
     u : array, shape (..., m)
         Unit vector, or zeros where sigma is zero.
     v : array, shape (..., n)
-        Unit vector. Where sigma is zero or not finite, the ``v`` that was passed in, so that the
-        next call starts well.
+        Unit vector. Where sigma is zero or not finite, the start vector, so that the next call
+        starts well.
 
     Raises
     ------
@@ -99,7 +103,7 @@ def power_iteration(
     DTypeError
         If W or v is not floating-point, or v is complex and W real.
     ArgumentError
-        If ``n_iter`` is less than 1.
+        If ``n_iter`` is less than 1, or ``eps`` is negative or not finite.
 
     Notes
     -----
@@ -115,10 +119,10 @@ def power_iteration(
     >>> round(float(sigma), 4)
     4.8541
     """
-    xp = array_namespace(W, v)
+    W, v = plain(W, "W"), plain(v, "v")
+    xp = array_namespace(W, v, name="W and v")
     kind = check_matrix(W, v, xp, rows=False)
-    V = cast(v, kind.iteration_dtype, xp)[..., None, :]
-    sigma, u, V = _iterate_matrix(W, V, n_iter, eps, kind, xp)
+    sigma, u, V = _iterate_matrix(W, v[..., None, :], n_iter, eps, kind, xp)
     return PowerIteration(sigma, u, V[..., 0, :])
 
 
@@ -146,8 +150,9 @@ def block_iteration(
         A matrix or a stack of them, real or complex floating-point. float16 and bfloat16 are
         iterated in float32.
     V : array, shape (..., k, n)
-        Start vectors, one in each row: Gaussian vectors, or the ``V`` of the last call. k = 1 is
-        `power_iteration`. k may exceed m and n, without benefit.
+        Start vectors of any length, one in each row: Gaussian vectors, or the ``V`` of the last
+        call. The first row must not be zero. A row that is zero or depends on the rows before it
+        starts without effect. k = 1 is `power_iteration`. k may exceed m and n, without benefit.
     n_iter : int
         Number of iterations.
     eps : float, optional
@@ -161,10 +166,10 @@ def block_iteration(
     u : array, shape (..., m)
         Unit vector, or zeros where sigma is zero.
     v : array, shape (..., n)
-        Unit vector. Where sigma is zero or not finite, the first row of the V that was passed in.
+        Unit vector. Where sigma is zero or not finite, the first start vector.
     V : array, shape (..., k, n)
         For the next call: v, and k − 1 unit vectors orthogonal to it. A row is zero where no
-        direction is left, as for k > n. Where sigma is zero or not finite, V is as passed in.
+        direction is left, as for k > n. Where sigma is zero or not finite, the start vectors.
 
     Raises
     ------
@@ -173,7 +178,7 @@ def block_iteration(
     DTypeError
         If W or V is not floating-point, or V is complex and W real.
     ArgumentError
-        If ``n_iter`` is less than 1.
+        If ``n_iter`` is less than 1, or ``eps`` is negative or not finite.
 
     Notes
     -----
@@ -196,20 +201,52 @@ def block_iteration(
     >>> round(float(sigma), 9), round(float(sc.power_iteration(W, V[1], n_iter=20).sigma), 9)
     (1.0, 0.999)
     """
-    xp = array_namespace(W, V)
+    W, V = plain(W, "W"), plain(V, "V")
+    xp = array_namespace(W, V, name="W and V")
     kind = check_matrix(W, V, xp, rows=True)
-    sigma, u, V = _iterate_matrix(W, cast(V, kind.iteration_dtype, xp), n_iter, eps, kind, xp)
+    sigma, u, V = _iterate_matrix(W, V, n_iter, eps, kind, xp)
     return BlockIteration(sigma, u, V[..., 0, :], V)
 
 
 def _iterate_matrix(
     W: Array, V: Array, n_iter: int, eps: float | None, kind: Traits, xp: Namespace
 ) -> Triplet:
-    W = cast(W, kind.iteration_dtype, xp)
+    W, V = cast(W, kind.iteration_dtype, xp), _unit_rows(V, kind.iteration_dtype, xp)
     n_iter = check_int(n_iter, "n_iter")
-    guard = kind.guard if eps is None else eps
+    if eps is not None:
+        kind = kind._replace(guard=max(kind.guard, check_number(eps, "eps")))
     products = partial(times_rows, W, xp=xp), partial(adjoint_times_rows, W, xp=xp)
-    return iterate_rows(*products, V, n_iter, kind._replace(guard=guard), xp)
+    return iterate_rows(*products, V, n_iter, kind, xp)
+
+
+def _unit_rows(V: Array, dtype: Any, xp: Namespace) -> Array:
+    """Return the rows as unit vectors of this dtype, whatever their length.
+
+    A row whose length is one up to a factor of two stays as it is, bit for bit: the rows of the
+    last call continue unchanged. The rows of a training step are always of that kind.
+    """
+    kind = traits(V, xp, "v")
+    V = cast(V, kind.iteration_dtype, xp)
+    start, largest = V, _largest(V, xp)
+    one = xp.ones_like(largest)
+    # Away from the ends of the range first: a complex division by a subnormal number overflows.
+    # It is done by powers of two, which are exact.
+    lift = 2.0 ** int(-0.85 * log2(kind.tiny))
+    V = V * cast(xp.where(largest < 1, lift * one, one / 16), V.dtype, xp)
+    scale = _largest(V, xp)
+    V = V / cast(xp.where(scale > 0, scale, one), V.dtype, xp)
+    length = norm(V, xp)[..., None]
+    is_unit = xp.abs(xp.where(largest < 2, largest, 0 * one) * length - 1) <= 0.5
+    unit = V / cast(xp.where(length > 0, length, one), V.dtype, xp)
+    return cast(xp.where(is_unit, start, unit), dtype, xp)
+
+
+def _largest(V: Array, xp: Namespace) -> Array:
+    """Return the largest part of an element of each row; an absolute value could overflow."""
+    if not is_complex(V, xp):
+        return xp.max(xp.abs(V), axis=-1, keepdims=True)
+    parts = xp.concat([xp.real(V), xp.imag(V)], axis=-1)
+    return xp.max(xp.abs(parts), axis=-1, keepdims=True)
 
 
 def iterate_rows(
@@ -253,16 +290,18 @@ def left_rows(Y: Array, kind: Traits, xp: Namespace) -> Array:
     This is Gram–Schmidt. A row that adds no direction becomes zero. The first row keeps its
     direction, so k vectors are never worse than the first one alone.
     """
-    first, _, _ = _normalized(Y[..., :1, :], kind.guard, xp)
     if Y.shape[-2] == 1:
-        return first
-    noise = kind.eps * xp.sqrt(xp.sum(squared(Y, xp), axis=(-2, -1), keepdims=True))
+        return _normalized(Y, kind.guard, xp)[0]
+    # Relative to all rows together: the square of a short row would underflow in float32.
+    square = xp.sum(squared(Y, xp), axis=(-2, -1), keepdims=True)
+    Y = Y * (xp.sqrt(square) / (square + kind.guard))
+    first, _, _ = _normalized(Y[..., :1, :], kind.guard, xp)
     rows = [first]
     for i in range(1, Y.shape[-2]):
         Q = _together(rows, xp)
         y = _without(_without(Y[..., i : i + 1, :], Q, xp), Q, xp)
         unit, _, length = _normalized(y, kind.guard, xp)
-        rows.append(xp.where(length > noise, unit, xp.zeros_like(unit)))
+        rows.append(xp.where(length > kind.eps, unit, xp.zeros_like(unit)))
     return _together(rows, xp)
 
 
@@ -277,7 +316,7 @@ def right_rows(Z: Array, Q: Array, V: Array, kind: Traits, xp: Namespace) -> Tri
     rows = _sorted_by_rotations(xp.concat([Z, Q], axis=-1), n, kind, xp)
     unit, inverse, sigma = _normalized(rows[0][..., :n], kind.guard, xp)
     others = [row[..., :n] for row in rows[1:]]
-    new = _next(unit, others, kind.eps * sigma, V, kind.guard, xp)
+    new = _next(unit, [other * inverse for other in others], V, kind, xp)
     u = rows[0][..., 0, n:]
     return Triplet(sigma[..., 0, 0], u, xp.where(inverse > 0, new, V))
 
@@ -354,7 +393,7 @@ def start_vector(shape: tuple[int, ...], like: Array, *, seed: int = 0, name: st
     try:
         entropy = np.random.SeedSequence([index(seed), *name.encode()])
     except (TypeError, ValueError):
-        raise ArgumentError(f"seed must be an integer ≥ 0, not {seed!r}") from None
+        raise ArgumentError(f"seed must be an integer ≥ 0, not {shown(seed)}") from None
     rng = np.random.Generator(np.random.PCG64(entropy))
     v = rng.standard_normal(shape)
     if kind.complex:
@@ -406,22 +445,30 @@ def _rotation(pair: Array, kind: Traits, xp: Namespace) -> Array:
     return _together([first, xp.concat([-conj(s, xp), conj(c, xp)], axis=-1)], xp)
 
 
-def _next(
-    v: Array, others: list[Array], noise: Array, V: Array, guard: float, xp: Namespace
-) -> Array:
-    """Return the next V: v, the other candidates, and from k = 3 on the old v."""
+def _next(v: Array, others: list[Array], V: Array, kind: Traits, xp: Namespace) -> Array:
+    """Return the next V: v, the other candidates relative to σ, and from k = 3 on the old v."""
     k = V.shape[-2]
     kept = slice(1, max(2, k - 1))
     # Why k rows recover: if the rank is below k, the extra rows are rounding noise. Mix in a little
     # of the old rows: a row that collapses to zero or onto v never recovers.
     spare = V[..., kept, :] + 0.5 * V[..., :1, :]
-    rest = _together(others[: max(1, k - 2)], xp) + noise * spare
-    rest, _, _ = _normalized(_without(rest, v, xp), guard, xp)
-    rows = _together([v, rest], xp)
+    rest = _together(others[: max(1, k - 2)], xp) + kind.eps * spare
+    rows = _together([v, _orthogonal_unit(rest, v, kind, xp)], xp)
     if k == 2:
         return rows
-    old = _without(_without(V[..., :1, :], rows, xp), rows, xp)
-    return _together([rows, _normalized(old, guard, xp)[0]], xp)
+    return _together([rows, _orthogonal_unit(V[..., :1, :], rows, kind, xp)], xp)
+
+
+def _orthogonal_unit(x: Array, Q: Array, kind: Traits, xp: Namespace) -> Array:
+    """Return unit rows orthogonal to the rows of ``Q``: zero where ``x`` lies in their span.
+
+    Rounding leaves a little of Q after the first subtraction. Where the second one takes away most
+    of the rest, nothing but rounding is left (Kahan's criterion).
+    """
+    once = _without(x, Q, xp)
+    unit, _, length = _normalized(_without(once, Q, xp), kind.guard, xp)
+    is_new = length > 0.5 * norm(once, xp)[..., None]
+    return xp.where(is_new, unit, xp.zeros_like(unit))
 
 
 def _without(x: Array, Q: Array, xp: Namespace) -> Array:

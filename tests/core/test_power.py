@@ -390,3 +390,45 @@ def test_wrong_seed_raises(seed):
 def test_start_vector_error_names_the_weight():
     with pytest.raises(sc.DTypeError, match="weight 'count' has dtype int64"):
         start_vector((3,), np.zeros(3, dtype="int64"), name="count")
+
+
+LENGTHS = {"float64": [5e-324, 1e-300, 1e-30, 1e30, 1e300], "float32": [1e-44, 1e-30, 1e30, 3e38]}
+LENGTHS |= {"complex128": LENGTHS["float64"], "complex64": LENGTHS["float32"]}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length"),
+    [(dtype, length) for dtype, lengths in LENGTHS.items() for length in lengths],
+)
+@pytest.mark.parametrize("W_dtype", ["float32", "float64", "complex128"])
+@pytest.mark.parametrize("rows", [False, True], ids=["v", "V"])
+def test_start_vector_has_any_length(dtype, length, W_dtype, rows):
+    """Its direction alone matters; a subnormal vector has few digits of it."""
+    if dtype.startswith("complex") and not W_dtype.startswith("complex"):
+        pytest.skip("a complex v does not fit a real matrix")
+    rng = np.random.default_rng(0)
+    W = matrix(rng, "decaying", 6, 4, "complex128" if W_dtype == "complex128" else "float64")
+    W = W.astype(W_dtype)
+    v = rng.uniform(0.1, 1, (2, 4)).astype(dtype)
+    v = v / abs(v).max(axis=-1, keepdims=True) * np.asarray(length, v.real.dtype)
+    v = v if rows else v[0]
+    found = (sc.block_iteration if rows else power_iteration)(W, v, n_iter=30)
+    np.testing.assert_allclose(found.sigma, 1, rtol=1e-5)
+    for vector in (found.u, found.v):
+        np.testing.assert_allclose(np.linalg.norm(vector), 1, rtol=1e-5)
+
+
+def test_short_and_long_start_vectors_on_every_backend(backend):
+    W = backend.asarray(np.diag([3.0, 1.0, 0.5]).astype("float32"))
+    for length in (1e-36, 1e-20, 1e20, 1e37):
+        v = backend.asarray((np.ones(3) * length).astype("float32"))
+        assert float(power_iteration(W, v, n_iter=20).sigma) == pytest.approx(3, rel=1e-5)
+
+
+@pytest.mark.parametrize("eps", [-1.0, np.nan, np.inf, "x", None, 1j])
+def test_eps_is_a_number_of_at_least_zero(eps):
+    if eps is None:  # the default
+        assert power_iteration(np.zeros((2, 2)), np.ones(2), eps=0.0).sigma == 0  # not NaN
+        return
+    with pytest.raises(sc.ArgumentError, match="eps must be a finite number ≥ 0"):
+        power_iteration(np.eye(2), np.ones(2), eps=eps)

@@ -413,3 +413,45 @@ def test_wrong_n_iter_raises(n_iter):
     words = f"n_iter must be an integer ≥ 1, not {n_iter!r}"
     with pytest.raises(sc.ArgumentError, match=re.escape(words)):
         block_iteration(np.eye(2), np.ones((2, 2)), n_iter=n_iter)
+
+
+def assert_orthogonal_or_zero(V, precision):
+    """Assert that each row is a unit vector orthogonal to the first, or zero."""
+    V = np.asarray(V, "complex128" if np.iscomplexobj(V) else "float64")
+    lengths = np.linalg.norm(V, axis=-1)
+    assert np.all((lengths < precision) | (abs(lengths - 1) < precision)), lengths
+    assert np.all(abs(V[1:] @ V[0].conj()) < precision), V @ V[0].conj()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("factors", [(1, 1), (1, -2, 1e3), (1, 0), (1, 0, 0, 1), (1, 1 + 1e-6)])
+@pytest.mark.parametrize("converged", [False, True])
+@pytest.mark.filterwarnings("error")
+def test_parallel_and_zero_rows_give_orthogonal_rows(dtype, n, factors, converged):
+    rng = np.random.default_rng(0)
+    W = matrix(rng, "decaying", 6, n, dtype)
+    v = np.linalg.svd(W)[2][0].conj() if converged else unit(rng, n, dtype=dtype)
+    V = (np.asarray(factors)[:, None] * v).astype(dtype)
+    precision = 1e-4 if dtype == "float32" else 1e-12
+    for _ in range(4):
+        sigma, u, v, V = block_iteration(W, V, n_iter=3)
+        assert_orthogonal_or_zero(V, precision)
+        assert abs(np.linalg.norm(u) - 1) < precision
+        assert abs(np.linalg.norm(v) - 1) < precision
+    np.testing.assert_allclose(sigma, svd_norm(W), rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-16, 1e-15, 1e-10, 1e10, 1e17])
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_vectors_are_unit_vectors_at_the_ends_of_the_float32_range(k, scale):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        W = (matrix(rng, "decaying", 12, 9) * scale).astype("float32")
+        V = unit(rng, k, 9, dtype="float32")
+        for _ in range(3):
+            sigma, u, v, V = block_iteration(W, V)
+            assert np.linalg.norm(u.astype("float64")) == pytest.approx(1, abs=1e-4)
+            assert np.linalg.norm(v.astype("float64")) == pytest.approx(1, abs=1e-4)
+            assert_orthogonal_or_zero(V, 1e-4)
+            assert sigma <= scale * (1 + 1e-5)
