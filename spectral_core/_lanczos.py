@@ -9,8 +9,8 @@ it restarts with its best vectors (thick restart; Wu and Simon, 2000). Squaring 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import frexp, inf, isfinite, prod
-from numbers import Real
+from math import frexp, isfinite, prod
+from sys import float_info
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,13 +22,18 @@ from ._arrays import (
     cast,
     conj,
     constant,
+    device_of,
     is_complex,
+    is_integral,
     norm,
+    plain,
     to_host,
     traits,
 )
+from ._layout import Layout, as_matrix
 from ._power import matvec, rmatvec, start_vector
-from .errors import ArgumentError, ShapeError, check_int
+from ._validate import check_number
+from .errors import DeviceError, DTypeError, ShapeError, check_int
 
 _BASIS = 32  # vectors kept at most; half of them survive a restart
 
@@ -45,15 +50,24 @@ class SpectralNorm(NamedTuple):
 
 
 def spectral_norm(
-    W: Array, *, tol: float | None = None, max_iter: int = 1000, seed: int = 0
+    W: Array,
+    *,
+    layout: Layout | str | None = None,
+    tol: float | None = None,
+    max_iter: int = 1000,
+    seed: int = 0,
 ) -> SpectralNorm:
     """Compute the largest singular value to a tolerance, with an error bound.
 
     Parameters
     ----------
-    W : array, shape (..., m, n)
-        A matrix or a stack of them, real or complex floating-point. float16 and bfloat16 are
-        computed in float32.
+    W : array, or sequence of sequences of numbers
+        A matrix, or a tensor that ``layout`` makes a matrix or a stack of matrices of. float16 and
+        bfloat16 are computed in float32. Integers are converted to the library's default float,
+        and Python's sequences to NumPy arrays.
+    layout : Layout or str, optional
+        The meaning of the axes. It is needed for three axes and more: ``"oihw"`` for a PyTorch
+        convolution, ``"hwio"`` for a Flax or Keras one, ``"soi"`` for a stack of matrices.
     tol : float, optional
         Stop when the residual bounds the relative error of sigma by this. The default is
         ε^(2/3): 4e-11 in float64, 2e-5 in float32.
@@ -64,13 +78,13 @@ def spectral_norm(
 
     Returns
     -------
-    sigma : array, shape (...)
+    sigma : array, shape (*stack,)
         A lower bound of σ₁, up to rounding. NaN where W is not finite.
-    u : array, shape (..., m)
+    u : array, shape (*stack, m)
         Unit vector: Wᴴu = σv. Zeros for a zero matrix.
-    v : array, shape (..., n)
+    v : array, shape (*stack, n)
         Unit vector, or zeros.
-    error_bound : array, shape (...)
+    error_bound : array, shape (*stack,)
         ‖Wv − σu‖/√2 and an allowance for rounding. It proves that some singular value of W is this
         close to ``sigma``. It is the largest one unless the random start vector is orthogonal to
         v₁, which has probability zero.
@@ -82,11 +96,13 @@ def spectral_norm(
     Raises
     ------
     ShapeError
-        If W has fewer than two axes or an empty one.
+        If W has fewer than two axes or an empty one, has three or more and no ``layout``, or does
+        not fit its layout.
     DTypeError
-        If W is not floating-point.
+        If W is not an array of numbers, or is sparse or masked.
     ArgumentError
         If ``tol`` is negative or not finite, ``max_iter`` is less than 1, or ``seed`` is negative.
+        Also if ``layout`` cannot be read.
 
     Notes
     -----
@@ -105,14 +121,11 @@ def spectral_norm(
     >>> bool(result.error_bound < 1e-12)
     True
     """
+    W = _as_matrices(W, layout)
     xp = array_namespace(W)
-    if W.ndim < 2 or 0 in W.shape:
-        raise ShapeError(f"W has shape {tuple(W.shape)}: it must be a matrix with no empty axis")
     kind = traits(W, xp, "W")
     W = cast(constant(W), kind.iteration_dtype, xp)
-    wanted = kind.eps ** (2 / 3) if tol is None else tol
-    if not isinstance(wanted, Real) or not 0 <= (bound := float(wanted)) < inf:
-        raise ArgumentError(f"tol must be a finite number ≥ 0, not {tol!r}")
+    bound = kind.eps ** (2 / 3) if tol is None else check_number(tol, "tol")
     max_iter = check_int(max_iter, "max_iter")
     stack = tuple(W.shape[:-2])
     if not stack:
@@ -134,15 +147,59 @@ def spectral_norm(
     )
 
 
+def _as_matrices(W: Array, layout: Layout | str | None) -> Array:
+    """Return a floating-point matrix, or the stack of matrices that the layout makes of ``W``."""
+    W = _as_floats(W)
+    shape = tuple(W.shape)
+    if len(shape) < 2 or 0 in shape:
+        raise ShapeError(f"W has shape {shape}: it must be a matrix with no empty axis")
+    if layout is not None:
+        return as_matrix(W, layout, name="W")
+    if len(shape) > 2:
+        stack = "s" * (len(shape) - 2) + "oi"
+        raise ShapeError(
+            f"W has shape {shape}: say which matrix it is by layout=, such as 'oihw' (PyTorch's "
+            f"convolutions), 'hwio' (Flax, Keras) or {stack!r} (a stack of matrices)"
+        )
+    return W
+
+
+def _as_floats(W: Array) -> Array:
+    """Return an array of floats: sequences by NumPy, integers in their library's default float."""
+    if isinstance(W, (list, tuple, int, float, complex)):
+        W = _unmasked(W)
+        try:
+            W = np.asarray(W)
+        except (TypeError, ValueError, RuntimeError):
+            raise ShapeError("W: its rows must be numbers, and of one length") from None
+    W = plain(W, "W")
+    xp = array_namespace(W, name="W")
+    if str(device_of(W, xp)) == "meta":
+        raise DeviceError("W is on the device 'meta' and has no values")
+    if is_integral(W, xp):
+        W = xp.astype(W, xp.zeros(1, device=device_of(W, xp)).dtype)
+    return W
+
+
+def _unmasked(x: Any) -> Any:
+    """Return ``x``; raise `DTypeError` if it or one of its rows is a masked array."""
+    if isinstance(x, (list, tuple)):
+        return [_unmasked(row) for row in x]
+    return plain(x, "W")
+
+
 def _spectral_norm(W: Array, tol: float, max_iter: int, seed: int, xp: Namespace) -> SpectralNorm:
     m, n = W.shape
-    largest = float(xp.max(xp.abs(W)))
+    longest = xp.max(xp.abs(W))
+    largest = float(longest)
+    if not isfinite(largest) and bool(xp.isfinite(longest)):  # of NumPy's longdouble
+        raise DTypeError("W has elements beyond the range of float64: scale it first")
     if not isfinite(largest) or largest == 0:
         return _trivial(W, largest, xp)
     # Why W is scaled by a power of two: σ² would overflow or underflow for entries that σ survives.
     # A power of two changes the exponent only, so the scaling is exact. The power and its inverse
     # must both be normal numbers, or scaling back would round.
-    limit = frexp(float(xp.finfo(W.dtype).max))[1] - 4
+    limit = frexp(min(float(xp.finfo(W.dtype).max), float_info.max))[1] - 4
     scale = 2.0 ** max(-limit, min(limit, frexp(largest)[1] - 1))
     W = W / scale
     # Iterate on the shorter side: a 1 × n matrix then needs one step, an m × n matrix at most m.

@@ -59,7 +59,7 @@ def test_stack_equals_its_matrices_one_by_one(dtype):
     rng = np.random.default_rng(0)
     W = np.stack([matrix(rng, kind, 7, 5, dtype) for kind in list(KINDS)[:6]])
     W = W.reshape(2, 3, 7, 5)
-    result = spectral_norm(W)
+    result = spectral_norm(W, layout="ssoi")
     assert_agrees(W, result)
     assert (result.sigma.shape, result.error_bound.shape) == ((2, 3), (2, 3))
     assert (result.u.shape, result.v.shape) == ((2, 3, 7), (2, 3, 5))
@@ -81,7 +81,7 @@ def test_error_bound_holds_before_convergence(W, max_iter):
 def test_converged_is_false_until_the_tolerance_is_met():
     W = matrix(np.random.default_rng(0), "gaussian", 30, 30)
     assert not spectral_norm(W, max_iter=3).converged
-    assert not spectral_norm(np.stack([np.eye(30), W]), max_iter=3).converged
+    assert not spectral_norm(np.stack([np.eye(30), W]), layout="soi", max_iter=3).converged
     loose = spectral_norm(W, tol=0.1)
     assert loose.converged
     assert loose.n_iter < spectral_norm(W).n_iter
@@ -133,7 +133,7 @@ def test_result_has_no_autograd_graph(backend):
 def test_every_backend_agrees_with_the_svd(backend, dtype, precision):
     rng = np.random.default_rng(0)
     W = np.stack([matrix(rng, kind, 4, 6, dtype) for kind in ("gaussian", "decaying")])
-    result = spectral_norm(backend.asarray(W.astype(dtype)))
+    result = spectral_norm(backend.asarray(W.astype(dtype)), layout="soi")
     assert result.converged is True
     assert backend.dtype_name(result.v) == dtype
     np.testing.assert_allclose(backend.to_numpy(result.sigma), svd_norm(W), rtol=precision)
@@ -147,6 +147,30 @@ def test_bfloat16_is_computed_in_float32(backend):
     result = spectral_norm(W)
     assert backend.dtype_name(result.sigma) == "float32"
     assert float(result.sigma) == pytest.approx(svd_norm(backend.to_numpy(W)), rel=1e-5)
+
+
+@pytest.mark.parametrize("W", [[[3, 4]], ((3, 4),), [np.array([3, 4])], [[True, True]]], ids=str)
+def test_sequences_of_numbers_are_matrices(W):
+    result = spectral_norm(W)
+    assert result.sigma.dtype == np.float64
+    np.testing.assert_allclose(result.sigma, svd_norm(np.asarray(W, float)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int64", "uint8", "bool"])
+def test_integers_are_converted_to_the_default_float(backend, dtype):
+    W = np.array([[3, 0], [4, 1], [0, 2]]).astype(dtype)
+    result = spectral_norm(backend.asarray(W))
+    assert backend.dtype_name(result.sigma) in ("float32", "float64")
+    assert float(result.sigma) == pytest.approx(svd_norm(W.astype(float)), rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["oihw", "hwio", sc.Layout("(go)ihw", groups=2), "soii"])
+def test_layout_makes_the_matrices(layout):
+    W = gaussian(np.random.default_rng(0), 4, 2, 3, 4)
+    result = spectral_norm(W, layout=layout)
+    expected = svd_norm(sc.as_matrix(W, layout))
+    assert result.sigma.shape == expected.shape
+    np.testing.assert_allclose(result.sigma, expected, rtol=1e-10)
 
 
 @given(matrices(), st.integers(0, 2**32))
@@ -185,7 +209,7 @@ def test_zero_matrix_has_zero_vectors(backend):
 def test_non_finite_matrix_has_sigma_nan(backend, value):
     W = np.stack([np.eye(3), np.eye(3), 2 * np.eye(3)])
     W[1, 0, 2] = value
-    result = spectral_norm(backend.asarray(W))
+    result = spectral_norm(backend.asarray(W), layout="soi")
     assert not result.converged
     sigma = backend.to_numpy(result.sigma)
     np.testing.assert_allclose(sigma, [1, np.nan, 2], rtol=1e-14)
@@ -198,8 +222,19 @@ def test_non_finite_matrix_has_sigma_nan(backend, value):
         (np.ones(3), {}, sc.ShapeError, "W has shape (3,)"),
         (np.ones((0, 3)), {}, sc.ShapeError, "W has shape (0, 3)"),
         (np.ones((0, 3, 3)), {}, sc.ShapeError, "W has shape (0, 3, 3)"),
-        (np.eye(2, dtype=int), {}, sc.DTypeError, "W has dtype int64"),
-        ([[1.0]], {}, sc.DTypeError, "builtins.list"),
+        (np.ones((2, 3, 3)), {}, sc.ShapeError, "W has shape (2, 3, 3): say which matrix"),
+        (np.ones((2, 3, 3)), {}, sc.ShapeError, "'soi' (a stack of matrices)"),
+        (np.ones((1, 2, 3, 3)), {}, sc.ShapeError, "'ssoi' (a stack of matrices)"),
+        (np.ones((2, 3, 3)), {"layout": "oihw"}, sc.ShapeError, "layout 'oihw' needs 4 axes"),
+        (np.ones((2, 3, 3)), {"layout": "xyz"}, sc.ArgumentError, "cannot read layout 'xyz'"),
+        (3.0, {}, sc.ShapeError, "W has shape ()"),
+        ([1, 2], {}, sc.ShapeError, "W has shape (2,)"),
+        ([[1, 2], [3]], {}, sc.ShapeError, "of one length"),
+        ([["1", "2"]], {}, sc.DTypeError, "W has dtype <U1"),
+        ([[10**400, 2]], {}, sc.DTypeError, "W has dtype object"),
+        (None, {}, sc.DTypeError, "NoneType"),
+        ("ab", {}, sc.DTypeError, "builtins.str"),
+        (np.eye(2), {"tol": 10**400}, sc.ArgumentError, "tol must be"),
         (
             np.eye(2),
             {"tol": -1.0},
