@@ -6,11 +6,22 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-from ._arrays import Array, array_namespace, cast, device_of
+import numpy as np
+
+from ._arrays import (
+    Array,
+    array_namespace,
+    cast,
+    check_dense,
+    constant,
+    device_of,
+    norm,
+    to_host,
+)
 from ._layout import Layout
 from ._plan import reshaped
 from ._validate import Checks
-from .errors import NamesError
+from .errors import ArgumentError, DeviceError, DTypeError, NamesError, listed
 
 Arrays: TypeAlias = Mapping[str, Array]
 
@@ -118,9 +129,9 @@ def load_state_dict(state: SpectralState, arrays: Mapping[str, Array]) -> Spectr
     state : SpectralState
         The state of the same model, as `init` returns it.
     arrays : mapping of str to array
-        The saved arrays, also as NumPy arrays. They are copied to the devices and dtypes of the
-        arrays of ``state``. Without u among them, the new state has none. A v that was saved
-        without its axis of vectors, by version 0.1.0, gets the axis.
+        The saved arrays, of this library or of another one. They are copied to the devices and
+        dtypes of the arrays of ``state``. Without u among them, the new state has none. A v that
+        was saved without its axis of vectors, by version 0.1.0, gets the axis.
 
     Returns
     -------
@@ -130,7 +141,18 @@ def load_state_dict(state: SpectralState, arrays: Mapping[str, Array]) -> Spectr
     ------
     NamesError
         If the arrays belong to another model. The message lists what is missing, unexpected and
-        of another shape.
+        of another shape. Also if ``arrays`` is not a mapping.
+    DTypeError
+        If an entry is not a dense array of floating-point numbers, or is complex where the state is
+        real.
+    DeviceError
+        If an entry is on the device 'meta' and has no values.
+    ArgumentError
+        If the rows of a v are not unit vectors. A v of zeros, NaN or Inf would never recover.
+
+    Notes
+    -----
+    Every entry is checked before the first one is used. The check waits for the device.
 
     Examples
     --------
@@ -146,38 +168,104 @@ def load_state_dict(state: SpectralState, arrays: Mapping[str, Array]) -> Spectr
     >>> bool(np.all(resumed.v["w"] == state.v["w"]))
     True
     """
+    check_mapping(arrays)
     if not any(f"{name}.u" in arrays for name in state.v):
         state = replace(state, u={})
-    own = state_dict(state)
-    check_fits(own, arrays, optional=[f"{name}.u" for name in state.v])
+    loaded = loaded_arrays(state_dict(state), arrays, [f"{name}.u" for name in state.v])
 
-    def loaded(field: str, own: Mapping[str, Array]) -> dict[str, Array]:
-        return {name: like_own(arrays[f"{name}.{field}"], value) for name, value in own.items()}
+    def of(field: str, own: Mapping[str, Array]) -> dict[str, Array]:
+        return {name: loaded[f"{name}.{field}"] for name in own}
 
-    return replace(
-        state, v=loaded("v", state.v), sigma=loaded("sigma", state.sigma), u=loaded("u", state.u)
-    )
+    return replace(state, v=of("v", state.v), sigma=of("sigma", state.sigma), u=of("u", state.u))
+
+
+def loaded_arrays(
+    own: Mapping[str, Array], arrays: Mapping[str, Array], optional: Collection[str] = ()
+) -> dict[str, Array]:
+    """Return a copy of each of ``arrays`` on the device and in the dtype and shape of its own.
+
+    Parameters
+    ----------
+    own : mapping of str to array
+        The arrays of the state that is to be loaded.
+    arrays : mapping of str to array
+        The saved arrays, of any library.
+    optional : collection of str
+        Names of entries that ``arrays`` may have in addition.
+
+    Raises
+    ------
+    NamesError, DTypeError, DeviceError, ArgumentError
+        See `load_state_dict`.
+    """
+    check_mapping(arrays)
+    given = {key: arrays[key] for key in own if key in arrays}  # a file is read at each access
+    missing = [key for key in own if key not in arrays]
+    unexpected = [key for key in arrays if key not in own and key not in optional]
+    for key, value in given.items():
+        _check_entry(key, value, own[key])
+    misfits = [
+        f"{key} ({tuple(value.shape)}, not {tuple(own[key].shape)})"
+        for key, value in given.items()
+        if not _fits(key, tuple(value.shape), tuple(own[key].shape))
+    ]
+    if missing or unexpected or misfits:
+        raise NamesError(
+            f"the state is of another model: missing {listed(missing)}, unexpected "
+            f"{listed(unexpected)}, of another shape {listed(misfits)}"
+        )
+    copies = {key: like_own(value, own[key], key) for key, value in given.items()}
+    useless = [key for key, x in copies.items() if key.endswith(".v") and not _is_unit(x)]
+    if useless:
+        raise ArgumentError(
+            f"the state's {listed(useless)} must be unit vectors, one in each row, without NaN: "
+            "load an older state, or start from a new one"
+        )
+    return copies
 
 
 def check_fits(
     own: Mapping[str, Array], arrays: Mapping[str, Array], optional: Collection[str] = ()
 ) -> None:
-    """Raise `NamesError` unless ``arrays`` has an array of the same shape for each of ``own``.
+    """Raise the errors of `loaded_arrays`, and load nothing."""
+    loaded_arrays(own, arrays, optional)
 
-    ``arrays`` may have others too whose names are ``optional``.
+
+def check_mapping(arrays: Mapping[str, Array]) -> None:
+    """Raise `NamesError` unless the saved arrays are a mapping."""
+    if not isinstance(arrays, Mapping):
+        raise NamesError(f"a state is a mapping of name to array, not {type(arrays).__name__}")
+
+
+def _check_entry(key: str, value: Array, own: Array) -> None:
+    """Raise `DTypeError` or `DeviceError` unless the entry has numbers of the kind of its own."""
+    name = f"the state's {key!r}"
+    if not (hasattr(value, "dtype") and hasattr(value, "shape")):
+        raise DTypeError(f"{name} must be an array, not {type(value).__name__}")
+    check_dense(value, name)
+    if str(getattr(value, "device", "")) == "meta":
+        raise DeviceError(f"{name} is on the device 'meta' and has no values")
+    wanted, found = _number_kind(own), _number_kind(value)
+    if found != wanted and (found, wanted) != ("float", "complex"):
+        raise DTypeError(f"{name} has dtype {value.dtype}, but the state has {own.dtype}")
+
+
+def _number_kind(x: Array) -> str:
+    """Return "float", "complex" or the name of another dtype, in any library."""
+    name = str(getattr(x.dtype, "name", x.dtype))
+    return next((kind for kind in ("complex", "float") if kind in name), name)
+
+
+def _is_unit(V: Array) -> bool:
+    """Return True if the first row is a unit vector, up to rounding, and no row is longer.
+
+    The other rows may be zero, and so may all where the vectors are empty.
     """
-    missing = [key for key in own if key not in arrays]
-    unexpected = [key for key in arrays if key not in own and key not in optional]
-    misfits = [
-        f"{key} ({tuple(arrays[key].shape)}, not {tuple(value.shape)})"
-        for key, value in own.items()
-        if key in arrays and not _fits(key, tuple(arrays[key].shape), tuple(value.shape))
-    ]
-    if missing or unexpected or misfits:
-        raise NamesError(
-            f"the state is of another model: missing {missing}, unexpected {unexpected}, "
-            f"of another shape {misfits}"
-        )
+    xp = array_namespace(V)
+    if not float(xp.max(xp.abs(V))) < 2:
+        return False
+    lengths = to_host(xp.reshape(norm(V, xp), (-1,))).reshape(tuple(V.shape[:-1]))
+    return bool(np.all(lengths < 2) and np.all(lengths[..., 0] > 0.5))
 
 
 def _fits(key: str, shape: tuple[int, ...], own: tuple[int, ...]) -> bool:
@@ -186,8 +274,35 @@ def _fits(key: str, shape: tuple[int, ...], own: tuple[int, ...]) -> bool:
     return shape == own or (old_v and shape == (*own[:-2], own[-1]))
 
 
-def like_own(value: Array, own: Array) -> Array:
-    """Return a copy of ``value`` on the device, in the dtype and in the shape of ``own``."""
+def like_own(value: Array, own: Array, name: str = "an array") -> Array:
+    """Return a copy of ``value`` on the device, in the dtype and in the shape of ``own``.
+
+    Raises
+    ------
+    DTypeError
+        If the library of ``own`` cannot take it.
+    """
     xp = array_namespace(own)
-    copy = xp.asarray(value, device=device_of(own, xp), copy=True)
+    value = constant(value)
+    if type(value).__module__.partition(".")[0] != type(own).__module__.partition(".")[0]:
+        value = _on_host(value, name)
+    try:
+        copy = xp.asarray(value, device=device_of(own, xp), copy=True)
+    except (TypeError, ValueError):  # PyTorch and NumPy's arrays of another order in memory
+        copy = xp.asarray(_on_host(value, name), device=device_of(own, xp), copy=True)
     return reshaped(cast(copy, own.dtype, xp), tuple(own.shape), xp)
+
+
+def _on_host(value: Array, name: str) -> np.ndarray[Any, Any]:
+    """Return an array of any library as a new NumPy array in the machine's order of bytes.
+
+    Libraries refuse what NumPy cannot view by errors of many types: memory of a GPU, bfloat16.
+    """
+    for convert in (lambda x: x.numpy(), lambda x: x.get(), np.asarray, lambda x: x.tolist()):
+        try:
+            found = np.asarray(convert(value))
+        except Exception:
+            continue
+        if found.dtype.kind in "fc":
+            return found.astype(found.dtype.newbyteorder("="), order="C", copy=True)
+    raise DTypeError(f"{name}: cannot read a {type(value).__name__} of dtype {value.dtype}")

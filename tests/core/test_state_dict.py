@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import spectral_core as sc
-from backends import slow
+from backends import get, on, slow
 from spectral_core._state_dict import check_fits, like_own, merge, select
 
 SHAPES = {"dense": (6, 5), "grouped": (4, 3, 2, 2)}
@@ -158,8 +158,183 @@ def test_sigma_of_version_0_1_0_is_that_of_its_vectors():
 
 
 def test_v_of_another_rank_raises():
-    own = {"w.v": np.ones((2, 4)), "x.v": np.ones((1, 4))}
+    own = {"w.v": np.ones((2, 4)) / 2, "x.v": np.ones((1, 4)) / 2}
     with pytest.raises(sc.NamesError, match=re.escape("w.v ((4,), not (2, 4))")):
         check_fits(own, {"w.v": np.ones(4), "x.v": np.ones(4)})
-    check_fits({"x.v": own["x.v"]}, {"x.v": np.ones(4)})
+    check_fits({"x.v": own["x.v"]}, {"x.v": np.ones(4) / 2})
     assert like_own(np.arange(4), own["x.v"]).tolist() == [[0.0, 1.0, 2.0, 3.0]]
+
+
+# Everything is checked before anything is loaded
+
+
+def saved(**changes):
+    """Return a state, and what it saved with changes to the entries of its second weight."""
+    weights = {name: np.random.default_rng(0).standard_normal((4, 3)) for name in "abc"}
+    state = sc.iterate(weights, sc.init(weights, n_vectors=2), n_iter=3)
+    return state, sc.state_dict(state) | {f"b.{field}": x for field, x in changes.items()}
+
+
+V = np.eye(3)[:2]
+USELESS = {
+    "zeros": V * 0,
+    "a zero first row": V[::-1] * [[0], [1]],
+    "NaN": np.where(V > 0, np.nan, V),
+    "Inf": np.where(V > 0, -np.inf, V),
+    "NaN in the second row": np.array([[1.0, 0, 0], [np.nan, 0, 0]]),
+    "short": V * 1e-300,
+    "long": V * 1e300,
+    "not unit": V * 3,
+}
+
+
+@pytest.mark.parametrize("kind", USELESS)
+def test_v_that_would_never_recover_is_refused(kind):
+    state, arrays = saved(v=USELESS[kind])
+    with pytest.raises(sc.ArgumentError, match=r"\['b.v'\] must be unit vectors"):
+        sc.load_state_dict(state, arrays)
+
+
+def test_zero_rows_after_the_first_are_loaded():
+    state, arrays = saved(v=V * [[1], [0]])
+    np.testing.assert_array_equal(sc.load_state_dict(state, arrays).v["b"], arrays["b.v"])
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_v_beyond_the_range_of_the_model_is_refused():
+    weights = {"w": np.eye(3, dtype="float32")}
+    state = sc.init(weights)
+    arrays = sc.state_dict(state) | {"w.v": np.array([[1e300, 0, 0]])}
+    with pytest.raises(sc.ArgumentError, match=r"'w\.v'"):
+        sc.load_state_dict(state, arrays)
+
+
+@pytest.mark.parametrize("field", ["v", "sigma", "u"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.tolist(),
+        lambda x: 1.0,
+        lambda x: 1,
+        lambda x: None,
+        lambda x: "x",
+        lambda x: x.astype(complex),
+        lambda x: x.astype(int),
+        lambda x: x > 0,
+        lambda x: x.astype(object),
+        lambda x: x.astype(str),
+        lambda x: np.ma.masked_array(x),
+        lambda x: pytest.importorskip("scipy.sparse").csr_array(np.ones((2, 3))),
+    ],
+    ids=[
+        "list",
+        "float",
+        "int",
+        "None",
+        "str",
+        "complex",
+        "ints",
+        "bools",
+        "object",
+        "strings",
+        "masked",
+        "sparse",
+    ],
+)
+def test_entry_of_another_kind_is_named(field, change):
+    state, arrays = saved()
+    arrays[f"b.{field}"] = change(arrays[f"b.{field}"])
+    with pytest.raises(sc.DTypeError, match=f"'b.{field}'"):
+        sc.load_state_dict(state, arrays)
+
+
+@on("torch-cpu")
+def test_tensors_of_pytorch_are_checked_first(backend):
+    import torch
+
+    _, state = model(backend)
+    whole = sc.state_dict(state)
+    kinds = [
+        (lambda x: x.to_sparse(), sc.DTypeError),
+        (lambda x: x.to("meta"), sc.DeviceError),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), sc.DTypeError),
+        (lambda x: x.to(torch.complex64), sc.DTypeError),
+        (lambda x: x.bool(), sc.DTypeError),
+        (lambda x: x * 0, sc.ArgumentError),
+    ]
+    for change, error in kinds:
+        with pytest.raises(error, match=r"grouped\.v"):
+            sc.load_state_dict(state, whole | {"grouped.v": change(whole["grouped.v"])})
+        with pytest.raises(error, match=r"grouped\.v"):
+            check_fits(whole, whole | {"grouped.v": change(whole["grouped.v"])})
+
+
+LIBRARIES = ("numpy", "torch-cpu", "jax-cpu", "array-api-strict")
+
+
+@pytest.mark.parametrize("source", LIBRARIES)
+@on(*LIBRARIES)
+def test_state_of_one_library_loads_into_another(backend, source):
+    _, state = model(backend, n_vectors=2)
+    _, other = model(get(source), seed=1, n_vectors=2)
+    loaded = sc.load_state_dict(state, sc.state_dict(other))
+    for key, x in sc.state_dict(loaded).items():
+        assert isinstance(x, type(sc.state_dict(state)[key]))
+        expected = get(source).to_numpy(sc.state_dict(other)[key])
+        np.testing.assert_array_equal(backend.to_numpy(x), expected)
+
+
+@on("torch-cpu")
+def test_tensors_that_numpy_cannot_view_load_into_numpy(backend):
+    import torch
+
+    _, state = model(get("numpy"))
+    arrays = {key: torch.tensor(x) for key, x in sc.state_dict(state).items()}
+    kinds = (torch.Tensor.requires_grad_, torch.Tensor.bfloat16, lambda x: x.neg().neg_())
+    for change in kinds:
+        loaded = sc.load_state_dict(state, {key: change(x) for key, x in arrays.items()})
+        np.testing.assert_allclose(loaded.v["dense"], state.v["dense"], atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.astype(x.dtype.newbyteorder(">")), lambda x: x[..., ::-1].copy()[..., ::-1]],
+)
+def test_arrays_in_another_order_of_memory_load(backend, change):
+    _, state = model(backend)
+    arrays = backend.tree_to_numpy(sc.state_dict(state))
+    strange = {key: change(x) if x.ndim else x for key, x in arrays.items()}
+    for key, x in sc.state_dict(sc.load_state_dict(state, strange)).items():
+        np.testing.assert_array_equal(backend.to_numpy(x), arrays[key])
+
+
+@pytest.mark.parametrize("arrays", [None, [1], 3, "state"])
+def test_state_that_is_no_mapping_is_refused(arrays):
+    state, _ = saved()
+    with pytest.raises(sc.NamesError, match="a state is a mapping"):
+        sc.load_state_dict(state, arrays)
+
+
+def test_message_lists_ten_names_at_most():
+    state = sc.init({f"w{i}": np.eye(2) for i in range(100)})
+    with pytest.raises(sc.NamesError) as error:
+        sc.load_state_dict(state, {f"x{i}": np.eye(2) for i in range(100)})
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("layout", ["oi", "io"])
+def test_state_holds_arrays_on_every_path(layout):
+    """A NumPy scalar has no address of its own: an engine would write into a temporary."""
+    weights = {"w": np.random.default_rng(0).standard_normal((4, 3))}
+    grads = {"w": np.zeros((4, 3))}
+    state = sc.init(weights, layouts=layout)
+    states = [state, sc.iterate(weights, state), sc.constrain(weights, state, bound=0.1)[1]]
+    states += [sc.constrain(weights, state, normalize=True)[1]]
+    states += [sc.add_gradient(weights, grads, state, n_iter=n)[1] for n in (0, 1)]
+    states += [sc.add_gradient_(weights, grads, state, n_iter=n) for n in (0, 1)]
+    states += [sc.add_gradient_(weights, grads, state, engines=())]
+    states += [sc.constrain_(weights, state, bound=0.1)]
+    scalars = {key: x if x.ndim else np.float64(x) for key, x in sc.state_dict(state).items()}
+    states += [sc.load_state_dict(state, scalars)]
+    for each in states:
+        assert {type(x) for x in sc.state_dict(each).values()} == {np.ndarray}
