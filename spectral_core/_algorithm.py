@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
+from warnings import warn
+
+import numpy as np
 
 from ._arrays import Array, array_namespace, plain
 from ._layout import plan_of
@@ -13,7 +18,7 @@ from ._select import Layouts, choose_layouts
 from ._state_dict import Arrays, SpectralState
 from ._validate import Factor, check_factors, check_grads, check_weights, check_writeable
 from .engine import Engine, Job, ReferenceEngine, dispatch, make_jobs
-from .errors import ArgumentError, NamesError, check_int
+from .errors import ArgumentError, NamesError, SpectralWarning, check_int
 
 
 def init(
@@ -219,7 +224,7 @@ def add_gradient_(
     target: Factor = 0.0,
     power: int = 2,
     n_iter: int = 1,
-    engines: Sequence[Engine] = (),
+    engines: Sequence[Engine] | None = None,
 ) -> SpectralState:
     """Add the term to the gradients in place, as `add_gradient` does.
 
@@ -227,9 +232,10 @@ def add_gradient_(
     ----------
     weights, grads, state, factor, target, power, n_iter
         See `add_gradient`. The gradients must be writeable.
-    engines : sequence of Engine
-        Faster ways to run a step, in order of preference, such as
-        `spectral_core.numba.NumbaEngine`.
+    engines : sequence of Engine, optional
+        Faster ways to run a step, in order of preference. The default for NumPy arrays is
+        `spectral_core.numba.NumbaEngine` where Numba is installed. With ``()`` the reference runs
+        every weight.
 
     Returns
     -------
@@ -256,8 +262,28 @@ def add_gradient_(
     for job in jobs:
         check_writeable(job.grad, f"the gradient of {job.name!r}", "add_gradient")
     n_iter = check_int(n_iter, "n_iter", least=0)
+    if engines is None:
+        on_host = any(isinstance(job.grad, np.ndarray) for job in jobs)
+        engines = _compiled_engines() if on_host else ()
     result = dispatch(jobs, n_iter, _with_reference(engines, in_place=True))
     return _advanced(state, jobs, result.triplets)
+
+
+@cache
+def _compiled_engines() -> tuple[Engine, ...]:
+    """Return the engine for NumPy arrays, made at the first step, or nothing without Numba.
+
+    It may be shared: it keeps nothing but tables of shapes and a lock.
+    """
+    if find_spec("numba") is None:
+        return ()
+    try:
+        from .numba import NumbaEngine
+
+        return (NumbaEngine(),)
+    except Exception as error:  # such as a Numba that does not know this version of NumPy
+        warn(f"Numba does not work here, so the step is not compiled: {error}", SpectralWarning, 3)
+        return ()
 
 
 def _with_reference(engines: Sequence[Engine], *, in_place: bool = False) -> Sequence[Engine]:

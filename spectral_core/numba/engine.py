@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from math import prod
+from os import getpid
 from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._arrays import Array
+from .._arrays import PROCESS, Array
 from .._power import Triplet
 from ..engine import Job, JobList, Result, last_of
 
@@ -35,13 +36,16 @@ class Memory(NamedTuple):
     plain: Callable[[Array], bool]  # True if the elements are contiguous, and stored as they are
     dtypes: Mapping[Any, str]  # NumPy's name of a dtype; uint16 stands for bfloat16
     threads: Callable[[], int | None]  # largest number of threads; None: Numba's own setting
+    writeable: Callable[[Array], bool] = lambda _: True
 
 
 NUMPY = Memory(
     address=lambda x: x.__array_interface__["data"][0],
-    plain=lambda x: x.flags.c_contiguous and x.flags.aligned,
+    # A scalar has no memory of its own: what is written there is lost.
+    plain=lambda x: isinstance(x, np.ndarray) and x.flags.c_contiguous and x.flags.aligned,
     dtypes={np.dtype(name): name for name in ("float32", "float64")},
     threads=lambda: None,
+    writeable=lambda x: x.flags.writeable,
 )
 
 
@@ -66,7 +70,9 @@ class NumbaEngine:
 
     Notes
     -----
-    Several threads may call the engine. Its calls then run one after the other.
+    Several threads may call the engine. Its calls then run one after the other. A forked child runs
+    in one thread, since Numba's threads end a process that was forked after they started. With
+    ``NUMBA_DISABLE_JIT=1`` the engine accepts no job: the reference runs them all.
 
     Examples
     --------
@@ -83,21 +89,17 @@ class NumbaEngine:
     in_place = True
 
     def __init__(self, memory: Memory = NUMPY, *, owned: bool = False) -> None:
-        try:
-            from . import kernels
-        except ImportError as error:
-            raise ImportError(
-                "NumbaEngine needs Numba: pip install spectral-core[numba]"
-            ) from error
-        self._kernels = kernels
+        self._kernels = _kernels()
         self._memory = memory
         self._owned = owned
         self._division_of = lru_cache(_DIVISIONS)(Division)
-        self._lock = Lock()  # for tables and scratch: the kernel lets other threads run
+        # For tables and scratch: the kernel lets other threads run. A lock of each process, since a
+        # thread of the parent may hold its lock in the moment of a fork.
+        self._locks: dict[int, Lock] = {}
 
     def accepts(self, job: Job) -> bool:
         """Return True for a contiguous, real job with one vector for each matrix."""
-        return self._kind(job) is not None
+        return self._kernels is not None and self._kind(job) is not None
 
     def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
         """Run all jobs, those of one dtype in one call."""
@@ -106,7 +108,7 @@ class NumbaEngine:
                 last_of(job)  # or the error that names the weight without one
         if not self._owned:
             jobs = [_with_own_vectors(job) for job in jobs]
-        with self._lock:
+        with self._locks.setdefault(getpid(), Lock()):
             for launch in self._launches(jobs):
                 launch.place_grads(jobs, self._memory)
                 self._kernels.run(
@@ -120,7 +122,7 @@ class NumbaEngine:
 
     def _launches(self, jobs: Sequence[Job]) -> list[_Launch]:
         """Return the launches of these jobs: of a `JobList`, those of the step before."""
-        most = self._memory.threads()
+        most = 1 if getpid() != PROCESS else self._memory.threads()
         if isinstance(jobs, JobList):
             known = jobs.memo.get(self)
             if known is not None and known[0] == most:
@@ -165,7 +167,23 @@ class NumbaEngine:
         for x in vectors:
             if memory.dtypes.get(x.dtype) != _VECTORS[kind] or not memory.plain(x):
                 return None
+        written = vectors if self._owned else ()
+        if not all(map(memory.writeable, written if grad is None else (grad, *written))):
+            return None
         return kind
+
+
+def _kernels() -> Any:
+    """Return the compiled kernels, or None where Numba was told not to compile."""
+    try:
+        import numba
+
+        if numba.config.DISABLE_JIT:
+            return None
+        from . import kernels
+    except ImportError as error:
+        raise ImportError("NumbaEngine needs Numba: pip install spectral-core[numba]") from error
+    return kernels
 
 
 class _Launch:
@@ -242,7 +260,7 @@ class Division:
         self._job = np.repeat(np.arange(len(shapes)), counts)
         self._stacked = len(self._job) > len(shapes)
         m, n = np.asarray([shape[-2:] for shape in shapes])[self._job].T
-        total = int(m @ n)
+        total = int((m * n).sum())
         threads = max(1, min(threads, total // _GRAIN))
         chunks = list(_chunks(m.tolist(), n.tolist(), -(-total // threads)))
         columns = n[[chunk[1] for chunk in chunks]]

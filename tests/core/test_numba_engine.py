@@ -57,7 +57,7 @@ def assert_same_step(weights, grads, state, engine=None, rtol=1e-12, **options):
     mine, theirs = ({name: grad.copy() for name, grad in grads.items()} for _ in range(2))
     before = {field: {k: x.copy() for k, x in getattr(state, field).items()} for field in VECTORS}
     found = sc.add_gradient_(weights, mine, state, engines=[engine or NumbaEngine()], **options)
-    expected = sc.add_gradient_(weights, theirs, state, **options)
+    expected = sc.add_gradient_(weights, theirs, state, engines=(), **options)
     for name in weights:
         np.testing.assert_allclose(mine[name], theirs[name], rtol, rtol, err_msg=name)
         for field in VECTORS:
@@ -310,7 +310,7 @@ def test_overlapping_gradients_get_every_term():
     weights, _ = model("float32", {"a": (600, 500), "b": (600, 500), "c": (300, 500)})
     state = sc.init(weights)
     grads = []
-    for engines in ([NumbaEngine()], []):
+    for engines in ([NumbaEngine()], ()):
         grad = np.zeros((600, 500), "float32")
         shared = {"a": grad, "b": grad, "c": grad[100:400]}
         sc.add_gradient_(weights, shared, state, factor=1.0, engines=engines)
@@ -398,3 +398,200 @@ def test_missing_numba_says_what_to_install(monkeypatch):
     monkeypatch.delattr("spectral_core.numba.kernels", raising=False)
     with pytest.raises(ImportError, match=r"pip install spectral-core\[numba\]"):
         NumbaEngine()
+
+
+# Processes
+
+PRELUDE = """
+import os, sys, signal
+import numpy as np, spectral_core as sc
+rng = np.random.default_rng(0)
+w = {"big": rng.standard_normal((700, 600)), "small": rng.standard_normal((6, 5))}
+state = sc.init(w)
+def step(engines=None):
+    grads = {name: np.zeros_like(x) for name, x in w.items()}
+    after = sc.add_gradient_(w, grads, state, factor=1.0, engines=engines)
+    return np.concatenate([*(g.ravel() for g in grads.values()), after.sigma["big"].ravel()])
+def right(engines=None):
+    return np.allclose(step(engines), step(()), atol=1e-10)
+def in_child(work):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(60)
+        os._exit(0 if work() else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+"""
+
+
+def run_python(code, **environment):
+    root = str(Path(sc.__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": root, "NUMBA_NUM_THREADS": "3", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + code], env=env, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+
+
+@needs_fork
+def test_child_that_is_forked_after_the_compiled_step_works():
+    code = """
+from spectral_core.numba import NumbaEngine
+mine = [NumbaEngine()]
+print(right(), right(mine))
+import numba
+assert numba.get_num_threads() > 1
+print(in_child(right), in_child(lambda: right(mine)), in_child(lambda: in_child(right) == 0))
+print(right(), right(mine))
+"""
+    assert run_python(code) == ["True", "True", "0", "0", "0", "True", "True"]
+
+
+@needs_fork
+@pytest.mark.thorough
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_child_of_each_threading_layer_works(layer):
+    code = """
+print(right())
+print(in_child(right), in_child(lambda: in_child(right) == 0))
+"""
+    assert run_python(code, NUMBA_THREADING_LAYER=layer) == ["True", "0", "0"]
+
+
+@needs_fork
+@pytest.mark.thorough
+def test_child_that_is_forked_before_or_while_a_step_runs_works():
+    """The thread that holds the engine's lock does not exist in the child."""
+    code = """
+print(in_child(right), right())  # before anything was compiled here
+from threading import Thread
+going = True
+def work():
+    while going:
+        step()
+thread = Thread(target=work)
+thread.start()
+print(*[in_child(right) for _ in range(5)])
+going = False
+thread.join()
+print(right())
+"""
+    assert run_python(code) == ["0", "True", *"00000", "True"]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("method", ["spawn", pytest.param("fork", marks=needs_fork)])
+def test_pool_of_processes_works(method, tmp_path):
+    (tmp_path / "jobs_of_a_pool.py").write_text(PRELUDE + "def job(_): return right()\n")
+    code = f"""
+import multiprocessing
+sys.path.insert(0, {str(tmp_path)!r})
+from jobs_of_a_pool import job
+if __name__ == "__main__":
+    print(job(0))
+    with multiprocessing.get_context({method!r}).Pool(2) as pool:
+        print(*pool.map(job, range(4)))
+"""
+    assert run_python(code) == ["True"] * 5
+
+
+def test_numba_that_does_not_compile_leaves_all_to_the_reference():
+    code = """
+from spectral_core.numba import NumbaEngine
+print(right(), right([NumbaEngine()]), np.array_equal(step([NumbaEngine(owned=True)]), step(())))
+"""
+    assert run_python(code, NUMBA_DISABLE_JIT="1") == ["True", "True", "True"]
+
+
+def test_broken_numba_warns_once_and_leaves_all_to_the_reference(tmp_path):
+    (tmp_path / "numba.py").write_text("raise AttributeError('np.long is gone')")
+    code = f"""
+import warnings
+sys.path.insert(0, {str(tmp_path)!r})
+with warnings.catch_warnings(record=True) as found:
+    warnings.simplefilter("always")
+    print(right(), right())
+print(len(found), found[0].category.__name__, "np.long" in str(found[0].message))
+"""
+    assert run_python(code) == ["True", "True", "1", "SpectralWarning", "True"]
+
+
+# The default
+
+
+@pytest.mark.parametrize("engines", ["default", "none"])
+def test_numpy_uses_the_compiled_step_without_being_asked(monkeypatch, engines):
+    ran = []
+    run = NumbaEngine.run
+    monkeypatch.setattr(NumbaEngine, "run", lambda *a: ran.append(a) or run(*a))
+    weights, grads = model("float64")
+    options = {} if engines == "default" else {"engines": ()}
+    sc.add_gradient_(weights, grads, sc.init(weights, layouts=LAYOUTS), **options)
+    assert bool(ran) == (engines == "default")
+    sc.add_gradient_(weights, dict.fromkeys(weights), sc.init(weights, layouts=LAYOUTS))
+    assert len(ran) == (engines == "default")
+
+
+def test_callers_threads_share_the_default_engine():
+    weights, grads = model("float64", {"w": (600, 500), "x": (30, 20)})
+    state = sc.init(weights)
+    expected, _ = sc.add_gradient(weights, grads, state, factor=1.0)
+
+    def work(_):
+        mine = {name: grad.copy() for name, grad in grads.items()}
+        sc.add_gradient_(weights, mine, state, factor=1.0)
+        return max(float(np.abs(mine[name] - expected[name]).max()) for name in mine)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(work, range(40))) < 1e-10
+
+
+# What an engine writes into
+
+
+@pytest.mark.parametrize("field", VECTORS)
+@pytest.mark.parametrize("owned", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: np.broadcast_to(x, x.shape),  # read-only
+        lambda x: np.float64(x) if x.ndim == 0 else x[..., ::-1],
+        lambda x: x.astype(">f8"),
+    ],
+    ids=["read-only", "scalar", "big-endian"],
+)
+def test_engine_writes_into_arrays_alone(field, owned, change):
+    """A state from elsewhere may hold scalars, whose memory is gone after the call."""
+    weights, grads = model("float64", {"a": (6, 5), "b": (4, 3)})
+    state = sc.iterate(weights, sc.init(weights))
+    changed = {name: change(x) for name, x in getattr(state, field).items()}
+    state = dataclasses.replace(state, **{field: changed})
+    before = {name: np.array(x) for name, x in changed.items()}
+    expected, after = sc.add_gradient(weights, grads, state, factor=1.0, n_iter=0)
+    engine = NumbaEngine(owned=owned)
+    found = sc.add_gradient_(weights, grads, state, factor=1.0, n_iter=0, engines=[engine])
+    for name in weights:
+        np.testing.assert_allclose(grads[name], expected[name], rtol=1e-12)
+        np.testing.assert_allclose(found.sigma[name], after.sigma[name], rtol=1e-12)
+        np.testing.assert_array_equal(getattr(state, field)[name], before[name])
+
+
+def test_state_of_constrain_serves_an_engine_that_owns_its_vectors():
+    weights = {name: gaussian(np.random.default_rng(i), 6, 5) for i, name in enumerate("ab")}
+    for engines in ([NumbaEngine(owned=True)], [NumbaEngine()], ()):
+        _, state = sc.constrain(weights, sc.init(weights), bound=0.5)
+        grads = {name: np.zeros((6, 5)) for name in weights}
+        state = sc.add_gradient_(weights, grads, state, factor=1.0, engines=engines)
+        for name in weights:
+            assert np.linalg.norm(grads[name]) == pytest.approx(float(state.sigma[name]))
+
+
+def test_gradient_that_is_read_only_is_not_accepted():
+    weights, grads = model("float64", {"w": (6, 5)})
+    state = sc.init(weights)
+    grads["w"].flags.writeable = False
+    (job,) = make_jobs(weights, weights, state, grads=grads, factors={"w": 1.0})
+    assert not NumbaEngine().accepts(job)
