@@ -61,17 +61,18 @@ def check_factor(factor: Factor, name: str = "factor") -> Number:
     ArgumentError
         If ``factor`` is anything else.
     """
-    on_host = isinstance(factor, (np.ndarray, np.generic))
+    number: Any = factor
+    on_host = isinstance(number, (np.ndarray, np.generic))
     if on_host:
-        check_dense(factor, name)
-        factor = factor.item() if factor.shape == () else factor
-    value = _finite(factor)
+        check_dense(number, name)
+        number = number.item() if number.shape == () else number
+    value = _finite(number)
     if value is not None:
         return value
-    if not on_host and getattr(factor, "shape", None) == () and hasattr(factor, "dtype"):
-        return factor
+    if not on_host and getattr(number, "shape", None) == () and hasattr(number, "dtype"):
+        return number
     raise ArgumentError(
-        f"{name} must be a finite number ≥ 0 or an array of shape (), not {shown(factor)}"
+        f"{name} must be a finite number ≥ 0 or an array of shape (), not {shown(number)}"
     )
 
 
