@@ -306,6 +306,7 @@ def _check_fit(
     if grad is not None:
         _check_grad(name, weight, grad, xp)
     plan = plan_of(layout, weight.shape, f"weight {name!r}")
+    traits(weight, xp, f"weight {name!r}")
     shape, k = tuple(V.shape), V.shape[-2] if V.ndim > 1 else 0
     expected = ", ".join(map(str, plan.rows("k")))  # type: ignore[arg-type]
     _check_shape(name, weight, "v", V, plan.rows(k) if k else None, f"({expected})")
