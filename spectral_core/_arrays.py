@@ -196,6 +196,27 @@ def to_host(x: Array) -> np.ndarray[Any, Any]:
     return np.asarray([complex(e) for e in x] if tolist is None else tolist())
 
 
+def as_numpy(value: Array, name: str = "an array") -> np.ndarray[Any, Any]:
+    """Return an array of any library as a new NumPy array in the machine's order of bytes.
+
+    It waits for the device. Libraries refuse what NumPy cannot view by errors of many types: memory
+    of a GPU, bfloat16.
+
+    Raises
+    ------
+    DTypeError
+        If it does not hold floating-point numbers that can be read.
+    """
+    for convert in (lambda x: x.numpy(), lambda x: x.get(), np.asarray, lambda x: x.tolist()):
+        try:
+            found = np.asarray(convert(value))
+        except Exception:
+            continue
+        if found.dtype.kind in "fc":
+            return found.astype(found.dtype.newbyteorder("="), order="C", copy=True)
+    raise DTypeError(f"{name}: cannot read a {type(value).__name__} of dtype {value.dtype}")
+
+
 def address_of(x: Array) -> int | None:
     """Return the address of the first element of ``x``, or None if it has no memory of its own.
 

@@ -11,6 +11,7 @@ import numpy as np
 from ._arrays import (
     Array,
     array_namespace,
+    as_numpy,
     cast,
     check_dense,
     constant,
@@ -285,24 +286,9 @@ def like_own(value: Array, own: Array, name: str = "an array") -> Array:
     xp = array_namespace(own)
     value = constant(value)
     if type(value).__module__.partition(".")[0] != type(own).__module__.partition(".")[0]:
-        value = _on_host(value, name)
+        value = as_numpy(value, name)
     try:
         copy = xp.asarray(value, device=device_of(own, xp), copy=True)
     except (TypeError, ValueError):  # PyTorch and NumPy's arrays of another order in memory
-        copy = xp.asarray(_on_host(value, name), device=device_of(own, xp), copy=True)
+        copy = xp.asarray(as_numpy(value, name), device=device_of(own, xp), copy=True)
     return reshaped(cast(copy, own.dtype, xp), tuple(own.shape), xp)
-
-
-def _on_host(value: Array, name: str) -> np.ndarray[Any, Any]:
-    """Return an array of any library as a new NumPy array in the machine's order of bytes.
-
-    Libraries refuse what NumPy cannot view by errors of many types: memory of a GPU, bfloat16.
-    """
-    for convert in (lambda x: x.numpy(), lambda x: x.get(), np.asarray, lambda x: x.tolist()):
-        try:
-            found = np.asarray(convert(value))
-        except Exception:
-            continue
-        if found.dtype.kind in "fc":
-            return found.astype(found.dtype.newbyteorder("="), order="C", copy=True)
-    raise DTypeError(f"{name}: cannot read a {type(value).__name__} of dtype {value.dtype}")

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import spectral_core as sc
-from backends import KINDS, SLOW, gaussian, matrix, on, orthogonal, svd_norm
-from spectral_core import spectral_norm
+from backends import KINDS, SLOW, gaussian, matrix, on, orthogonal, svd_norm, unit
+from spectral_core import _certificate, spectral_norm
+from spectral_core._arrays import array_namespace
 
 DTYPES = ("float64", "complex128")
 sizes = st.one_of(st.integers(1, 8), st.integers(30, 45))  # the basis restarts at 32
@@ -69,13 +70,75 @@ def test_stack_equals_its_matrices_one_by_one(dtype):
 
 
 @given(matrices(), st.integers(1, 6))
-def test_error_bound_holds_before_convergence(W, max_iter):
-    """The bound proves *some* singular value: zero is one of a matrix that is not square."""
+def test_error_bound_holds_for_the_largest_before_convergence(W, max_iter):
     result = spectral_norm(W, max_iter=max_iter)
-    s = np.append(np.linalg.svd(W, compute_uv=False), 0)
-    assert np.abs(s - result.sigma).min() <= result.error_bound
-    assert result.sigma <= s[0] * (1 + 1e-12)
+    sigma = svd_norm(W)
+    assert abs(sigma - result.sigma) <= result.error_bound + 1e-14 * sigma  # the SVD rounds too
+    assert abs(sigma - result.sigma) >= result.error_bound - 1e-11 * sigma
+    assert result.sigma <= sigma * (1 + 1e-12)
     assert result.n_iter <= max_iter
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gap"),
+    [("float32", 1e-5), ("float32", 1e-4), ("float64", 1e-11), ("float64", 1e-10), ("float64", 0)],
+)
+@pytest.mark.parametrize("shape", [(30, 30), (45, 30), (30, 45)])
+def test_error_bound_contains_the_largest_of_a_cluster(dtype, gap, shape):
+    """The iteration may stop at σ₂, and the residual does not see it."""
+    W = np.zeros(shape)
+    W[range(30), range(30)] = np.r_[1, 1 - gap, np.linspace(0.5, 0.1, 28)]
+    for seed in range(20):
+        result = spectral_norm(W.astype(dtype), seed=seed)
+        assert result.converged
+        assert abs(float(result.sigma) - 1) <= float(result.error_bound) <= 2 * gap + 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+@pytest.mark.parametrize("most", [0, 10**10])
+@pytest.mark.parametrize("max_iter", [1, 1000])
+def test_error_bound_holds_with_and_without_a_factorization(
+    monkeypatch, kind, dtype, most, max_iter
+):
+    monkeypatch.setattr(_certificate, "_MOST", most)
+    for shape in ((7, 7), (20, 3), (3, 20), (1, 5), (5, 1)):
+        W = matrix(np.random.default_rng(0), kind, *shape, dtype).astype(dtype)
+        result = spectral_norm(W, max_iter=max_iter)
+        exact = svd_norm(W.astype(dtype).astype("complex128"))
+        error = abs(float(result.sigma) - exact)
+        assert error <= float(result.error_bound) + 1e-14 * exact
+        if most and max_iter > 1:
+            precision = max(1e-12, float(np.finfo(dtype).eps))
+            assert float(result.error_bound) <= error + precision * exact
+        elif not most:
+            assert np.isfinite(result.error_bound)
+
+
+@pytest.mark.parametrize("v", [[1, 0, 0], [0, 0, 1], [0, 0, 0], [np.nan, 0, 0], [1e-200, 1e200, 0]])
+def test_bounds_hold_for_any_vector(v):
+    W = np.diag([1.75, 1.0, 0.5])
+    with np.errstate(all="ignore"):
+        lower, upper = _certificate.bounds(W, np.asarray(v, float), 0.0, array_namespace(W))
+    assert 0 <= lower <= 1.75 <= upper <= 1.75 * (1 + 1e-12)
+
+
+def test_bounds_hold_for_a_wrong_estimate_of_a_large_cluster():
+    rng = np.random.default_rng(0)
+    W = orthogonal(rng, 120, 100) * np.r_[1.9, np.full(99, 1.8)] @ orthogonal(rng, 100, 100)
+    v = unit(rng, 100)
+    lower, upper = _certificate.bounds(W, v, 0.0, array_namespace(W))
+    assert lower < 1.9 < upper < 1.9 * (1 + 1e-11)
+
+
+@pytest.mark.parametrize("scale", [5e-324, 1e-320, 1e-310, 1e-300])
+def test_error_bound_of_subnormal_matrices_is_not_zero(scale):
+    W = np.array([[3.0, 1.0], [1.0, 2.0]])
+    result = spectral_norm(W * scale)
+    exact = svd_norm(np.round(W * scale / 5e-324)) * 5e-324 if scale < 1e-300 else None
+    assert result.error_bound > 0
+    if exact is not None:
+        assert abs(float(result.sigma) - exact) <= float(result.error_bound)
 
 
 def test_converged_is_false_until_the_tolerance_is_met():
@@ -87,7 +150,7 @@ def test_converged_is_false_until_the_tolerance_is_met():
     assert loose.n_iter < spectral_norm(W).n_iter
     tight = spectral_norm(W, tol=0)
     assert tight.sigma == pytest.approx(svd_norm(W), rel=1e-14)
-    assert tight.error_bound < 1e-13 * tight.sigma
+    assert tight.error_bound < 1e-12 * tight.sigma
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,8 +199,9 @@ def test_every_backend_agrees_with_the_svd(backend, dtype, precision):
     result = spectral_norm(backend.asarray(W.astype(dtype)), layout="soi")
     assert result.converged is True
     assert backend.dtype_name(result.v) == dtype
-    np.testing.assert_allclose(backend.to_numpy(result.sigma), svd_norm(W), rtol=precision)
-    error = np.abs(backend.to_numpy(result.sigma) - svd_norm(W))
+    exact = svd_norm(W.astype(dtype).astype("complex128"))
+    np.testing.assert_allclose(backend.to_numpy(result.sigma), exact, rtol=precision)
+    error = np.abs(backend.to_numpy(result.sigma) - exact)
     assert np.all(error <= backend.to_numpy(result.error_bound))
 
 
