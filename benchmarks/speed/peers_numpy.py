@@ -9,7 +9,6 @@ import numpy as np
 from scipy.sparse.linalg import svds
 
 import spectral_core as sc
-from spectral_core.numba import NumbaEngine
 
 from .cases import Case, by_formula, filled
 from .report import COMPILED, OURS
@@ -34,13 +33,14 @@ def peers(case: Case, device: str, group: str) -> dict[str, Callable[[], Step]]:
         for seed in (0, 1)
     )
     package = sc if group == "numpy" else import_module("spectral_cupy")
+    plain = {"engines": ()} if group == "numpy" else {}
     found = {
-        OURS[group]: partial(in_place, package, weights, grads),
+        OURS[group]: partial(in_place, package, weights, grads, **plain),
         "paper's formula": partial(by_formula, xp, weights, grads),
     }
     if group == "cupy":
         return found | {"G += W": partial(floor, weights, grads)}
-    compiled = partial(in_place, sc, weights, grads, engines=(NumbaEngine(),))
+    compiled = partial(in_place, sc, weights, grads)
     return found | {COMPILED: compiled, "scipy svds(k=1)": partial(first_values, case, weights)}
 
 
