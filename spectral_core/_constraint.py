@@ -63,8 +63,8 @@ def scale_to(sigma: Array, bound: Number, *, normalize: bool = False) -> Array:
 def constrain(
     weights: Arrays,
     state: SpectralState,
-    *,
     bound: Factor = 1.0,
+    *,
     normalize: bool = False,
     n_iter: int = 1,
     engines: Sequence[Engine] = (),
@@ -138,8 +138,8 @@ def constrain(
 def constrain_(
     weights: Arrays,
     state: SpectralState,
-    *,
     bound: Factor = 1.0,
+    *,
     normalize: bool = False,
     n_iter: int = 1,
     engines: Sequence[Engine] = (),

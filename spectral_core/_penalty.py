@@ -53,8 +53,8 @@ class Slope(NamedTuple):
 
 def penalty(
     sigma: Array | Mapping[str, Array],
-    *,
     factor: Factor = 0.01,
+    *,
     target: Factor = 0.0,
     power: int = 2,
 ) -> Array:
@@ -109,8 +109,8 @@ def penalty(
 def penalty_at(
     W: Array,
     u: Array,
-    *,
     factor: Number = 0.01,
+    *,
     target: Number = 0.0,
     power: int = 2,
 ) -> Array:
@@ -203,8 +203,8 @@ def rank_one(
     sigma: Array,
     u: Array,
     v: Array,
-    *,
     factor: Number = 0.01,
+    *,
     target: Number = 0.0,
     power: int = 2,
 ) -> Array:

@@ -425,3 +425,22 @@ def test_integer_is_returned_as_an_int(value):
     assert check_int(value, "n") == 1
     with pytest.raises(sc.ArgumentError, match="n must be an integer ≥ 2"):
         check_int(value, "n", least=2)
+
+
+def test_factor_and_bound_may_be_given_by_position_and_no_other_option():
+    weights, grads = {"w": np.eye(2)}, {"w": np.zeros((2, 2))}
+    state = init(weights)
+    u = np.ones(2)
+    for function, arguments, option in (
+        (add_gradient, (weights, grads, state), "factor"),
+        (add_gradient_, (weights, grads, state), "factor"),
+        (sc.constrain, (weights, state), "bound"),
+        (sc.constrain_, (weights, state), "bound"),
+        (sc.penalty, (u,), "factor"),
+        (sc.penalty_at, (np.eye(2), u), "factor"),
+        (sc.rank_one, (np.asarray(1.0), u, u), "factor"),
+    ):
+        with pytest.raises(sc.ArgumentError, match=f"{option} must be"):
+            function(*arguments, -1.0)
+        with pytest.raises(TypeError, match="positional"):
+            function(*arguments, 1.0, 0.0)
