@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from math import prod
+from math import isfinite, prod
+from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 
 import numpy as np
@@ -17,6 +22,9 @@ from .errors import ArgumentError, check_int
 
 Log: TypeAlias = Callable[[dict[str, float], int], object]
 """``log(values, step)`` receives numbers by name, and the step they belong to."""
+
+_METRICS_AT_ONCE = 1000  # the most that MLflow takes
+_FORBIDDEN = re.compile(r"[^\w./: -]")  # in MLflow's names of metrics
 
 
 class AsyncCopy(Protocol):
@@ -87,9 +95,15 @@ class Watch:
 
     Parameters
     ----------
-    log : callable or writer
-        ``log(values, step)`` with a dict of name to float, or an object with a method
-        ``add_scalar(name, value, step)``, such as TensorBoard's ``SummaryWriter``.
+    log : callable, path, or object with a method for metrics
+        Where the numbers go. The first that fits counts:
+
+        - a path that ends in ``.jsonl``: one JSON object a line, appended and flushed at each step;
+        - a writer with ``add_scalar(name, value, step)``: TensorBoard's ``SummaryWriter``;
+        - an object with ``log_metrics(values, step=step)``: the module ``mlflow``, Lightning's
+          loggers;
+        - a run with ``define_metric`` and ``log``: that of Weights & Biases;
+        - a function ``log(values, step)`` of a dict of name to float.
     factor : float, array of shape (), or mapping of name or pattern to either
         λ, for the penalty. It can be changed at any time: ``watch.factor = 0.02``.
     target, power
@@ -110,17 +124,20 @@ class Watch:
     Raises
     ------
     ArgumentError
-        If ``log`` is neither of the two, or a number is out of its range.
+        If ``log`` is none of these, or a number is out of its range.
 
     Notes
     -----
-    Lightning's ``logger.log_metrics`` and ``mlflow.log_metrics`` can be passed as ``log``. So can
-    ``lambda values, step: self.log_dict(values)``, but Lightning records the numbers under its
-    current step, and repeats them until there are new ones. Weights & Biases drops values of a step
-    before its newest one: pass the step as a value of its own::
+    In a file of JSON lines, a number that is not finite is null. A run that is resumed, whose first
+    logged step is not 0, replaces the lines of the steps that it repeats at the end of the file. A
+    run that starts at 0 is appended.
 
-        wandb.define_metric("spectral/*", step_metric="spectral/step")
-        log = lambda values, step: wandb.log({**values, "spectral/step": step})
+    Weights & Biases drops values of a step before its newest one. So the step is a value of its
+    own, ``spectral/step``, and the x-axis of these numbers. MLflow's names have letters, digits and
+    ``_-./: `` alone: other characters become ``_``.
+
+    ``lambda values, step: self.log_dict(values)`` works in a LightningModule, but Lightning records
+    the numbers under its current step, and repeats them until there are new ones.
 
     Examples
     --------
@@ -146,7 +163,7 @@ class Watch:
         prefix: str = "spectral/",
         copy: Copy = copy_to_host,
     ) -> None:
-        self._log = _as_log(log)
+        self._log = _as_log(log, prefix)
         self.factor = factor
         self.target = target
         self.power = check_power(power)
@@ -169,7 +186,9 @@ class Watch:
         step = self.step if step is None else step
         self.step = step + 1
         if step % self.every_n_steps == 0:
-            self._pending.append(self._start(step, self._snapshot(state)))
+            snapshot = self._snapshot(state)
+            if snapshot.sigma:  # else no weight takes part
+                self._pending.append(self._start(step, snapshot))
         while self._pending and self._pending[0].copy.ready():
             self._log_next()
 
@@ -234,17 +253,90 @@ class Watch:
         self._log({self.prefix + key: float(value) for key, value in found.items()}, step)
 
 
-def _as_log(log: Any) -> Log:
-    add_scalar = getattr(log, "add_scalar", None)
-    if add_scalar is None:
-        if not callable(log):
-            raise ArgumentError(
-                f"log must be a callable log(values, step) or a writer with add_scalar, not {log!r}"
-            )
-        return log
+class _JsonLines:
+    """Append each step to a file, as one JSON object a line, which is on the disk at once."""
 
-    def add_scalars(values: dict[str, float], step: int) -> None:
+    def __init__(self, path: Path) -> None:
+        if path.suffix not in (".jsonl", ".ndjson") or path.is_dir():
+            raise ArgumentError(
+                f"log is the path {str(path)!r}: a file of JSON lines ends in .jsonl or .ndjson; "
+                "for TensorBoard pass SummaryWriter(path)"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()  # an error about the path comes now, not in the middle of a run
+        self._path = path
+        self._is_tidy = False
+
+    def __call__(self, values: dict[str, float], step: int) -> None:
+        if not self._is_tidy:
+            self._tidy(step)
+        # JSON has no NaN and no infinity.
+        finite = {name: value if isfinite(value) else None for name, value in values.items()}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **finite}) + "\n")
+
+    def _tidy(self, step: int) -> None:
+        """Cut what a killed run wrote last: half a line, and steps that a resumed run repeats."""
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        while lines and (not lines[-1].endswith(b"\n") or 0 < step <= _step_in(lines[-1])):
+            del lines[-1]
+        os.truncate(self._path, sum(map(len, lines)))
+        self._is_tidy = True
+
+
+def _step_in(line: bytes) -> int:
+    """Return the step of a line, or -1 for a line of another kind."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return -1
+
+
+def _as_log(log: Any, prefix: str) -> Log:
+    """Return a function of values and step for whatever can be passed as ``log``."""
+    if isinstance(log, str | PathLike):
+        return _JsonLines(Path(log))
+    if hasattr(log, "add_scalar"):
+        return _scalar_by_scalar(log.add_scalar)
+    if hasattr(log, "log_metrics"):
+        return _in_batches(log.log_metrics)
+    if hasattr(log, "define_metric") and hasattr(log, "log"):
+        return _of_a_run(log, prefix)
+    if callable(log):
+        return log
+    raise ArgumentError(
+        "log must be a callable log(values, step), a path that ends in .jsonl, a writer with "
+        f"add_scalar, a Weights & Biases run, or mlflow, not {type(log).__name__} {log!r:.60}"
+    )
+
+
+def _scalar_by_scalar(add_scalar: Callable[..., object]) -> Log:
+    def log(values: dict[str, float], step: int) -> None:
         for name, value in values.items():
             add_scalar(name, value, step)
 
-    return add_scalars
+    return log
+
+
+def _in_batches(log_metrics: Callable[..., object]) -> Log:
+    def log(values: dict[str, float], step: int) -> None:
+        items = list(values.items())
+        for start in range(0, len(items), _METRICS_AT_ONCE):
+            part = items[start : start + _METRICS_AT_ONCE]
+            log_metrics({_FORBIDDEN.sub("_", name): value for name, value in part}, step=step)
+
+    return log
+
+
+def _of_a_run(run: Any, prefix: str) -> Log:
+    """Return a log for Weights & Biases, which drops values of a step before its newest one."""
+    if getattr(run, "run", run) is None:  # the module, before `init`
+        raise ArgumentError("log is wandb, which has no run yet: call wandb.init() first")
+    step_name = f"{prefix}step"
+    for name in ("sigma/*", "log10_sigma_product", "penalty"):
+        run.define_metric(prefix + name, step_metric=step_name)
+
+    def log(values: dict[str, float], step: int) -> None:
+        run.log({**values, step_name: step})
+
+    return log

@@ -23,14 +23,15 @@ class Watch(sc.Watch):
 
     After a step, the device itself copies σ into pinned memory. A later step finds the copy
     complete, and logs it with the number of its own step, counted from 0. σ belongs to the weights
-    from which the step's loss was computed. `spectral_core.Watch` lists what is logged, and which
-    loggers can be used.
+    from which the step's loss was computed. A frozen weight takes no part in a step, and is left
+    out. `spectral_core.Watch` lists what is logged.
 
     Parameters
     ----------
-    log : callable or writer
-        ``log(values, step)`` with a dict of name to float, or an object with a method
-        ``add_scalar(name, value, step)``, such as TensorBoard's ``SummaryWriter``.
+    log : callable, path, or object with a method for metrics
+        A function ``log(values, step)`` of a dict of name to float, a path that ends in ``.jsonl``,
+        TensorBoard's ``SummaryWriter``, a Weights & Biases run, ``mlflow``, or a logger of
+        Lightning (see `spectral_core.Watch`).
     every_n_steps : int
         Steps that are multiples of this number are logged, from 0 on.
     prefix : str
@@ -127,10 +128,15 @@ class Watch(sc.Watch):
     def _snapshot(self, state: SpectralNormRegularizer) -> Snapshot:
         # The tensors in use, to copy all at once: `sigmas` would copy one by one.
         state._warn_if_idle()
-        now = state._now(None)
+        sigma, prices = state._state.sigma, state._prices(state._now(None))
         names = state._taking_part()
-        sigma = {name: state._state.sigma[name] for name in names}
-        return Snapshot(sigma, now.factor, now.target, now.power)
+        return Snapshot(
+            {name: sigma[name] for name in names},
+            # By their own names: a pattern that only a frozen weight matches is no error here.
+            {name: prices[name]["factor"] for name in names},
+            {name: prices[name]["target"] for name in names},
+            state.power,
+        )
 
 
 class TensorCopy(NamedTuple):
