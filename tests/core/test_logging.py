@@ -1,5 +1,7 @@
 """`Watch` logs the numbers of the right step at the right time."""
 
+import json
+import logging
 import math
 
 import numpy as np
@@ -207,6 +209,109 @@ def test_writer_receives_scalars(weights):
     assert writer.scalars == [(name, value, 200) for name, value in log[0][1].items()]
 
 
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path])
+def test_path_receives_a_line_a_step(weights, tmp_path, kind):
+    path, log = tmp_path / "runs/new/spectral.jsonl", Log()
+    with sc.Watch(kind(path), factor=FACTOR, every_n_steps=2) as watch:
+        assert path.read_text() == ""  # an error about the path would come before the training
+        for step in range(5):
+            watch(converged(weights))
+            assert len(lines_of(path)) == step // 2 + 1  # nothing waits in a buffer
+    sc.Watch(log, factor=FACTOR)(converged(weights), 0)
+    assert lines_of(path) == [{"step": step, **log[0][1]} for step in (0, 2, 4)]
+
+
+def test_resumed_run_replaces_what_it_repeats(weights, tmp_path):
+    path = tmp_path / "spectral.ndjson"
+
+    def run(steps):
+        watch = sc.Watch(path, every_n_steps=2)
+        for step in steps:
+            watch(converged(weights), step)
+
+    run(range(9))
+    with path.open("a") as file:
+        file.write('{"step": 10, "spectral/pen')  # killed while it wrote
+    run(range(5, 13))
+    assert [line["step"] for line in lines_of(path)] == [0, 2, 4, 6, 8, 10, 12]
+    run(range(3))  # a run of its own
+    run(range(2, 5))
+    steps = [line["step"] for line in lines_of(path)]
+    assert steps == [0, 2, 4, 6, 8, 10, 12, 0, 2, 4]
+    path.write_text("a note of the user\n")
+    run(range(6, 7))
+    assert path.read_text().startswith('a note of the user\n{"step": 6, ')
+
+
+def test_line_is_valid_json_where_a_number_is_not_finite(tmp_path):
+    path = tmp_path / "spectral.jsonl"
+    zero = {"w": np.zeros((2, 2)), "bad": np.full((2, 2), np.nan)}
+    sc.Watch(path)(sc.init(zero), 3)
+    (line,) = path.read_text().splitlines()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    found = json.loads(line, parse_constant=refuse)
+    assert found["spectral/sigma/w"] == 0
+    assert found["spectral/sigma/bad"] is None
+    assert found["step"] == 3
+
+
+class Metrics:
+    """An object with ``log_metrics``, as MLflow and Lightning's loggers have."""
+
+    def __init__(self):
+        self.calls = []
+
+    def log_metrics(self, metrics, *, step=None):
+        self.calls.append((step, metrics))
+
+
+def test_object_with_log_metrics_receives_them(weights):
+    metrics, log = Metrics(), Log()
+    for to in (metrics, log):
+        sc.Watch(to, factor=FACTOR)(converged(weights), 100)
+    assert metrics.calls == list(log)
+
+
+def test_many_metrics_go_in_parts_and_by_allowed_names():
+    metrics = Metrics()
+    weights = {f"layers[{i}].weight": np.eye(2) for i in range(1500)}
+    sc.Watch(metrics)(sc.init(weights), 0)
+    assert [len(part) for _, part in metrics.calls] == [1000, 502]
+    assert "spectral/sigma/layers_3_.weight" in metrics.calls[0][1]
+
+
+class Run:
+    """A run of Weights & Biases."""
+
+    def __init__(self):
+        self.axes, self.rows = {}, []
+
+    def define_metric(self, name, step_metric=None):
+        self.axes[name] = step_metric
+
+    def log(self, values, step=None):
+        assert step is None  # late values of an older step would be dropped
+        self.rows.append(values)
+
+
+@pytest.mark.parametrize("prefix", ["spectral/", ""])
+def test_run_receives_the_step_as_a_number(weights, prefix):
+    run, log = Run(), Log()
+    for to in (run, log):
+        sc.Watch(to, factor=FACTOR, prefix=prefix)(converged(weights), 200)
+    assert run.rows == [{**log[0][1], f"{prefix}step": 200}]
+    assert run.axes == {
+        f"{prefix}{name}": f"{prefix}step" for name in ("sigma/*", "log10_sigma_product", "penalty")
+    }
+
+
 def test_resumed_run_continues_to_count(weights):
     log, state = Log(), converged(weights)
     watch = sc.Watch(log, every_n_steps=4)
@@ -219,11 +324,19 @@ def test_resumed_run_continues_to_count(weights):
     assert [step for step, _ in log] == [8, 16, 20]
 
 
-def test_wrong_arguments_raise(weights):
+def test_wrong_arguments_raise(weights, tmp_path):
     with pytest.raises(sc.ArgumentError, match="every_n_steps must be an integer ≥ 1, not 0"):
         sc.Watch(print, every_n_steps=0)
-    with pytest.raises(sc.ArgumentError, match=r"log must be a callable log\(values, step\)"):
-        sc.Watch("runs/1")
+    for wrong in (3, None, ["spectral.jsonl"], logging.getLogger(), np):
+        with pytest.raises(sc.ArgumentError, match=r"log must be a callable log\(values, step\)"):
+            sc.Watch(wrong)
+    for path in ("runs/1", "spectral.json", tmp_path):
+        with pytest.raises(sc.ArgumentError, match=r"ends in \.jsonl.*SummaryWriter\(path\)"):
+            sc.Watch(path)
+    unready = Run()
+    unready.run = None
+    with pytest.raises(sc.ArgumentError, match=r"wandb\.init\(\) first"):
+        sc.Watch(unready)
     with pytest.raises(sc.ArgumentError, match=r"must be a SpectralState.*its adapter"):
         sc.Watch(print)({"w": weights["dense"]})
     with pytest.raises(sc.NamesError, match="matches none"):

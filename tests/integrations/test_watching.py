@@ -1,5 +1,6 @@
 """Compare the numbers in TensorBoard's files with singular values by SVD."""
 
+import json
 import math
 
 import numpy as np
@@ -269,6 +270,119 @@ def test_a_lightning_run(torch, tmp_path, how):
     if how == "self.log_dict":
         latest = {step: step // 3 * 3 for step in range(7)}
     assert_logged(found, {step: numbers_of(module.sigma[i]) for step, i in latest.items()})
+
+
+def test_frozen_weights_count_in_nothing(torch):
+    import spectral_torch
+
+    log = []
+    model, optimizer, reg = regularized(torch, spectral_torch, n_iter=N_ITER)
+    reg.factor = {"0.weight": 0.5, "*": FACTOR}
+    watch = spectral_torch.Watch(lambda *args: log.append(args), every_n_steps=1)
+    watch.attach(reg, optimizer)
+    model[0].requires_grad_(False)
+    (sigma,) = train(torch, model, optimizer, 1)
+    model[0].requires_grad_(True)
+    model[1].requires_grad_(False)
+    model[3].requires_grad_(False)
+    (first,) = train(torch, model, optimizer, 1)
+    model[0].requires_grad_(False)
+    optimizer.step()  # no weight takes part: nothing is logged
+    del sigma["0.weight"]
+    assert log[0] == (pytest.approx(numbers_of(sigma)), 0)
+    expected = numbers_of({"0.weight": first["0.weight"]})
+    expected["spectral/penalty"] *= 0.5 / FACTOR
+    assert log[1] == (pytest.approx(expected), 1)
+    assert len(log) == 2
+
+
+# Weights & Biases, MLflow and JSON lines, each by its own package, without a network
+
+
+def watched(torch, log, **options):
+    """Train with a watch, and return the numbers that it had to log, by step."""
+    import spectral_torch
+
+    model, optimizer, reg = regularized(torch, spectral_torch, n_iter=N_ITER)
+    with spectral_torch.Watch(log, every_n_steps=4, **options).attach(reg, optimizer):
+        sigma = train(torch, model, optimizer, 10)
+    return {step: numbers_of(sigma[step]) for step in (0, 4, 8)}
+
+
+def test_a_run_in_json_lines(torch, tmp_path):
+    path = tmp_path / "spectral.jsonl"
+    by_step = watched(torch, path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row.pop("step") for row in rows] == list(by_step)
+    for row, expected in zip(rows, by_step.values(), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("how", ["run", "module"])
+def test_a_run_in_weights_and_biases(torch, tmp_path, monkeypatch, how):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with wandb.init(mode="offline", dir=tmp_path, project="test") as run:
+        run.log({"loss": 1.0}, step=50)  # the newest step: older ones would be dropped
+        by_step = watched(torch, run if how == "run" else wandb)
+    rows = [row for row in history_of(tmp_path) if "spectral/step" in row]
+    assert [row["spectral/step"] for row in rows] == list(by_step)
+    for row, expected in zip(rows, by_step.values(), strict=True):
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def history_of(folder):
+    """The rows in the file of a Weights & Biases run that was offline."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    (path,) = folder.rglob("*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(path))
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.HasField("history"):
+            items = record.history.item
+            yield {x.key or "/".join(x.nested_key): json.loads(x.value_json) for x in items}
+
+
+def test_wandb_without_a_run_is_told(torch):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    with pytest.raises(sc.ArgumentError, match=r"wandb\.init\(\) first"):
+        sc.Watch(wandb)
+
+
+def test_a_run_in_mlflow(torch, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(tmp_path.as_uri())
+    try:
+        with mlflow.start_run() as run:
+            by_step = watched(torch, mlflow)
+        client = mlflow.MlflowClient()
+        found = {
+            name: {x.step: x.value for x in client.get_metric_history(run.info.run_id, name)}
+            for name in client.get_run(run.info.run_id).data.metrics
+        }
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert_logged(found, by_step)
+
+
+def test_names_of_an_equinox_tree_in_mlflow(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(tmp_path.as_uri())
+    try:
+        with mlflow.start_run() as run, sc.Watch(mlflow) as watch:
+            watch(sc.init({"layers[0].weight": np.zeros((2, 2))}), 7)
+        found = mlflow.MlflowClient().get_run(run.info.run_id).data.metrics
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert found["spectral/sigma/layers_0_.weight"] == 0
 
 
 # JAX
