@@ -215,23 +215,23 @@ def lines_of(path):
 
 @pytest.mark.parametrize("kind", [str, lambda path: path])
 def test_path_receives_a_line_a_step(weights, tmp_path, kind):
-    path, log = tmp_path / "runs/new/spectral.jsonl", Log()
+    path, log, state = tmp_path / "runs/new/spectral.jsonl", Log(), converged(weights)
     with sc.Watch(kind(path), factor=FACTOR, every_n_steps=2) as watch:
         assert path.read_text() == ""  # an error about the path would come before the training
         for step in range(5):
-            watch(converged(weights))
+            watch(state)
             assert len(lines_of(path)) == step // 2 + 1  # nothing waits in a buffer
-    sc.Watch(log, factor=FACTOR)(converged(weights), 0)
+    sc.Watch(log, factor=FACTOR)(state, 0)
     assert lines_of(path) == [{"step": step, **log[0][1]} for step in (0, 2, 4)]
 
 
 def test_resumed_run_replaces_what_it_repeats(weights, tmp_path):
-    path = tmp_path / "spectral.ndjson"
+    path, state = tmp_path / "spectral.ndjson", sc.init(weights, layouts=LAYOUTS)
 
     def run(steps):
         watch = sc.Watch(path, every_n_steps=2)
         for step in steps:
-            watch(converged(weights), step)
+            watch(state, step)
 
     run(range(9))
     with path.open("a") as file:
@@ -250,7 +250,7 @@ def test_resumed_run_replaces_what_it_repeats(weights, tmp_path):
 def test_line_is_valid_json_where_a_number_is_not_finite(tmp_path):
     path = tmp_path / "spectral.jsonl"
     zero = {"w": np.zeros((2, 2)), "bad": np.full((2, 2), np.nan)}
-    sc.Watch(path)(sc.init(zero), 3)
+    sc.Watch(path)(sc.init(zero), 300)
     (line,) = path.read_text().splitlines()
 
     def refuse(constant):
@@ -259,7 +259,7 @@ def test_line_is_valid_json_where_a_number_is_not_finite(tmp_path):
     found = json.loads(line, parse_constant=refuse)
     assert found["spectral/sigma/w"] == 0
     assert found["spectral/sigma/bad"] is None
-    assert found["step"] == 3
+    assert found["step"] == 300
 
 
 class Metrics:
