@@ -90,9 +90,16 @@ class SpectralNormCallback(*_callback_classes()):  # type: ignore[misc]
 
     Examples
     --------
-    >>> import lightning.pytorch as pl  # doctest: +SKIP
-    >>> callback = SpectralNormCallback(0.01, exclude=["head"])  # doctest: +SKIP
-    >>> trainer = pl.Trainer(callbacks=[callback])  # doctest: +SKIP
+    >>> import lightning.pytorch as pl
+    >>> from lightning.pytorch.demos.boring_classes import BoringModel
+    >>> from spectral_torch.lightning import SpectralNormCallback
+    >>> callback = SpectralNormCallback(0.01)
+    >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    >>> quiet["enable_model_summary"] = False
+    >>> trainer = pl.Trainer(accelerator="cpu", max_steps=2, callbacks=[callback], **quiet)
+    >>> trainer.fit(BoringModel())
+    >>> list(callback.regularizer.sigmas())
+    ['layer.weight']
     """
 
     def __init__(

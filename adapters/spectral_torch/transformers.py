@@ -84,9 +84,23 @@ class SpectralNormCallback(TrainerCallback, ExportableState):  # type: ignore[mi
 
     Examples
     --------
-    >>> from transformers import Trainer  # doctest: +SKIP
-    >>> callback = SpectralNormCallback(0.01, target_modules=["query", "value"])  # doctest: +SKIP
-    >>> trainer = Trainer(model, arguments, callbacks=[callback])  # doctest: +SKIP
+    >>> import tempfile, torch
+    >>> from transformers import Trainer, TrainingArguments
+    >>> from spectral_torch.transformers import SpectralNormCallback
+    >>> class Model(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.query, self.out = torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)
+    ...     def forward(self, x):
+    ...         return {"loss": self.out(self.query(x)).square().mean()}
+    >>> options = {"max_steps": 2, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    >>> arguments = TrainingArguments(tempfile.mkdtemp(), **options)
+    >>> callback = SpectralNormCallback(0.01, target_modules=["query"])
+    >>> data = [{"x": torch.ones(4)}] * 16
+    >>> _ = Trainer(Model(), arguments, train_dataset=data, callbacks=[callback]).train()
+    {'train_runtime': ...}
+    >>> list(callback.regularizer.sigmas())
+    ['query.weight']
     """
 
     def __init__(

@@ -1,5 +1,6 @@
 """Lightning's loops beside a plain one."""
 
+import doctest
 import math
 import os
 import subprocess
@@ -552,3 +553,8 @@ def test_callback_in_the_yaml_of_a_cli(tmp_path, monkeypatch, factor, expected):
     (ready,) = (x for x in cli.trainer.callbacks if isinstance(x, SpectralNormCallback))
     assert ready.regularizer.sigmas().keys() == {"net.0.weight"}
     assert ready.regularizer.factor == expected
+
+
+def test_the_docstring_runs():
+    module = sys.modules[SpectralNormCallback.__module__]
+    assert doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed == 0

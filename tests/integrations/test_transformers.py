@@ -1,6 +1,8 @@
 """The loop of Hugging Face's Trainer beside a plain one."""
 
+import doctest
 import json
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -419,3 +421,8 @@ def test_deepspeed_is_refused():
         callback().on_train_begin(options, TrainerState(), None, model=net())
     with pytest.raises(sc.ArgumentError, match="after the training had started"):
         callback().on_pre_optimizer_step(None, TrainerState(), None, optimizer=None)
+
+
+def test_the_docstring_runs():
+    module = sys.modules[SpectralNormCallback.__module__]
+    assert doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed == 0
