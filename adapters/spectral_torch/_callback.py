@@ -35,5 +35,18 @@ def load(
 
 
 def set_numbers(reg: SpectralNormRegularizer, factor: Any, target: Any, step: int) -> None:
-    """Set λ and the target to those of a step."""
-    reg.factor, reg.target = at_step(factor, step), at_step(target, step)
+    """Set λ and the target to those of a step.
+
+    What has not changed is not set again: that would undo what the regularizer remembers of it.
+    """
+    factor, target = _at_step(factor, step), _at_step(target, step)
+    if factor is not reg.factor:
+        reg.factor = factor
+    if target is not reg.target:
+        reg.target = target
+
+
+def _at_step(given: Any, step: int) -> Any:
+    if isinstance(given, Mapping) and not any(map(callable, given.values())):
+        return given
+    return at_step(given, step)
