@@ -178,10 +178,17 @@ class SpectralNormCallback(*_callback_classes()):  # type: ignore[misc]
             self._watch = Watch(partial(_log, trainer), every_n_steps=every, prefix=self.prefix)
         self._steps_seen = trainer.global_step
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Take in the weights that another callback has unfrozen since."""
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int
+    ) -> None:
+        """Take in the weights that the hooks of other callbacks have unfrozen for this epoch."""
         before = self.regularizer
-        if before is None or self._module is None or self._trainable == trainable(pl_module):
+        if (
+            batch_idx
+            or before is None
+            or self._module is None
+            or self._trainable == trainable(pl_module)
+        ):
             return
         before.detach()
         optimizers = _chosen(trainer.optimizers, self.optimizers)

@@ -144,6 +144,7 @@ class SpectralNormCallback(TrainerCallback, ExportableState):  # type: ignore[mi
         self._waiting: dict[str, Tensor] = {}  # the state of weights that are frozen now
         self._trainable: set[str] = set()
         self._is_first = False
+        self._is_new_epoch = False
 
     def add_to(self, trainer: Any) -> SpectralNormCallback:
         """Add the callback to a Trainer, in front of its reporters: they see the numbers then.
@@ -191,12 +192,17 @@ class SpectralNormCallback(TrainerCallback, ExportableState):  # type: ignore[mi
         if state.global_step and saved and saved[-1]:
             self._waiting = load(self.regularizer, _decode(saved[-1]), model)
 
-    def on_epoch_begin(
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remember to look for weights that other callbacks unfreeze for this epoch."""
+        self._is_new_epoch = True
+
+    def on_step_begin(
         self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Take in the weights that were unfrozen since."""
+        """Take in the weights that were unfrozen for this epoch."""
+        is_new_epoch, self._is_new_epoch = self._is_new_epoch, False
         before = self.regularizer
-        if before is None or self._trainable == trainable(model):
+        if not is_new_epoch or before is None or self._trainable == trainable(model):
             return
         reg = self.regularizer = self._regularizer_of(model, state)
         known = {**reg.state_dict(), **self._waiting, **before.state_dict()}
