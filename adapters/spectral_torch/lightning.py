@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 import spectral_core as sc
 from spectral_core.errors import check_int
 
-from ._callback import load, set_numbers, trainable
+from ._callback import set_numbers
 from ._regularizer import SpectralNormRegularizer
 from ._watch import Watch
 
@@ -85,8 +85,7 @@ class SpectralNormCallback(*_callback_classes()):  # type: ignore[misc]
               init_args: {factor: 0.01, exclude: [head]}
 
     Lightning clips gradients before the optimizer steps, and so before the term is added. A weight
-    that is unfrozen during training, as `BaseFinetuning` does, is regularized from the next epoch
-    on.
+    that is frozen at first, as by `BaseFinetuning`, is regularized from when it is unfrozen.
 
     Examples
     --------
@@ -142,9 +141,8 @@ class SpectralNormCallback(*_callback_classes()):  # type: ignore[misc]
         }
         if log_every_n_steps is not None:
             check_int(log_every_n_steps, "log_every_n_steps", 0)
-        self._loaded: dict[str, Any] = {}  # a state that waits for its weights
-        self._module: nn.Module | None = None  # the one that is being trained
-        self._trainable: set[str] = set()
+        self._loaded: dict[str, Any] = {}  # a state that waits for its regularizer
+        self._is_training = False
         self._watch: Watch | None = None
         self._steps_seen = 0
 
@@ -156,49 +154,35 @@ class SpectralNormCallback(*_callback_classes()):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """Return v and σ for a checkpoint, as copies: a checkpoint may be written later."""
-        state = {} if self.regularizer is None else self.regularizer.state_dict()
-        return {**self._loaded, **{name: x.detach().clone() for name, x in state.items()}}
+        if self.regularizer is None:
+            return dict(self._loaded)
+        state = self.regularizer.state_dict()
+        return {name: value.detach().clone() for name, value in state.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned: when the training starts, or now if it did."""
         self._loaded = dict(state_dict)
-        if self._module is not None and self.regularizer is not None:  # some strategies load late
-            self._loaded = load(self.regularizer, self._loaded, self._module)
+        if self._is_training:  # some strategies load late
+            self._load()
 
     def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Make the regularizer, and attach it."""
         optimizers = _chosen(trainer.optimizers, self.optimizers)
-        before, reg = self.regularizer, self._regularizer_of(pl_module, optimizers, trainer)
+        before, reg = self.regularizer, self._regularizer_of(pl_module, trainer, optimizers)
         if before is not None and not self._loaded and _share_weights(before, reg):
             self._loaded = before.state_dict()  # a second `fit` goes on
-        self._start(reg, pl_module, optimizers)
+        self.regularizer, self._is_training = reg, True
+        self._load()
+        reg.attach(*([one for one in optimizers if reg._held_by(one)] or optimizers))
         every = self.log_every_n_steps
         every = trainer.log_every_n_steps if every is None else every
         if every:
             self._watch = Watch(partial(_log, trainer), every_n_steps=every, prefix=self.prefix)
         self._steps_seen = trainer.global_step
 
-    def on_train_batch_start(
-        self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int
-    ) -> None:
-        """Take in the weights that the hooks of other callbacks have unfrozen for this epoch."""
-        before = self.regularizer
-        if (
-            batch_idx
-            or before is None
-            or self._module is None
-            or self._trainable == trainable(pl_module)
-        ):
-            return
-        before.detach()
-        optimizers = _chosen(trainer.optimizers, self.optimizers)
-        reg = self._regularizer_of(pl_module, optimizers, trainer)
-        self._loaded = {**reg.state_dict(), **self._loaded, **before.state_dict()}
-        self._start(reg, pl_module, optimizers)
-
     def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
         """Set λ and the target of this step."""
-        if self._module is not None and self.regularizer is not None:
+        if self._is_training and self.regularizer is not None:
             set_numbers(self.regularizer, self.factor, self.target, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -227,33 +211,32 @@ class SpectralNormCallback(*_callback_classes()):  # type: ignore[misc]
             self._stop()
 
     def _regularizer_of(
-        self, pl_module: nn.Module, optimizers: Sequence[Optimizer], trainer: Any
+        self, pl_module: nn.Module, trainer: Any, optimizers: Sequence[Optimizer]
     ) -> SpectralNormRegularizer:
-        exclude = self.exclude
-        if self.optimizers is not None:
-            held = {
-                id(p) for one in optimizers for group in one.param_groups for p in group["params"]
-            }
-            others = [] if exclude is None else [exclude]
-            exclude = [*others, lambda _, parameter: id(parameter) not in held]
+        # A weight that no optimizer holds is kept: it may be frozen now, and get one later.
+        own, every = (_ids_in(those) for those in (optimizers, trainer.optimizers))
+        others: Any = [] if self.exclude is None else [self.exclude]
+        others.append(lambda _, parameter: id(parameter) in every - own)
+        exclude = self.exclude if self.optimizers is None else others
         reg = SpectralNormRegularizer(
             pl_module, include=self.include, exclude=exclude, **self._options
         )
         set_numbers(reg, self.factor, self.target, trainer.global_step)
-        self._trainable = trainable(pl_module)
         return reg
 
-    def _start(
-        self, reg: SpectralNormRegularizer, pl_module: nn.Module, optimizers: list[Optimizer]
-    ) -> None:
-        self.regularizer, self._module = reg, pl_module
-        self._loaded = load(reg, self._loaded, pl_module)
-        reg.attach(*([one for one in optimizers if reg._held_by(one)] or optimizers))
+    def _load(self) -> None:
+        state, self._loaded = self._loaded, {}
+        if state and self.regularizer is not None:
+            self.regularizer.load_state_dict(state)
 
     def _stop(self) -> None:
-        self._module = self._watch = None
+        self._is_training, self._watch = False, None
         if self.regularizer is not None:
             self.regularizer.detach()
+
+
+def _ids_in(optimizers: Sequence[Any]) -> set[int]:
+    return {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
 
 
 def _chosen(optimizers: Sequence[Any], wanted: Any) -> list[Optimizer]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import spectral_core as sc
 from spectral_core.engine import Choice, Schedule
 
-from ._callback import load, set_numbers, trainable
+from ._callback import set_numbers
 from ._regularizer import SpectralNormRegularizer
 from ._watch import Watch
 
@@ -141,10 +141,7 @@ class SpectralNormCallback(TrainerCallback, ExportableState):  # type: ignore[mi
             "kernels": kernels,
         }
         _refuse_unsaved(self._arguments())
-        self._waiting: dict[str, Tensor] = {}  # the state of weights that are frozen now
-        self._trainable: set[str] = set()
         self._is_first = False
-        self._is_new_epoch = False
 
     def add_to(self, trainer: Any) -> SpectralNormCallback:
         """Add the callback to a Trainer, in front of its reporters: they see the numbers then.
@@ -172,7 +169,7 @@ class SpectralNormCallback(TrainerCallback, ExportableState):  # type: ignore[mi
         options = {name: _plain(value) for name, value in self._arguments().items()}
         if self.regularizer is None:
             return {"args": options, "attributes": {}}
-        saved = _encode({**self._waiting, **self.regularizer.state_dict()})
+        saved = _encode(self.regularizer.state_dict())
         return {"args": options, "attributes": {"saved": saved}}
 
     def on_train_begin(
@@ -190,23 +187,7 @@ class SpectralNormCallback(TrainerCallback, ExportableState):  # type: ignore[mi
         entries = state.stateful_callbacks.setdefault(type(self).__name__, {})
         saved = [entry["attributes"].get("saved") for entry in self._own(entries)]
         if state.global_step and saved and saved[-1]:
-            self._waiting = load(self.regularizer, _decode(saved[-1]), model)
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remember to look for weights that other callbacks unfreeze for this epoch."""
-        self._is_new_epoch = True
-
-    def on_step_begin(
-        self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any
-    ) -> None:
-        """Take in the weights that were unfrozen for this epoch."""
-        is_new_epoch, self._is_new_epoch = self._is_new_epoch, False
-        before = self.regularizer
-        if not is_new_epoch or before is None or self._trainable == trainable(model):
-            return
-        reg = self.regularizer = self._regularizer_of(model, state)
-        known = {**reg.state_dict(), **self._waiting, **before.state_dict()}
-        self._waiting = load(reg, known, model)
+            self.regularizer.load_state_dict(_decode(saved[-1]))
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **kwargs: Any
@@ -244,7 +225,6 @@ class SpectralNormCallback(TrainerCallback, ExportableState):  # type: ignore[mi
             include += _targets(model, self.target_modules)
         reg = SpectralNormRegularizer(model, include=include, exclude=self.exclude, **self._options)
         set_numbers(reg, self.factor, self.target, state.global_step)
-        self._trainable = trainable(model)
         return reg
 
     def _arguments(self) -> dict[str, Any]:
