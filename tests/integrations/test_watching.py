@@ -219,7 +219,7 @@ def test_a_watch_counts_the_steps_of_one_optimizer(torch):
             return super().step(closure)
 
     twice = Twice(model.parameters())
-    for other, match in ((object(), r"runs no hooks.*watch\(reg\)"), (twice, "hooks in both")):
+    for other, match in ((object(), "give it the optimizer"), (twice, "hooks in both")):
         with pytest.raises(sc.ArgumentError, match=match):
             spectral_torch.Watch(print).attach(reg, other)
 
