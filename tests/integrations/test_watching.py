@@ -325,6 +325,7 @@ def test_a_run_in_weights_and_biases(torch, tmp_path, monkeypatch, how):
     with wandb.init(mode="offline", dir=tmp_path, project="test") as run:
         run.log({"loss": 1.0}, step=50)  # the newest step: older ones would be dropped
         by_step = watched(torch, run if how == "run" else wandb)
+    wandb.teardown()  # its own process writes the file: wait for it
     rows = [row for row in history_of(tmp_path) if "spectral/step" in row]
     assert [row["spectral/step"] for row in rows] == list(by_step)
     for row, expected in zip(rows, by_step.values(), strict=True):
