@@ -225,13 +225,6 @@ def loaded_arrays(
     return copies
 
 
-def check_fits(
-    own: Mapping[str, Array], arrays: Mapping[str, Array], optional: Collection[str] = ()
-) -> None:
-    """Raise the errors of `loaded_arrays`, and load nothing."""
-    loaded_arrays(own, arrays, optional)
-
-
 def check_mapping(arrays: Mapping[str, Array]) -> None:
     """Raise `NamesError` unless the saved arrays are a mapping."""
     if not isinstance(arrays, Mapping):

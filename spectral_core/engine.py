@@ -51,7 +51,7 @@ from ._power import (
 )
 from ._select import Choice, Selection, by_name, choose, first_matches, matching
 from ._shard import Shard, clipped, ordered, shards_of
-from ._state_dict import SpectralState, check_fits, merge, select
+from ._state_dict import SpectralState, loaded_arrays, merge, select
 from ._summary import Row, Summary
 from ._validate import (
     Checks,
@@ -108,7 +108,6 @@ __all__ = [
     "cast",
     "check_factor",
     "check_factors",
-    "check_fits",
     "check_power",
     "check_weights",
     "choose",
@@ -123,6 +122,7 @@ __all__ = [
     "iteration_arrays",
     "last_of",
     "left_rows",
+    "loaded_arrays",
     "make_jobs",
     "matching",
     "matrix_in_memory_order",

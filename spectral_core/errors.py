@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from operator import index
 
 _LISTED = 10  # names in a message
+_SHOWN = 60  # characters of a value
 
 
 class SpectralError(Exception):
@@ -55,5 +56,14 @@ def check_int(value: object, name: str, least: int = 1) -> int:
     except TypeError:
         number = least - 1
     if number < least:
-        raise ArgumentError(f"{name} must be an integer ≥ {least}, not {value!r}")
+        raise ArgumentError(f"{name} must be an integer ≥ {least}, not {_shown(value)}")
     return number
+
+
+def _shown(value: object) -> str:
+    """Return a value for a message; Python refuses to print an integer of 4,300 digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"a {type(value).__name__} too long to print"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -28,7 +28,7 @@ from spectral_core.engine import (
     array_namespace,
     at_step,
     check_factors,
-    check_fits,
+    loaded_arrays,
     plan_of,
     traits_of,
 )
@@ -101,6 +101,15 @@ class OptimizerHook:
             self._warn(kind, remark)
         if warmup_iters != 0:
             self.iterate_(check_int(warmup_iters, "warmup_iters"))
+
+    def __getattr__(self, name: str) -> Any:
+        kind = type(self).__name__
+        if name == "state_key" or name.startswith("on_"):  # a trainer that takes it for a callback
+            raise AttributeError(
+                f"{kind} is no callback: pass spectral_torch.lightning.SpectralNormCallback or "
+                "spectral_torch.transformers.SpectralNormCallback to the trainer"
+            )
+        raise AttributeError(f"{kind!r} object has no attribute {name!r}")
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of an optimizer lose its hooks, so a copy of this is attached to none. Compiled
@@ -257,6 +266,8 @@ class OptimizerHook:
         spectral_core.NamesError
             If the state belongs to another model. The message lists what is missing, unexpected and
             of another shape.
+        spectral_core.DTypeError, spectral_core.ArgumentError
+            If an entry is no array of numbers, or a v is no unit vector.
         """
         own = self._required()
         optional = {f"{name}.{field}" for name in self._parameters for field in ("u", "steps")}
@@ -264,10 +275,10 @@ class OptimizerHook:
         between = self._between_iterations()
         whole = all(key in state_dict for key in between)
         own |= between if whole else {}
-        check_fits(own, state_dict, optional)
+        loaded = loaded_arrays(own, state_dict, optional)
         with torch.no_grad():
             for key, value in own.items():
-                value.copy_(state_dict[key].reshape(value.shape))
+                value.copy_(loaded[key])
         self._load_between(between if whole else {})
         if "steps" in state_dict:
             self._resume(state_dict["steps"].tolist())

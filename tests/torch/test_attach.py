@@ -358,3 +358,12 @@ def test_a_normalized_layer_is_named_once(name, kind):
     with warnings.catch_warnings():
         warnings.simplefilter("error", sc.SpectralWarning)
         kind(model, include="1.weight")
+
+
+@pytest.mark.parametrize("name", ["on_step_begin", "on_train_start", "state_key"])
+def test_a_trainer_that_takes_it_for_a_callback_is_told_which_one_is(name):
+    reg = SpectralNormRegularizer(net())
+    with pytest.raises(AttributeError, match=r"pass spectral_torch\.lightning"):
+        getattr(reg, name)
+    with pytest.raises(AttributeError, match="no attribute 'lambda_'"):
+        _ = reg.lambda_

@@ -6,6 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
+import spectral_core as sc  # noqa: E402
 from spectral_torch import SpectralNormRegularizer  # noqa: E402
 
 SAVED = Path(__file__).parents[1] / "data" / "state-0.1.0-torch.pt"
@@ -45,3 +46,31 @@ def test_a_state_of_version_0_1_0_loads_and_continues(steps):
     assert grad.any()
     if steps == 1:  # three steps were made before: this one repeats the last term
         assert torch.equal(found["0.weight.v"].flatten(), saved["0.weight.v"])
+
+
+@pytest.mark.parametrize("spoil", ["zeros", "nan", "numpy", "list", "sparse", "complex", "int"])
+def test_a_bad_entry_in_the_middle_of_a_state_loads_nothing(spoil):
+    model = net()
+    reg = SpectralNormRegularizer(model, seed=1)
+    state = {
+        key: value.clone() for key, value in SpectralNormRegularizer(net()).state_dict().items()
+    }
+    before = {key: value.clone() for key, value in reg.state_dict().items()}
+    v = state["2.weight.v"]
+    state["2.weight.v"] = {
+        "zeros": torch.zeros_like(v),
+        "nan": v * float("nan"),
+        "numpy": v.numpy(),
+        "list": v.tolist(),
+        "sparse": v.to_sparse(),
+        "complex": v.to(torch.complex64),
+        "int": v.to(torch.int64),
+    }[spoil]
+    if spoil == "numpy":
+        reg.load_state_dict(state)
+        assert torch.equal(reg.state_dict()["2.weight.v"], v)
+        return
+    with pytest.raises(sc.SpectralError, match=r"2\.weight\.v"):
+        reg.load_state_dict(state)
+    for key, value in reg.state_dict().items():
+        assert torch.equal(value, before[key])
