@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import translate
 from functools import lru_cache
@@ -131,6 +131,7 @@ def choose(
     default: Callable[[Array], Layout],
     owners: Mapping[str, object] = _NONE,
     aliases: Mapping[str, Sequence[str]] = _NONE,
+    reasons: Mapping[str, str] = _NONE,
 ) -> Selection:
     """Return the chosen weights with their layouts, and why the others are left out.
 
@@ -143,24 +144,28 @@ def choose(
         is not here belongs to an unknown layer.
     include : choice, optional
         Candidates to choose instead of the default: names, patterns (see `matching`), classes of
-        layers, predicates ``include(name, weight)``, or an iterable of these.
+        layers, predicates ``include(name, weight)``, or an iterable of these. A module's name or
+        class means its weights, or all that it holds if none is a weight by default.
     exclude : choice, optional
         Candidates to skip, in the same forms.
     layouts : mapping of name, pattern or class to Layout or str, optional
         Layouts that replace the known ones. A name given here is chosen by default.
     default : callable
         The layout of a matrix that is neither known nor given one.
-    owners : mapping of name to object
-        The layer that holds a candidate, for choices by class.
+    owners : mapping of name to object, or tuple of objects
+        The layer that holds a candidate, and then those around it, for choices by class.
     aliases : mapping of name to names
         Other names of a candidate. Each of them means the candidate.
+    reasons : mapping of name to str
+        Why a candidate is left out by default although its layout is known.
 
     Raises
     ------
     NamesError
         If a pattern matches no candidate, or a chosen array with three axes or more has no layout.
     """
-    names = _Names(candidates, owners, aliases)
+    no_weights = {name for name, layout in known.items() if isinstance(layout, str)} | set(reasons)
+    names = _Names(candidates, owners, aliases, no_weights)
     own = _own_layouts(names, layouts)
     wanted = None if include is None else names.chosen(include, candidates, "include")
     unwanted = set() if exclude is None else names.chosen(exclude, candidates, "exclude")
@@ -172,6 +177,8 @@ def choose(
             selection.left_out[name] = "excluded"
         elif wanted is not None and name not in wanted:
             selection.left_out[name] = "not included"
+        elif wanted is None and name in reasons and name not in own:
+            selection.left_out[name] = reasons[name]
         elif isinstance(layout, Layout):
             selection.layouts[name] = layout
         elif wanted is None and layout is not None:
@@ -211,8 +218,10 @@ class _Names:
         names: Iterable[str],
         owners: Mapping[str, object] = _NONE,
         aliases: Mapping[str, Sequence[str]] = _NONE,
+        no_weights: Container[str] = (),
     ) -> None:
         self._owners = owners
+        self._no_weights = no_weights
         self._meant = {name: name for name in names}
         for name in list(self._meant):
             for alias in aliases.get(name, ()):
@@ -242,20 +251,32 @@ class _Names:
 
     def _found(self, pattern: Any, what: str) -> Iterable[str]:
         if isinstance(pattern, type):
-            return self._held_by(pattern, what)
-        if not isinstance(pattern, (str, re.Pattern)):
+            found = self._held_by(pattern, what)
+        elif not isinstance(pattern, (str, re.Pattern)):
             raise NamesError(_no_choice(pattern, what))
-        found = [self._meant[name] for name in matching(pattern, self._meant)]
-        if not found:
-            raise NamesError(self._no_match(pattern, what))
-        return found
+        else:
+            found = [self._meant[name] for name in matching(pattern, self._meant)]
+            if not found:
+                raise NamesError(self._no_match(pattern, what))
+            if isinstance(pattern, re.Pattern) or pattern in self._meant:
+                return found
+            if _WILDCARD.search(pattern):
+                return found
+        # A module is chosen for its weights, not for its biases, but an embedding for its table.
+        weights = [name for name in found if name not in self._no_weights]
+        return found if what == "exclude" else weights or found
 
     def _held_by(self, kind: type, what: str) -> list[str]:
-        found = [name for name, owner in self._owners.items() if isinstance(owner, kind)]
-        found = [self._meant[name] for name in found if name in self._meant]
+        found = [
+            self._meant[name]
+            for name, owner in self._owners.items()
+            if name in self._meant and any(isinstance(one, kind) for one in _as_tuple(owner))
+        ]
         if found or (self._owners and what == "exclude"):  # nothing of this class is there
             return found
-        kinds = dict.fromkeys(type(owner).__name__ for owner in self._owners.values())
+        kinds = dict.fromkeys(
+            type(one).__name__ for owner in self._owners.values() for one in _as_tuple(owner)[:1]
+        )
         raise NamesError(f"{what}: no weight is held by a {kind.__name__}, but by {listed(kinds)}")
 
     def _no_match(self, pattern: Pattern, what: str) -> str:
@@ -265,6 +286,10 @@ class _Names:
         near = get_close_matches(pattern, [*self._meant, *sorted(modules)], n=1)
         hint = f": did you mean {near[0]!r}?" if near else ""
         return f"{what}: {pattern!r} matches none of the names {listed(self._meant)}{hint}"
+
+
+def _as_tuple(owner: object) -> tuple[object, ...]:
+    return owner if isinstance(owner, tuple) else (owner,)
 
 
 def _modules_of(name: str) -> Iterable[str]:

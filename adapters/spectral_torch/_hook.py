@@ -75,8 +75,9 @@ class OptimizerHook:
         seed: int,
         kernels: bool,
     ) -> None:
-        self._parameters, chosen = choose_parameters(model, include, exclude, layouts)
-        self._left_out: dict[str, str] = {}
+        self._parameters, chosen, self._left_out = choose_parameters(
+            model, include, exclude, layouts
+        )
         self._handles: WeakKeyDictionary[Optimizer, list[RemovableHandle]] = WeakKeyDictionary()
         self._steps: WeakKeyDictionary[object, int] = WeakKeyDictionary()
         self._schedules: dict[str, Schedule] = {}

@@ -215,6 +215,46 @@ def test_classes_choose_what_their_objects_hold(options, expected):
     assert list(select(UNKNOWN, {}, owners=OWNERS, **options).layouts) == expected
 
 
+@pytest.mark.parametrize(
+    ("include", "expected"),
+    [
+        ("a", ["a.w"]),
+        (Layer, ["a.w"]),
+        ("a.*", ["a.w", "a.bias"]),
+        (re.compile("^a"), ["a.w", "a.bias"]),
+        ("a.bias", ["a.bias"]),
+        ("bias", ["a.bias"]),
+        ("table", ["table"]),
+        (Narrow, ["table"]),
+        ("w", ["a.w"]),
+        ("late", ["late.w"]),
+    ],
+    ids=str,
+)
+def test_module_means_its_weights_or_else_all_that_it_holds(include, expected):
+    candidates = dict.fromkeys(["a.w", "a.bias", "table", "late.w"], np.ones((2, 3)))
+    known = {"a.w": Layout("oi"), "a.bias": "a bias", "table": "an embedding"}
+    known["late.w"] = Layout("oi")
+    layer = Layer()
+    found = select(
+        candidates,
+        known,
+        include=include,
+        owners={"a.w": layer, "a.bias": layer, "table": Narrow()},
+        reasons={"late.w": "frozen"},
+    )
+    assert list(found.layouts) == expected
+
+
+def test_reason_leaves_a_known_weight_out_unless_it_is_named():
+    candidates = {"w": np.ones((2, 3, 4)), "v": np.ones((2, 3))}
+    known, reasons = {"w": Layout("ioo"), "v": Layout("oi")}, {"w": "frozen"}
+    assert select(candidates, known, reasons=reasons).left_out == {"w": "frozen"}
+    for options in ({"include": "w"}, {"layouts": {"w": "ioo"}, "exclude": "v"}):
+        found = select(candidates, known, reasons=reasons, **options)
+        assert found.layouts == {"w": Layout("ioo")}
+
+
 @pytest.mark.parametrize("owners", [OWNERS, {}])
 def test_class_that_holds_no_weight_raises(owners):
     with pytest.raises(sc.NamesError, match="include: no weight is held by a Absent"):
