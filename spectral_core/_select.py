@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import translate
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from ._arrays import Array
@@ -164,7 +164,9 @@ def choose(
     NamesError
         If a pattern matches no candidate, or a chosen array with three axes or more has no layout.
     """
-    no_weights = {name for name, layout in known.items() if isinstance(layout, str)} | set(reasons)
+    no_weights = frozenset(reasons).union(
+        name for name, layout in known.items() if isinstance(layout, str)
+    )
     names = _Names(candidates, owners, aliases, no_weights)
     own = _own_layouts(names, layouts)
     wanted = None if include is None else names.chosen(include, candidates, "include")
@@ -218,14 +220,26 @@ class _Names:
         names: Iterable[str],
         owners: Mapping[str, object] = _NONE,
         aliases: Mapping[str, Sequence[str]] = _NONE,
-        no_weights: Container[str] = (),
+        no_weights: frozenset[str] = frozenset(),
     ) -> None:
         self._owners = owners
         self._no_weights = no_weights
+        self._arrays = names if isinstance(names, Mapping) else {}
         self._meant = {name: name for name in names}
         for name in list(self._meant):
             for alias in aliases.get(name, ()):
                 self._meant.setdefault(alias, name)
+
+    @cached_property
+    def _held(self) -> dict[int, list[str]]:
+        """The names of what each object of the model is or holds, by the object's id."""
+        held: dict[int, list[str]] = {}
+        for name, owner in self._owners.items():
+            for one in _as_tuple(owner):
+                held.setdefault(id(one), []).append(name)
+        for name, array in self._arrays.items():
+            held[id(array)] = [name]
+        return held
 
     def first(self, patterns: Iterable[Any], what: str) -> dict[str, int]:
         """Return the place of the first pattern that means a name; exact names come first."""
@@ -243,6 +257,14 @@ class _Names:
         """Return the names of the candidates that a choice means."""
         if isinstance(choice, (str, re.Pattern, type)):
             return set(self._found(choice, what))
+        held = self._held.get(id(choice), [])  # a layer or an array of the model itself
+        if held:
+            return set(self._weights_of(held, what))
+        if _is_array(choice):
+            shape = tuple(choice.shape)
+            if len(shape) < 2:  # a module's biases, among its parameters
+                return set()
+            raise NamesError(f"{what}: an array of shape {shape} is none of the weights")
         if callable(choice):
             return {name for name, weight in candidates.items() if choice(name, weight)}
         if isinstance(choice, Iterable) and not isinstance(choice, bytes):
@@ -262,9 +284,13 @@ class _Names:
                 return found
             if _WILDCARD.search(pattern):
                 return found
+        return self._weights_of(found, what)
+
+    def _weights_of(self, found: list[str], what: str) -> list[str]:
         # A module is chosen for its weights, not for its biases, but an embedding for its table.
-        weights = [name for name in found if name not in self._no_weights]
-        return found if what == "exclude" else weights or found
+        if what == "exclude":
+            return found
+        return [name for name in found if name not in self._no_weights] or found
 
     def _held_by(self, kind: type, what: str) -> list[str]:
         found = [
@@ -286,6 +312,10 @@ class _Names:
         near = get_close_matches(pattern, [*self._meant, *sorted(modules)], n=1)
         hint = f": did you mean {near[0]!r}?" if near else ""
         return f"{what}: {pattern!r} matches none of the names {listed(self._meant)}{hint}"
+
+
+def _is_array(x: object) -> bool:
+    return hasattr(x, "shape")
 
 
 def _as_tuple(owner: object) -> tuple[object, ...]:

@@ -126,7 +126,7 @@ def _named(model: Any) -> _Candidates:
         raise ArgumentError(_no_model(model, model))
     found = _Candidates({}, {}, {}, {})
     for pair in pairs:
-        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], Tensor)):
+        if not _is_pair(pair):
             raise ArgumentError(_no_model(model, pair))
         name, parameter = pair
         if _may_be_weight(parameter):
@@ -134,6 +134,12 @@ def _named(model: Any) -> _Candidates:
             lazy = isinstance(parameter, UninitializedParameter)
             found.readings[name] = Reading(Layout("oi") if lazy or parameter.ndim == 2 else None)
     return _merged(found)
+
+
+def _is_pair(pair: object) -> bool:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        return False
+    return isinstance(pair[0], str) and isinstance(pair[1], Tensor)
 
 
 def _no_model(model: object, item: object) -> str:
@@ -235,6 +241,9 @@ def _read(modules: Mapping[str, nn.Module], path: str, attribute: str, x: Tensor
     if parametrized and original:
         if original[1] == "0" and type(next(module.children())).__name__ == "_WeightNorm":
             return Reading(_LENGTHS)
+        largest = max(reversed(list(module.parameters(recurse=False))), key=Tensor.numel)
+        if x is not largest:  # one factor of several, or the lengths of an own normalization
+            return read_layer(module, attribute, x)
         module, attribute = modules[parametrized[1] or ""], parametrized[2]
     elif attribute.endswith("_g") and f"{attribute[:-2]}_v" in module._parameters:
         return Reading(_LENGTHS)

@@ -246,6 +246,17 @@ def test_module_means_its_weights_or_else_all_that_it_holds(include, expected):
     assert list(found.layouts) == expected
 
 
+def test_layers_and_arrays_of_the_model_choose_themselves():
+    layer = OWNERS["matrix"]
+    options = {"known": {}, "owners": OWNERS, "layouts": {"experts": "soi"}}
+    assert list(select(UNKNOWN, include=layer, **options).layouts) == ["matrix"]
+    assert list(select(UNKNOWN, exclude=[layer], **options).layouts) == ["known", "experts"]
+    arrays = [UNKNOWN["known"], UNKNOWN["experts"]]
+    assert list(select(UNKNOWN, include=arrays, **options).layouts) == ["known", "experts"]
+    with pytest.raises(sc.NamesError, match=r"an array of shape \(2, 3\) is none of the weights"):
+        select(UNKNOWN, include=np.ones((2, 3)), **options)
+
+
 def test_reason_leaves_a_known_weight_out_unless_it_is_named():
     candidates = {"w": np.ones((2, 3, 4)), "v": np.ones((2, 3))}
     known, reasons = {"w": Layout("ioo"), "v": Layout("oi")}, {"w": "frozen"}

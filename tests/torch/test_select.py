@@ -316,6 +316,46 @@ def test_the_plain_name_means_a_reparametrized_weight(reparametrize):
     assert list(choose(model, exclude="1").parameters) == ["0.weight"]
 
 
+class Product(nn.Module):
+    """Hold a weight as a product of two matrices, or as a direction and lengths."""
+
+    def forward(self, left, right):
+        return left @ right if right.shape[-1] == 6 else left * right
+
+
+class Rank(Product):
+    def right_inverse(self, weight):
+        return weight[:, :2], weight[:2]
+
+
+class Lengths(Product):
+    def right_inverse(self, weight):
+        lengths = weight.norm(dim=1, keepdim=True)
+        return weight / lengths, lengths
+
+
+def test_the_lengths_of_an_own_normalization_are_no_weight():
+    layer = nn.Linear(5, 8)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Lengths())
+    original = "parametrizations.weight.original"
+    assert axes(layer) == {f"{original}0": "oi", f"{original}1": "a vector"}
+
+
+def test_the_factors_of_an_own_parametrization_are_told():
+    layer = nn.Linear(6, 8)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Rank())
+    with pytest.warns(sc.SpectralWarning, match=r"original1: \(2, 6\)"):
+        assert list(axes(layer).values()) == ["oi", "oi"]
+
+
+def test_layers_and_parameters_of_the_model_choose_themselves():
+    model = Net()
+    assert list(choose(model, include=model.blocks[0]).parameters) == NAMES[:4]
+    assert list(choose(model, exclude=[model.blocks, model.blocks[0]]).parameters) == NAMES[-1:]
+    assert list(choose(model, include=[model.head.weight]).parameters) == NAMES[-1:]
+    assert list(choose(model, include=model.head.parameters()).parameters) == NAMES[-1:]
+
+
 class Module(nn.Module):
     """A model with a child of this name is no wrapper."""
 
@@ -388,6 +428,7 @@ LINEAR = nn.Linear(3, 2)
         (nn.Linear, "not type"),
         ([LINEAR], "not list"),
         ([("w", 3)], "not list"),
+        ([(0, LINEAR.weight)], "not list"),
         ({"w": [[1.0]]}, "not dict"),
     ],
 )
