@@ -76,10 +76,11 @@ class SpectralNormRegularizer(OptimizerHook):
     warmup_iters : int
         Power iterations at construction, so that the first steps have good vectors. The paper has
         none: 0.
-    include : str, iterable of str, or callable, optional
-        Names or shell patterns (``"encoder.*"``) of the parameters to regularize instead of the
-        default ones, or ``include(name, parameter) -> bool``.
-    exclude : str, iterable of str, or callable, optional
+    include : str, compiled pattern, class, callable, or iterable of them, optional
+        The parameters to regularize instead of the default ones: names, shell patterns
+        (``"encoder.*"``), names of modules or their ends (``"query"``), compiled patterns, classes
+        of layers (``nn.Conv2d``), or ``include(name, parameter) -> bool``.
+    exclude : str, compiled pattern, class, callable, or iterable of them, optional
         Parameters to skip, in the same forms as ``include``.
     layouts : mapping of name or pattern to `spectral_core.Layout` or str, optional
         The meaning of a parameter's axes, where its module does not define it or defines it
