@@ -9,7 +9,7 @@ import pytest
 
 import spectral_core as sc
 from backends import get, on, slow
-from spectral_core._state_dict import check_fits, like_own, merge, select
+from spectral_core._state_dict import like_own, loaded_arrays, merge, select
 
 SHAPES = {"dense": (6, 5), "grouped": (4, 3, 2, 2)}
 LAYOUTS = {"grouped": sc.Layout("(go)ihw", groups=2)}
@@ -160,8 +160,8 @@ def test_sigma_of_version_0_1_0_is_that_of_its_vectors():
 def test_v_of_another_rank_raises():
     own = {"w.v": np.ones((2, 4)) / 2, "x.v": np.ones((1, 4)) / 2}
     with pytest.raises(sc.NamesError, match=re.escape("w.v ((4,), not (2, 4))")):
-        check_fits(own, {"w.v": np.ones(4), "x.v": np.ones(4)})
-    check_fits({"x.v": own["x.v"]}, {"x.v": np.ones(4) / 2})
+        loaded_arrays(own, {"w.v": np.ones(4), "x.v": np.ones(4)})
+    loaded_arrays({"x.v": own["x.v"]}, {"x.v": np.ones(4) / 2})
     assert like_own(np.arange(4), own["x.v"]).tolist() == [[0.0, 1.0, 2.0, 3.0]]
 
 
@@ -266,7 +266,7 @@ def test_tensors_of_pytorch_are_checked_first(backend):
         with pytest.raises(error, match=r"grouped\.v"):
             sc.load_state_dict(state, whole | {"grouped.v": change(whole["grouped.v"])})
         with pytest.raises(error, match=r"grouped\.v"):
-            check_fits(whole, whole | {"grouped.v": change(whole["grouped.v"])})
+            loaded_arrays(whole, whole | {"grouped.v": change(whole["grouped.v"])})
 
 
 LIBRARIES = ("numpy", "torch-cpu", "jax-cpu", "array-api-strict")
