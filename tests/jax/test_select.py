@@ -297,7 +297,6 @@ def test_a_tensor_of_unknown_axes_is_refused_with_the_line_to_write(leaf):
         ({"include": "encoder", "exclude": re.compile("query")}, {"encoder/1/key/kernel"}),
         ({"layouts": {"tokens": "io"}, "exclude": "encoder"}, {"tokens/embedding", "head/kernel"}),
     ],
-    ids=str,
 )
 def test_include_and_exclude(make, options, expected):
     params = {

@@ -274,7 +274,6 @@ NAMES = [name for name, p in Net().named_parameters() if p.ndim > 1]
         ({"head.weight"}, r"head"),
         (lambda name, weight: weight.shape[0] == 2, r"head"),
     ],
-    ids=str,
 )
 def test_choice_by_name_module_suffix_class_and_pattern(choice, expected):
     meant = [name for name in NAMES if re.search(expected, name)]
