@@ -9,8 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import isfinite, prod
 from os import PathLike
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeAlias
 
 import numpy as np
 
@@ -19,6 +18,9 @@ from ._penalty import penalty
 from ._state_dict import SpectralState
 from ._validate import Factor, check_factors, check_power
 from .errors import ArgumentError, check_int
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Log: TypeAlias = Callable[[dict[str, float], int], object]
 """``log(values, step)`` receives numbers by name, and the step they belong to."""
@@ -295,6 +297,10 @@ def _step_in(line: bytes) -> int:
 def _as_log(log: Any, prefix: str) -> Log:
     """Return a function of values and step for whatever can be passed as ``log``."""
     if isinstance(log, str | PathLike):
+        from pathlib import (
+            Path,
+        )  # here: with what it imports, too much for each import of the library
+
         return _JsonLines(Path(log))
     if hasattr(log, "add_scalar"):
         return _scalar_by_scalar(log.add_scalar)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import spectral_core as sc
 from backends import (
     KINDS,
+    SLOW,
     gaussian,
     get,
     matrix,
@@ -225,7 +226,7 @@ def test_more_vectors_converge_faster_on_a_close_pair(backend):
     assert error[3] < error[2] / 10
 
 
-@pytest.mark.parametrize("dtype", [*slow("float32"), "float64"])
+@pytest.mark.parametrize("dtype", slow("float32", "float64"))
 def test_two_vectors_follow_a_crossing_that_one_misses(backend, dtype):
     """σ₂ overtakes σ₁ within 20 steps, as in training with the regularizer."""
     rng = np.random.default_rng(0)
@@ -325,6 +326,7 @@ def half_precision_case(backend, dtype):
         np.testing.assert_allclose(backend.to_numpy(part), expected, rtol=1e-4, atol=1e-5)
 
 
+@SLOW
 @on(dtype="float16")
 def test_float16_iterates_in_float32(backend):
     half_precision_case(backend, "float16")
@@ -345,7 +347,7 @@ def test_sigma_is_right_at_the_ends_of_the_float32_range(k, scale):
     assert float(sigma) == pytest.approx(expected * scale, rel=1e-2)
 
 
-@pytest.mark.parametrize("k", [2, *slow(3, 4)])
+@pytest.mark.parametrize("k", slow(2, 3, 4))
 def test_float32_stays_a_lower_bound_up_to_rounding(backend, k):
     rng = np.random.default_rng(0)
     for kind in KINDS:
@@ -357,6 +359,7 @@ def test_float32_stays_a_lower_bound_up_to_rounding(backend, k):
             last = float(sigma)
 
 
+@SLOW
 def test_inputs_do_not_change(backend):
     rng = np.random.default_rng(0)
     W, V = gaussian(rng, 3, 4), unit(rng, 3, 4)
@@ -366,6 +369,7 @@ def test_inputs_do_not_change(backend):
     np.testing.assert_array_equal(backend.to_numpy(my_v), V)
 
 
+@SLOW
 def test_real_vectors_fit_a_complex_matrix(backend):
     rng = np.random.default_rng(0)
     W, V = gaussian(rng, 3, 4, dtype="complex128"), unit(rng, 2, 4)

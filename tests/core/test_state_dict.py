@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import spectral_core as sc
-from backends import get, on, slow
+from backends import SLOW, get, on, slow
 from spectral_core._state_dict import like_own, loaded_arrays, merge, select
 
 SHAPES = {"dense": (6, 5), "grouped": (4, 3, 2, 2)}
@@ -115,7 +115,11 @@ OLD_LAYOUTS = {"grouped": sc.Layout("(go)ik", groups=2)}
 
 @pytest.mark.parametrize("n_iter", [0, 1])
 @pytest.mark.parametrize(
-    ("file", "n_vectors"), [("state-0.1.0-numpy", 1), ("state-0.1.0-numpy-two-vectors", 2)]
+    ("file", "n_vectors"),
+    [
+        ("state-0.1.0-numpy", 1),
+        pytest.param("state-0.1.0-numpy-two-vectors", 2, marks=SLOW),
+    ],
 )
 def test_state_of_version_0_1_0_continues_bit_for_bit(backend, file, n_vectors, n_iter):
     rng = np.random.default_rng(0)  # the model that the files were saved with

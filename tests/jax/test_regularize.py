@@ -489,8 +489,9 @@ def test_updates_of_other_parameters_are_refused():
         assert updates["dense"]["kernel"].any()
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=THOROUGH)])
-@pytest.mark.parametrize("factor", [pytest.param(0.1, marks=THOROUGH), jnp.float16(0.1)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("factor", [0.1, jnp.float16(0.1)])
 def test_strict_promotion(dtype, factor):
     params = params_of(dtype)
     tx = add_spectral_norm_regularization(factor, target=0.5)

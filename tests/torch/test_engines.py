@@ -157,7 +157,7 @@ def test_several_vectors_follow_a_crossing(kernels):
             weight.grad = torch.zeros_like(weight)
             optimizer.step()
         exact = torch.linalg.matrix_norm(weight.detach(), 2)
-        sigmas[n_vectors] = float(reg.penalty()) * 2, float(exact) ** 2
+        sigmas[n_vectors] = reg.penalty().item() * 2, float(exact) ** 2
     assert sigmas[1][0] < 0.8 * sigmas[1][1]
     assert sigmas[3][0] == pytest.approx(sigmas[3][1], rel=0.05)
 
