@@ -14,6 +14,9 @@ import spectral_core as sc
 
 # Methods such as `first_step` and `second_step` of sharpness-aware minimization.
 _PHASE = re.compile(r"^[a-z]+_step$")
+# Packages whose wrappers step the optimizer within at the weights that the gradients belong to.
+# Other wrappers, such as the schedule-free one, may move the weights before.
+_TRANSPARENT = ("accelerate", "lightning", "pytorch_lightning", "torch")
 
 
 def unwrapped(optimizer: Any, by_hand: str) -> Optimizer:
@@ -34,7 +37,8 @@ def unwrapped(optimizer: Any, by_hand: str) -> Optimizer:
     seen: list[Any] = []
     while not _runs_hooks(optimizer) or _phases(type(optimizer)):
         inner = [x for x in _attributes(optimizer) if x is not optimizer and x not in seen]
-        if len(inner) != 1:
+        known = type(optimizer).__module__.partition(".")[0] in _TRANSPARENT
+        if len(inner) != 1 or not (known or _phases(type(optimizer))):
             raise sc.ArgumentError(_refusal(optimizer, inner, by_hand))
         seen.append(optimizer)
         optimizer = inner[0]
@@ -123,7 +127,10 @@ def _refusal(optimizer: Any, inner: list[Any], by_hand: str) -> str:
             f"{kind} works in {', '.join(phases)}, where no hooks run: {by_hand} that changes "
             "the weights"
         )
-    return f"{kind}.step runs no hooks: attach the optimizer that it wraps, or {by_hand}"
+    return (
+        f"{kind}.step runs no hooks: {by_hand}, or attach the optimizer that it wraps, if that one "
+        "steps at the weights which the gradients belong to"
+    )
 
 
 def _calls_parents_step(kind: type[Optimizer]) -> bool:

@@ -147,7 +147,7 @@ class OptimizerHook:
         Parameters
         ----------
         *optimizers : torch.optim.Optimizer
-            A wrapper, such as that of Accelerate, stands for the optimizer that it wraps.
+            A wrapper of Accelerate, Lightning or PyTorch stands for the optimizer that it wraps.
 
         Returns
         -------

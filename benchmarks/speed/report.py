@@ -70,7 +70,9 @@ def costs(result: Result) -> str:
         rows.append([*row, f"{100 * share:.2g} %" if share else "–"])
     header = ["step", "this library", "the formula by hand", "spectral normalization"]
     table = markdown([*header, "share of a training step"], rows)
-    return f"{table}\n\nAdding all terms in float32, not taking them out: {where(result['machine'])}."
+    return (
+        f"{table}\n\nAdding all terms in float32, not taking them out: {where(result['machine'])}."
+    )
 
 
 def summary(result: Result, *, picture: bool = True) -> str:

@@ -378,12 +378,13 @@ class Rewritten(torch.optim.SGD):
                 p.sub_(group["lr"] * p.grad)
 
 
-def test_a_wrapper_that_runs_no_hooks_stands_for_what_it_wraps():
+def test_a_wrapper_that_runs_no_hooks_is_refused_and_what_it_wraps_is_not():
     model, other = mlp(), mlp()
     reg = SpectralNormRegularizer(model, factor=0.3)
-    wrapper = Wrapper(Wrapper(sgd(model)))
-    reg.attach(wrapper)
-    assert "attached to SGD" in repr(reg)
+    wrapper = Wrapper(sgd(model))
+    with pytest.raises(sc.ArgumentError, match="attach the optimizer that it wraps"):
+        reg.attach(wrapper)
+    reg.attach(wrapper.base)
     loss_of(model, seed=0).backward()
     wrapper.step()
     train(other, sgd(other), steps=1)
