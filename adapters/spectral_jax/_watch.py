@@ -25,9 +25,10 @@ class Watch(sc.Watch):
 
     Parameters
     ----------
-    log : callable or writer
-        ``log(values, step)`` with a dict of name to float, or an object with a method
-        ``add_scalar(name, value, step)``, such as TensorBoard's ``SummaryWriter``.
+    log : callable, path, or object with a method for metrics
+        A function ``log(values, step)`` of a dict of name to float, a path that ends in ``.jsonl``,
+        TensorBoard's ``SummaryWriter``, a Weights & Biases run, or ``mlflow`` (see
+        `spectral_core.Watch`).
     factor : float, array of shape (), schedule, or mapping of name or pattern to these
         λ, as passed to the transformation. It can be changed at any time:
         ``watch.factor = state.hyperparams["factor"]``.
