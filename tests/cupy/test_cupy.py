@@ -39,7 +39,7 @@ def test_equals_the_core(dtype):
     on_gpu = spectral_cupy.init(weights, layouts=layouts)
     tolerance = {"float16": 2e-3, "float64": 1e-12}.get(dtype, 1e-5)
     for _ in range(5):
-        state = sc.add_gradient_(host, expected, state, factor=0.1)
+        state = sc.add_gradient_(host, expected, state, factor=0.1, engines=())
         on_gpu = spectral_cupy.add_gradient_(weights, grads, on_gpu, factor=0.1)
     for name in shapes:
         np.testing.assert_allclose(
@@ -132,7 +132,7 @@ def test_hinges_and_power_one_equal_the_core(options):
     if "target" in options and not isinstance(options["target"], dict):
         on_device["target"] = cp.asarray(options["target"], dtype="float32")
     for chosen in (options, on_device):
-        core = sc.add_gradient_(host, expected, core, factor=0.1, **options)
+        core = sc.add_gradient_(host, expected, core, factor=0.1, engines=(), **options)
         state = spectral_cupy.add_gradient_(
             weights, grads, state, factor=0.1, engine=engine, **chosen
         )
