@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from array_api_compat import array_namespace as _array_namespace
-from array_api_compat import is_jax_namespace
+from array_api_compat import is_jax_namespace, is_torch_array
 
 from .errors import DeviceError, DTypeError
 
@@ -47,7 +47,7 @@ def check_dense(x: Array, name: str) -> None:
         if not _is_masked(x):
             return
         remedy = "np.ma.filled(W, 0) is the matrix with zeros for the masked elements"
-    elif hasattr(x, "layout"):  # PyTorch
+    elif is_torch_array(x):
         if x.layout is sys.modules["torch"].strided:
             return
         remedy = "call its to_dense() first, or leave it out"
@@ -178,15 +178,19 @@ def constant(x: Array) -> Array:
 
 def device_of(x: Array, xp: Namespace) -> Any:
     """Return the device of ``x``, or None where the backend places arrays itself (JAX)."""
-    return None if is_jax_namespace(xp) else x.device
+    return None if is_jax_namespace(xp) else _device(x)
+
+
+def _device(x: Array) -> Any:
+    return getattr(x, "device", "cpu")  # before NumPy 2.1, its scalars have none
 
 
 def check_same_device(x: Array, y: Array, xp: Namespace, x_name: str, y_name: str) -> None:
     """Raise `DeviceError` unless the two arrays are on one device."""
-    if is_jax_namespace(xp) or x.device == y.device:
+    if is_jax_namespace(xp) or _device(x) == _device(y):
         return
     raise DeviceError(
-        f"{x_name} is on {x.device} but {y_name} is on {y.device}: move one to the other"
+        f"{x_name} is on {_device(x)} but {y_name} is on {_device(y)}: move one to the other"
     )
 
 

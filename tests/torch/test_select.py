@@ -4,13 +4,15 @@ import re
 import warnings
 
 import pytest
-import torch
-from torch import nn
-from torch.nn.utils import parametrizations, prune, weight_norm
 
 import spectral_core as sc
-from spectral_torch import SpectralNormConstraint, SpectralNormRegularizer
-from spectral_torch._select import choose_parameters
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+from torch import nn  # noqa: E402
+from torch.nn.utils import parametrizations, prune, weight_norm  # noqa: E402
+
+from spectral_torch import SpectralNormConstraint, SpectralNormRegularizer  # noqa: E402
+from spectral_torch._select import choose_parameters  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
