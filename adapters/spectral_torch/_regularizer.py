@@ -269,9 +269,9 @@ class SpectralNormRegularizer(OptimizerHook):
         scale : float or tensor of one element, optional
             The scale of the gradients, where they have not been unscaled yet.
         """
-        self._open.pop(self, None)
         self._add_terms_(self._parameters, self, scale)
-        self._open.pop(self, None)  # the term stays: no step follows that could end
+        if not torch.compiler.is_compiling():
+            self._acted(self)
 
     def penalty(self, *, differentiable: bool = True) -> Tensor:
         """Return (λ/2)·Σσ² of the weights that require a gradient (paper, equation 1).
@@ -502,7 +502,8 @@ class SpectralNormRegularizer(OptimizerHook):
                         self._count(jobs)
                 finally:
                     release(jobs)
-            self._open[owner] = OpenStep(added)
+            if owner is not self:  # a call by hand leaves its term: no step follows that could end
+                self._open[owner] = OpenStep(added)
         if found_inf is not None and before is not None:
             _undo_where(found_inf, self._buffers(names), before)
 

@@ -367,3 +367,21 @@ def test_a_trainer_that_takes_it_for_a_callback_is_told_which_one_is(name):
         getattr(reg, name)
     with pytest.raises(AttributeError, match="no attribute 'lambda_'"):
         _ = reg.lambda_
+
+
+def test_calls_by_hand_count_as_steps():
+    model = net()
+    optimizer = sgd(model)
+    asked = []
+    reg = SpectralNormRegularizer(model, lambda step: asked.append(step) or 0.1)
+    asked.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(30):
+            optimizer.zero_grad()
+            model(torch.ones(2, 5)).square().sum().backward()
+            reg.add_gradients_()
+            optimizer.step()
+        reg.sigmas(), reg.state_dict()
+    assert asked == list(range(30))
+    assert "last step 29" in repr(reg)
