@@ -30,8 +30,8 @@ from ._arrays import (
     squared,
     traits,
 )
-from ._validate import check_matrix, check_number, shown
-from .errors import ArgumentError, check_int
+from ._validate import check_matrix, check_number
+from .errors import ArgumentError, check_int, shown
 
 
 class PowerIteration(NamedTuple):

@@ -25,7 +25,15 @@ from ._arrays import (
 from ._layout import Layout, plan_of
 from ._plan import Plan
 from ._select import by_name
-from .errors import ArgumentError, DeviceError, DTypeError, NamesError, ShapeError, listed
+from .errors import (
+    ArgumentError,
+    DeviceError,
+    DTypeError,
+    NamesError,
+    ShapeError,
+    listed,
+    shown,
+)
 
 Number: TypeAlias = "float | Array"
 Factor: TypeAlias = "Number | Mapping[str, Number]"
@@ -36,7 +44,7 @@ Schedule: TypeAlias = (
 
 
 def at_step(schedule: Schedule, step: int) -> Factor:
-    """Return the numbers of a schedule at a step.
+    """Return the numbers of a schedule at a step; what holds no function is returned as it is.
 
     Examples
     --------
@@ -45,7 +53,7 @@ def at_step(schedule: Schedule, step: int) -> Factor:
     """
     if callable(schedule):
         return schedule(step)
-    if isinstance(schedule, Mapping):
+    if isinstance(schedule, Mapping) and any(map(callable, schedule.values())):
         return {name: x(step) if callable(x) else x for name, x in schedule.items()}
     return schedule
 
@@ -82,15 +90,6 @@ def check_number(value: object, name: str) -> float:
     if number is None:
         raise ArgumentError(f"{name} must be a finite number ≥ 0, not {shown(value)}")
     return number
-
-
-def shown(value: object) -> str:
-    """Return a short form of a value for an error; the digits of an integer may be thousands."""
-    try:
-        text = repr(value)
-    except Exception:
-        return f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def _finite(value: object) -> float | None:

@@ -49,6 +49,15 @@ def listed(names: Iterable[object]) -> str:
     return f"[{shown}, … {more} more]" if more > 0 else f"[{shown}]"
 
 
+def shown(value: object) -> str:
+    """Return a short form of a value for an error; the digits of an integer may be thousands."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}…"
+
+
 def check_int(value: object, name: str, least: int = 1) -> int:
     """Return ``value`` as an int; raise `ArgumentError` unless it is an integer ≥ ``least``."""
     try:
@@ -56,14 +65,5 @@ def check_int(value: object, name: str, least: int = 1) -> int:
     except TypeError:
         number = least - 1
     if number < least:
-        raise ArgumentError(f"{name} must be an integer ≥ {least}, not {_shown(value)}")
+        raise ArgumentError(f"{name} must be an integer ≥ {least}, not {shown(value)}")
     return number
-
-
-def _shown(value: object) -> str:
-    """Return a value for a message; Python refuses to print an integer of 4,300 digits."""
-    try:
-        text = repr(value)
-    except ValueError:
-        return f"a {type(value).__name__} too long to print"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from spectral_core.engine import at_step
@@ -15,14 +14,8 @@ def set_numbers(reg: SpectralNormRegularizer, factor: Any, target: Any, step: in
 
     What has not changed is not set again: that would undo what the regularizer remembers of it.
     """
-    factor, target = _at_step(factor, step), _at_step(target, step)
+    factor, target = at_step(factor, step), at_step(target, step)
     if factor is not reg.factor:
         reg.factor = factor
     if target is not reg.target:
         reg.target = target
-
-
-def _at_step(given: Any, step: int) -> Any:
-    if isinstance(given, Mapping) and not any(map(callable, given.values())):
-        return given
-    return at_step(given, step)
