@@ -58,9 +58,9 @@ def is_nested(optimizer: Optimizer) -> bool:
     PyTorch wraps the step of each class, so a step that reaches its parent's step by a helper runs
     every hook twice. The wrapper's frames on the stack say so.
     """
-    found, frame = 0, sys._getframe(1)
+    found, frame, file = 0, sys._getframe(1), inspect.getfile(Optimizer)
     while frame is not None and found < 2:
-        wraps = frame.f_code.co_filename == inspect.getfile(Optimizer)
+        wraps = frame.f_code.co_filename == file
         found += wraps and frame.f_code.co_name == "wrapper" and _first(frame) is optimizer
         frame = frame.f_back  # type: ignore[assignment]
     return found == 2

@@ -67,6 +67,7 @@ class SpectralNormConstraint(OptimizerHook):
     """
 
     _by_hand = "call constrain_() after each step"
+    _shown = "bound"
 
     def __init__(
         self,
@@ -158,18 +159,6 @@ class SpectralNormConstraint(OptimizerHook):
     def _is_trained(self, name: str) -> bool:
         parameter = self._parameters[name]
         return parameter.requires_grad and parameter.grad is not None
-
-    def summary(self) -> sc.Summary:
-        """Return a table of the weights, their bound and σ, and what they are attached to.
-
-        The table shows the bound in place of λ. This waits for the device.
-
-        Returns
-        -------
-        spectral_core.Summary
-        """
-        title = f"{type(self).__name__} on {len(self._parameters)} weights"
-        return sc.Summary(title, self._rows(self.bound), self._left_out, notes=[self._state_of()])
 
 
 def _scale_(weight: Tensor, scale: Tensor, plan: Plan, xp: Any) -> Tensor:

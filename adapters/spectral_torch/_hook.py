@@ -61,6 +61,7 @@ class OptimizerHook:
     """
 
     _by_hand: str  # what to do where an optimizer runs no hooks
+    _shown: str  # the attribute that a summary shows as λ
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class OptimizerHook:
         self._compiled = False
         self._warned: set[str] = set()
         self._written = self._writes()
-        self.n_iter = check_int(n_iter, "n_iter")
+        self.n_iter = n_iter
         self._kernels = kernels
         self._jobs = JobCache(engines(kernels=kernels))
         with self._full_precision():
@@ -231,11 +232,30 @@ class OptimizerHook:
         Warns
         -----
         spectral_core.SpectralWarning
-            Once, if the weights were trained and nothing acted on them, or if no attached optimizer
-            holds one of them.
+            Once, if the weights were trained and nothing acted on them.
         """
         self._warn_if_idle()
         return {name: sigma.clone() for name, sigma in self._state.sigma.items()}
+
+    def summary(self) -> sc.Summary:
+        """Return a table of the weights, their λ or bound, σ, and what they are attached to.
+
+        Below the table is what is left out, and why. This waits for the device.
+
+        Returns
+        -------
+        spectral_core.Summary
+
+        Examples
+        --------
+        >>> import torch, spectral_torch
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 3))
+        >>> summary = spectral_torch.SpectralNormRegularizer(model).summary()
+        >>> [row.name for row in summary.rows], list(summary.left_out)
+        (['1.weight'], ['0.weight'])
+        """
+        title = f"{type(self).__name__} on {len(self._parameters)} weights"
+        return sc.Summary(title, self._rows(), self._left_out, notes=[self._state_of()])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return everything a training run needs to continue, as a flat dict of tensors.
@@ -311,14 +331,13 @@ class OptimizerHook:
 
     def _checked(self, what: str, given: Schedule) -> Factor:
         """Return a number, or the first one of a schedule, which is kept; raise if it is bad."""
-        step = self._most_steps
-        now = at_step(given, step)
+        now = at_step(given, self._most_steps)
         check_factors(now, self._parameters, what)
-        if callable(given) or (isinstance(given, Mapping) and any(map(callable, given.values()))):
+        if now is given:
+            self._schedules.pop(what, None)
+        else:
             self._schedules[what] = given
-            return now
-        self._schedules.pop(what, None)
-        return given  # as it was given: the entries of a mapping can be changed later
+        return now
 
     def _writes(self) -> int:
         """Return how often the first weight was written into."""
@@ -381,10 +400,11 @@ class OptimizerHook:
         """Return the attached optimizers as text."""
         return ", ".join(type(optimizer).__name__ for optimizer in self._handles) or "no optimizer"
 
-    def _rows(self, factor: Schedule) -> list[Row]:
+    def _rows(self) -> list[Row]:
         """Return the rows of a summary; this waits for the device."""
         self._warn_if_idle()
-        numbers = self._shown(factor)
+        given = at_step(getattr(self, self._shown), self._most_steps)
+        numbers = check_factors(given, self._parameters, self._shown)
         holders = {name: o for o in self._handles for name in self._held_by(o)}
         rows = []
         for name, parameter in self._parameters.items():
@@ -400,7 +420,7 @@ class OptimizerHook:
                     tuple(parameter.shape),
                     tuple(plan.matrix),
                     layout.axes,
-                    numbers.get(name),
+                    float(numbers[name]),
                     float(self._state.sigma[name].max()),
                     "–" if holder is None else type(holder).__name__,
                     steps - 1 if steps else None,
@@ -408,11 +428,6 @@ class OptimizerHook:
                 )
             )
         return rows
-
-    def _shown(self, factor: Schedule) -> dict[str, float]:
-        step = self._most_steps
-        found = check_factors(at_step(factor, step), self._parameters)
-        return {name: float(number) for name, number in found.items()}
 
     def _required(self) -> dict[str, Tensor]:
         return sc.state_dict(replace(self._state, u={}))

@@ -148,6 +148,7 @@ class SpectralNormRegularizer(OptimizerHook):
     """
 
     _by_hand = "call add_gradients_() before each step"
+    _shown = "factor"
 
     def __init__(
         self,
@@ -204,26 +205,6 @@ class SpectralNormRegularizer(OptimizerHook):
             f"{type(self).__name__}(factor={self.factor!r}, n_iter={self.n_iter}, "
             f"weights={listed(self._parameters)}): {self._state_of()}"
         )
-
-    def summary(self) -> sc.Summary:
-        """Return a table of the weights, their λ and σ, and what they are attached to.
-
-        Below the table is what is left out, and why. This waits for the device.
-
-        Returns
-        -------
-        spectral_core.Summary
-
-        Examples
-        --------
-        >>> import torch, spectral_torch
-        >>> model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 3))
-        >>> summary = spectral_torch.SpectralNormRegularizer(model).summary()
-        >>> [row.name for row in summary.rows], list(summary.left_out)
-        (['1.weight'], ['0.weight'])
-        """
-        title = f"{type(self).__name__} on {len(self._parameters)} weights"
-        return sc.Summary(title, self._rows(self.factor), self._left_out, notes=[self._state_of()])
 
     @property
     def factor(self) -> Schedule:
@@ -520,8 +501,7 @@ class SpectralNormRegularizer(OptimizerHook):
         if not names:
             return []
         self._follow()
-        prices = self._prices(penalty)
-        factors = scaled or {name: prices[name]["factor"] for name in names}
+        factors = scaled or check_factors(penalty.factor, self._parameters)
         with self._full_precision():
             weights = self._weights(names)
             terms = {name: torch.zeros_like(self._parameters[name]) for name in names}

@@ -65,7 +65,7 @@ class AddedTensors(NamedTuple):
     ) -> None:
         """Subtract the terms; see the function `take_out`."""
         for name, term, factor, grad, version in zip(*self, strict=True):
-            if parameters[name].grad is grad and (rewritten or grad._version == version):
+            if _holds(parameters[name], grad, version, rewritten=rewritten):
                 grad.sub_(term if factors is None else term * (factors[name] / factor))
 
 
@@ -100,7 +100,7 @@ def take_out(
     """
     undo = _undo(added.jobs, factors)
     present = [
-        parameters[job.name].grad is grad and (rewritten or grad._version == version)
+        _holds(parameters[job.name], grad, version, rewritten=rewritten)
         for job, grad, version in zip(added.jobs, added.grads, added.versions, strict=True)
     ]
     for job, grad in zip(undo, added.grads, strict=True):
@@ -112,6 +112,11 @@ def take_out(
         dispatch(undo, 0, engines)
     finally:
         release(undo)
+
+
+def _holds(parameter: Tensor, grad: Tensor, version: int, *, rewritten: bool) -> bool:
+    """Return True if nobody has replaced or changed the gradient since it got the term."""
+    return parameter.grad is grad and (rewritten or grad._version == version)
 
 
 def _undo(jobs: JobList, factors: Mapping[str, Number] | None) -> JobList:
