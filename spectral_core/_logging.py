@@ -297,9 +297,8 @@ def _step_in(line: bytes) -> int:
 def _as_log(log: Any, prefix: str) -> Log:
     """Return a function of values and step for whatever can be passed as ``log``."""
     if isinstance(log, str | PathLike):
-        from pathlib import (
-            Path,
-        )  # here: with what it imports, too much for each import of the library
+        # Here: with what it imports, it is too much for each import of the library.
+        from pathlib import Path
 
         return _JsonLines(Path(log))
     if hasattr(log, "add_scalar"):

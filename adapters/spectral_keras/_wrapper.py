@@ -284,7 +284,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer):  # type: ignore[misc]
                 Row(
                     path,
                     shape,
-                    (*plan.left, plan.rows(1)[-1]),
+                    tuple(plan.matrix),
                     layout.axes,
                     shown[path],
                     float(np.max(sigmas[path])),

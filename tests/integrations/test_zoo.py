@@ -29,6 +29,14 @@ TEXT = {
     "max_position_embeddings": 20,
 }
 CAUSAL = {**TEXT, "num_key_value_heads": 1}
+SWIN = {
+    "image_size": 16,
+    "patch_size": 4,
+    "embed_dim": 8,
+    "depths": [1, 1],
+    "num_heads": [2, 2],
+    "window_size": 2,
+}
 VISION = {
     "hidden_size": 16,
     "num_hidden_layers": 1,
@@ -106,14 +114,7 @@ MODELS = {
     "vit": ("ViTForImageClassification", VISION),
     "swin": (
         "SwinForImageClassification",
-        {
-            "image_size": 16,
-            "patch_size": 4,
-            "embed_dim": 8,
-            "depths": [1, 1],
-            "num_heads": [2, 2],
-            "window_size": 2,
-        },
+        SWIN,
     ),
     "convnext": (
         "ConvNextForImageClassification",
@@ -597,14 +598,7 @@ MODELS = {
     ),
     "swinv2": (
         "Swinv2Model",
-        {
-            "image_size": 16,
-            "patch_size": 4,
-            "embed_dim": 8,
-            "depths": [1, 1],
-            "num_heads": [2, 2],
-            "window_size": 2,
-        },
+        SWIN,
     ),
     "videomae": (
         "VideoMAEForPreTraining",
