@@ -56,7 +56,7 @@ class SpectralState:
     >>> import numpy as np
     >>> import spectral_core as sc
     >>> state = sc.init({"w": np.array([[3.0, 4.0]])})
-    >>> state.v["w"].shape, state.u["w"].shape, float(state.sigma["w"])
+    >>> state.v["w"].shape, state.u["w"].shape, round(float(state.sigma["w"]), 4)
     ((1, 2), (1,), 5.0)
     """
 

@@ -42,8 +42,10 @@ from ._plan import (
     to_memory_order,
 )
 from ._power import (
+    FRESH,
     Triplet,
     adjoint_times_rows,
+    fresh_direction,
     iterate_rows,
     left_rows,
     right_rows,
@@ -68,6 +70,7 @@ from ._validate import (
 from .errors import ArgumentError, ShapeError
 
 __all__ = [
+    "FRESH",
     "Add",
     "Array",
     "AsyncCopy",
@@ -117,6 +120,8 @@ __all__ = [
     "default_layout",
     "dispatch",
     "first_matches",
+    "fresh_direction",
+    "fresh_directions",
     "from_memory_order",
     "iterate_rows",
     "iteration_arrays",
@@ -337,13 +342,14 @@ class ReferenceEngine:
     def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
         """Iterate each weight, then add each term."""
         triplets = []
-        for job in jobs:  # no comprehension: each is one more frame between the user and W @ v
+        fresh = fresh_directions(jobs) if n_iter else ()
+        for i, job in enumerate(jobs):  # each comprehension is a frame between the user and W @ v
             if n_iter == 0:
                 triplets.append(last_of(job))
                 continue
             W, V, kind = iteration_arrays(job)
             products = partial(times_rows, W, xp=job.xp), partial(adjoint_times_rows, W, xp=job.xp)
-            sigma, u, V = iterate_rows(*products, V, n_iter, kind, job.xp)
+            sigma, u, V = iterate_rows(*products, V, n_iter, kind, job.xp, fresh[i])
             triplets.append(Triplet(sigma, u, from_memory_order(V, job.plan, job.xp)))
         return Result(add_terms(jobs, triplets, self._add), triplets)
 
@@ -355,6 +361,23 @@ def iteration_arrays(job: Job) -> tuple[Array, Array, Traits]:
     V = to_memory_order(job.V, job.plan, job.xp)
     dtype = kind.iteration_dtype
     return cast(W, dtype, job.xp), cast(V, dtype, job.xp), kind
+
+
+def fresh_directions(jobs: Sequence[Job]) -> Sequence[Array]:
+    """Return the `fresh_direction` of each job, in memory order; a `JobList` keeps them."""
+    kept = jobs.memo.get(fresh_directions) if isinstance(jobs, JobList) else None
+    if kept is None:
+        kept = [_fresh_in_memory_order(job) for job in jobs]
+        if isinstance(jobs, JobList):
+            jobs.memo[fresh_directions] = kept
+    return kept
+
+
+def _fresh_in_memory_order(job: Job) -> Array:
+    fresh, plan, xp = fresh_direction(job.V, job.xp), job.plan, job.xp
+    if plan.order != plan.memory_order:
+        fresh = to_memory_order(xp.broadcast_to(fresh, job.V.shape), plan, xp)
+    return cast(fresh, traits(job.weight, xp, f"weight {job.name!r}").iteration_dtype, xp)
 
 
 def add_terms(jobs: Sequence[Job], triplets: Sequence[Triplet], add: Add) -> list[Array | None]:

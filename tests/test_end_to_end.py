@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import spectral_core as sc
+from fresh import start_of
 
 FACTOR, RATE, MOMENTUM, STEPS = 0.1, 0.05, 0.9, 10
 RNG = np.random.default_rng(0)
@@ -20,7 +21,7 @@ def gradients(weights):
 
 
 def reference():
-    """Run the paper's Algorithm 1, with its errata fixed. Only v₀ comes from the library."""
+    """Run the paper's Algorithm 1, errata fixed, with a fresh direction. v₀ is the library's."""
     weights = {name: w.copy() for name, w in START.items()}
     v = {name: np.asarray(sc.init(weights).v[name][0]) for name in weights}
     velocity = {name: np.zeros_like(w) for name, w in weights.items()}
@@ -29,7 +30,7 @@ def reference():
         grads = gradients(weights)
         sigmas.append({})
         for name, w in weights.items():
-            u = w @ v[name]
+            u = w @ start_of(v[name])
             v[name] = w.T @ u
             sigmas[-1][name] = sigma = np.linalg.norm(v[name]) / np.linalg.norm(u)
             u, v[name] = u / np.linalg.norm(u), v[name] / np.linalg.norm(v[name])

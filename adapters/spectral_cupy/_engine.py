@@ -26,7 +26,7 @@ Table: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 THREADS = 512
 WARP = 32
 MAX_TILE = 256
-FIRST, FRESH, ADD = 1, 2, 4
+FIRST, ITERATED, ADD = 1, 2, 4
 
 # H100: two blocks for each of its 132 multiprocessors, and a tile that fits its L1 and L2 caches
 # together with those of the other blocks. On another device these numbers are only less apt.
@@ -345,7 +345,7 @@ class CudaEngine:
                     first, add = FIRST * (i == 0), ADD * (i == n_iter - 1)
                     self._launch(launch, "spectral_rows", first)
                     self._launch(launch, "spectral_columns", first)
-                    self._launch(launch, "spectral_apply", first | FRESH | add)
+                    self._launch(launch, "spectral_apply", first | ITERATED | add)
                 if n_iter == 0:
                     self._launch(launch, "spectral_apply", ADD)
                 else:

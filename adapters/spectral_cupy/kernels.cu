@@ -33,9 +33,12 @@ typedef SPECTRAL_SUM Sum;
 #define MAX_TILE 256  // rows
 #define BATCH 4       // loads of a gradient that are issued before the first is used
 
+// The length of the core's `fresh_direction`, 2^-24, over 2^31.
+#define FRESH_SCALE static_cast<Real>(2.7755575615628914e-17)
+
 // Flags of a launch.
 #define FIRST 1  // v is the caller's; later iterations read that of the iteration before
-#define FRESH 2  // there was an iteration: (sigma, u, v) come from the scratch and go to the results
+#define ITERATED 2  // there was an iteration: (sigma, u, v) come from the scratch and go to the results
 #define ADD 4    // change the gradients
 
 // A row of the host's table of jobs. Addresses of vectors are in bytes, relative to `came`. `grad`
@@ -111,9 +114,18 @@ static __device__ __forceinline__ const Real *came_vector(const char *came, Int 
     return reinterpret_cast<const Real *>(came + bytes) + elements;
 }
 
-// Compute x = W v of some rows: `width` threads share a row, and so read along it.
+// Return an element of the core's `fresh_direction` over `scale`: computed, so nothing is read.
+static __device__ __forceinline__ Real fresh(int j)
+{
+    const unsigned place = static_cast<unsigned>(j) + 1u;
+    return static_cast<Real>(static_cast<int>(place * place * 0x9E3779B1u));
+}
+
+// Compute x = W v of some rows: `width` threads share a row, and so read along it. v is that in
+// memory plus `scale` times the fresh direction; `scale` is zero after the first iteration.
 static __device__ __forceinline__ void products(
-    const Weight *__restrict__ W, const Real *__restrict__ v, int height, int n, int width, Real *x)
+    const Weight *__restrict__ W, const Real *__restrict__ v, Real scale, int height, int n,
+    int width, Real *x)
 {
     __shared__ Real parts[MAX_TILE];  // of the warps that share a row; height * warps fits
     const int thread = threadIdx.x, member = thread % width, groups = THREADS / width;
@@ -125,7 +137,8 @@ static __device__ __forceinline__ void products(
         if (row < height) {
             const Weight *along = W + static_cast<Int>(row) * n;
 #pragma unroll 8
-            for (int j = member; j < n; j += width) sum += real(along[j]) * v[j];
+            for (int j = member; j < n; j += width)
+                sum += real(along[j]) * (v[j] + scale * fresh(j));
         }
         sum = lanes_sum(sum, lanes);
         if (row < height && member % lanes == 0) parts[row * warps + member / lanes] = sum;
@@ -175,11 +188,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) spectral_rows(PARA
     const Weight *W = reinterpret_cast<const Weight *>(job.weight) + (M.entry * M.rows + first) * n;
     const Real *v = flags & FIRST ? came_vector(came, job.v, M.entry * n) : out + M.out_v;
     Real *partial = scratch + M.partial + static_cast<Int>(block) * n;
+    const Real of_fresh = flags & FIRST ? sqrt(3 / static_cast<Real>(n)) * FRESH_SCALE : 0;
     Real square = 0, scale = 0;
 #pragma unroll 1
     for (int top = first; top < end; top += M.tile_rows, W += M.tile_rows * n) {
         const int height = end - top < M.tile_rows ? end - top : M.tile_rows;
-        products(W, v, height, n, M.width, x);
+        products(W, v, of_fresh, height, n, M.width, x);
         const Real before = scale;
         scale = largest(x, height, before);
         const Real keep = scale > 0 ? before / scale : 0;
@@ -245,7 +259,7 @@ static __device__ __forceinline__ Term last_term(const Row &job, const Matrix &M
             *came_vector(came, job.sigma, M.entry)};
 }
 
-static __device__ __forceinline__ Term fresh_term(
+static __device__ __forceinline__ Term iterated_term(
     const Row &job, const Matrix &M, const char *came, const Real *out, const Real *scratch,
     Int flags)
 {
@@ -304,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) spectral_apply(PAR
     const int thread = threadIdx.x, block = blockIdx.x - M.row_block, n = M.columns;
     const int first = block * M.block_rows, end = end_of(first, M);
     const int width = M.width, member = thread % width, groups = THREADS / width;
-    const Term term = flags & FRESH ? fresh_term(job, M, came, out, scratch, flags)
+    const Term term = flags & ITERATED ? iterated_term(job, M, came, out, scratch, flags)
                                     : last_term(job, M, came);
     const Real weight = number(job.factor_size, job.factor) * slope(job, term.sigma);
     const bool add = flags & ADD && job.grad;
@@ -312,11 +326,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) spectral_apply(PAR
 #pragma unroll 1
     for (int row = first + thread / width; row < end; row += groups) {
         const Real u = term.x[row] * term.of_x;
-        if (flags & FRESH && member == 0) out[M.out_u + row] = u;
+        if (flags & ITERATED && member == 0) out[M.out_u + row] = u;
         if (add)
             add_row(G + static_cast<Int>(row) * n, u * weight, term.y, term.of_y, n, member, width);
     }
-    if (flags & FRESH && block == 0) {
+    if (flags & ITERATED && block == 0) {
         for (int j = thread; j < n; j += THREADS) out[M.out_v + j] = term.y[j] * term.of_y;
         if (thread == 0) out[M.out_sigma] = term.sigma;
     }

@@ -27,6 +27,7 @@ from spectral_core.engine import (
     add_terms,
     cast,
     conj,
+    fresh_direction,
     last_of,
     left_rows,
     reshaped,
@@ -86,6 +87,8 @@ class XlaEngine:
                     triplets.append(last_of(job))
                     continue
                 iterate, triplet = _iteration(job)
+                before = triplet.V
+                triplet = triplet._replace(V=before + fresh_direction(before, jnp))
                 traced = any(isinstance(x, jax.core.Tracer) for x in (job.weight, job.V))
                 if self._n_iter is not None:
                     triplet = jax.lax.fori_loop(0, self._n_iter, iterate, triplet)
@@ -95,7 +98,10 @@ class XlaEngine:
                 else:
                     for i in range(n_iter):
                         triplet = iterate(i, triplet)
-                triplets.append(triplet)
+                # As in the core, V stays where sigma is zero or not finite.
+                usable = (triplet.sigma > 0) & (triplet.sigma < jnp.inf)
+                V = jnp.where(usable[..., None, None], triplet.V, before)
+                triplets.append(triplet._replace(V=V))
             if self._power is not None:
                 jobs = [replace(job, slope=_slope(job, self._power)) for job in jobs]
             return Result(add_terms(jobs, triplets, add_outer), triplets)

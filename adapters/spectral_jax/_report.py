@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import spectral_core as sc
-from spectral_core.engine import Row, Schedule, at_step, check_factors, plan_of
+from spectral_core.engine import Row, Schedule, at_step, check_factors, fresh_direction, plan_of
 from spectral_core.errors import listed
 
 from ._regularize import SpectralBoundState, SpectralNormState, is_traced, states
@@ -86,7 +86,8 @@ def penalty(
         for name, weight in chosen.weights.items():
             W = sc.as_matrix(weight, chosen.layouts[name], name=f"weight {name!r}")
             v = _row_of(name, jnp.asarray(V[name]), W, chosen.layouts[name])
-            u = sc.power_iteration(jax.lax.stop_gradient(W), v).u
+            start = v + fresh_direction(v[None, :], jnp)  # as in a step
+            u = sc.power_iteration(jax.lax.stop_gradient(W), start).u
             one = {"factor": factors[name], "target": targets[name]}
             terms.append(sc.penalty_at(W, jax.lax.stop_gradient(u), **one, power=power))
         return reduce(add, terms)

@@ -115,7 +115,8 @@ class NumbaEngine:
                     launch.division.threads,
                     *(launch.matrices, launch.division.chunks, launch.division.parts),
                     launch.numbers(jobs),
-                    *(launch.division.like, launch.division.scratch, n_iter),
+                    *(launch.division.like, launch.division.scratch, launch.division.starts),
+                    n_iter,
                 )
         lasts: Any = jobs.lasts if isinstance(jobs, JobList) else [job.last for job in jobs]
         return Result([job.grad for job in jobs], lasts)
@@ -270,9 +271,10 @@ class Division:
         self.threads = threads
         self.parts = np.searchsorted(thread, np.arange(threads + 1))
         self.scratch = np.empty(int(columns.sum()), _VECTORS[kind])
+        self.starts = np.empty(int(n.sum()), _VECTORS[kind])
         self.like = np.empty(0, kind)
-        self._table = np.zeros((len(m) + 1, 8), np.int64)
-        self._table[:-1, 0], self._table[:-1, 1] = m, n
+        self._table = np.zeros((len(m) + 1, 9), np.int64)
+        self._table[:-1, 0], self._table[:-1, 1], self._table[:-1, 8] = m, n, np.cumsum(n) - n
         self._table[:, 7] = np.searchsorted(self.chunks[:, 0], np.arange(len(m) + 1))
         within = np.concatenate([np.arange(count) for count in counts])
         element, vector = self.like.itemsize, self.scratch.itemsize

@@ -12,6 +12,10 @@ from numba.extending import intrinsic, overload
 _FAST = {"reassoc", "contract", "nsz"}
 # Normalizing fewer elements than this is faster than waking the threads for it.
 _WORTH_THREADS = 65536
+# As in the core's `fresh_direction`. Not imported: what is kept on disk is compiled anew only where
+# this file has changed.
+FRESH = 2.0**-24
+_GOLDEN = 0x9E3779B1
 
 
 def _compiled(function=None, **options):
@@ -169,14 +173,30 @@ def _add(G, u, v, weight, lo, hi):
 
 
 @_compiled
-def _read_part(t, parts, chunks, matrices, like, scratch):
-    """Compute both products of the chunks of thread t."""
+def _start(k, matrices, starts):
+    """Store v plus the core's `fresh_direction`, from which the step starts."""
+    n = matrices[k, 1]
+    v = carray(_pointer(matrices[k, 4]), (n,), starts.dtype)
+    start = starts[matrices[k, 8] : matrices[k, 8] + n]
+    scale = starts.dtype.type(FRESH * np.sqrt(3 / n) / 2**31)
+    for j in range(n):
+        place = np.uint32(j + 1)
+        fraction = np.int32(np.uint32(np.uint32(place * place) * np.uint32(_GOLDEN)))
+        start[j] = v[j] + starts.dtype.type(fraction) * scale
+
+
+@_compiled
+def _read_part(t, parts, chunks, matrices, like, scratch, starts):
+    """Compute both products of the chunks of thread t, from v or, if there are any, ``starts``."""
     for p in range(parts[t], parts[t + 1]):
         k, lo, hi, place = chunks[p, 0], chunks[p, 1], chunks[p, 2], chunks[p, 3]
         m, n = matrices[k, 0], matrices[k, 1]
+        v = carray(_pointer(matrices[k, 4]), (n,), scratch.dtype)
+        if starts.size > 0:
+            v = starts[matrices[k, 8] : matrices[k, 8] + n]
         _read(
             carray(_pointer(matrices[k, 2]), (m, n), like.dtype),
-            carray(_pointer(matrices[k, 4]), (n,), scratch.dtype),
+            v,
             carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
             scratch[place : place + n],
             lo,
@@ -229,24 +249,27 @@ def _finish(k, matrices, chunks, scratch):
 
 
 @_compiled
-def _alone(matrices, chunks, parts, numbers, like, scratch, n_iter):
+def _alone(matrices, chunks, parts, numbers, like, scratch, starts, n_iter):
     """Run `_together` in this thread alone, without starting others."""
-    for _ in range(n_iter):
-        _read_part(0, parts, chunks, matrices, like, scratch)
+    for i in range(n_iter):
+        if i == 0:
+            for k in range(numbers.shape[0]):
+                _start(k, matrices, starts)
+        _read_part(0, parts, chunks, matrices, like, scratch, starts if i == 0 else starts[:0])
         for k in range(numbers.shape[0]):
             _finish(k, matrices, chunks, scratch)
     _add_part(0, parts, chunks, matrices, numbers, like, scratch)
 
 
 @_compiled(parallel=True)
-def _together(matrices, chunks, parts, numbers, like, scratch, n_iter):
+def _together(matrices, chunks, parts, numbers, like, scratch, starts, n_iter):
     """Run lines 5–9 of Algorithm 1 for many matrices.
 
     Parameters
     ----------
-    matrices : int64, (K + 1, 8)
-        m, n; addresses of W, G, v, u, σ; the first of the matrix's chunks. The last row ends the
-        chunks of the row before.
+    matrices : int64, (K + 1, 9)
+        m, n; addresses of W, G, v, u, σ; the first of the matrix's chunks; its place in starts. The
+        last row ends the chunks of the row before.
     chunks : int64, (P, 4)
         Rows of one matrix for one thread: matrix, first row, end, place in scratch.
     parts : int64, (T + 1,)
@@ -257,13 +280,19 @@ def _together(matrices, chunks, parts, numbers, like, scratch, n_iter):
         An array with the dtype of W and G.
     scratch : array
         Room for Wᵀu of each chunk, in the dtype of the vectors.
+    starts : array
+        Room for a vector v of each matrix.
     n_iter : int
         Power iterations. The update follows them, where G has an address.
     """
     count, threads = numbers.shape[0], parts.size - 1
-    for _ in range(n_iter):
+    for i in range(n_iter):
+        if i == 0:
+            for k in range(count):
+                _start(k, matrices, starts)
+        now = starts if i == 0 else starts[:0]
         for t in prange(threads):
-            _read_part(t, parts, chunks, matrices, like, scratch)
+            _read_part(t, parts, chunks, matrices, like, scratch, now)
         if scratch.size < _WORTH_THREADS:
             for k in range(count):
                 _finish(k, matrices, chunks, scratch)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import spectral_core as sc
 from backends import gaussian, on, outer
+from fresh import start_of
 from spectral_core import Layout, as_matrix, from_matrix
 from spectral_core import _layout as layout_module
 
@@ -171,7 +172,8 @@ def gradient_case(layout, dtype):
 
 def regularized(backend, W, G, state, layout, factor):
     """Return the gradient by definition, from a power iteration on the matrix, in NumPy."""
-    triple = sc.power_iteration(as_matrix(W, layout), state.v["w"][..., 0, :])
+    start = backend.asarray(start_of(backend.to_numpy(state.v["w"])[..., 0, :]))
+    triple = sc.power_iteration(as_matrix(W, layout), start)
     term = factor * outer(*(backend.to_numpy(part) for part in triple))
     return from_matrix(as_matrix(G, layout) + term, layout, G.shape)
 

@@ -624,7 +624,7 @@ def test_the_tables_are_those_of_the_source():
         body = re.sub(r"//.*|\bInt\b|\s", "", body).replace(";", ",")
         fields = tuple(body.strip(",").split(","))
         assert fields == expected
-    for name in ("THREADS", "WARP", "MAX_TILE", "FIRST", "FRESH", "ADD"):
+    for name in ("THREADS", "WARP", "MAX_TILE", "FIRST", "ITERATED", "ADD"):
         assert int(re.search(rf"#define {name} (\d+)", source)[1]) == getattr(cuda, name)
 
 

@@ -108,3 +108,25 @@ def test_the_bound_leaves_what_has_no_update_and_refuses_traced_numbers():
     for bound in (2.0, 1.0):
         updates, state = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), state, params)
         assert float(jnp.linalg.norm(params["a"] + updates["a"], 2)) == pytest.approx(bound)
+
+
+def test_the_bound_holds_though_v_began_in_another_block():
+    """The loss pulls on the second block alone, of which v has no part."""
+    params = {"w": jnp.diag(jnp.asarray([1.0, 1.0, 0.0, 0.0]))}
+    grads = {"w": jnp.diag(jnp.asarray([0.0, 0.0, -1.0, -0.5]))}
+    cap = spectral_jax.constrain_spectral_norm(1.0, layouts={"w": "io"})
+    tx = optax.chain(optax.sgd(0.02), cap)
+
+    @jax.jit
+    def train(params):
+        def step(_, carry):
+            params, state = carry
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return jax.lax.fori_loop(0, 200, step, (params, tx.init(params)))
+
+    params, state = train(params)
+    true = float(jnp.linalg.norm(params["w"], 2))
+    assert 0.9 < true < 1.05
+    assert float(spectral_jax.sigmas(state)["w"]) == pytest.approx(true, rel=0.05)

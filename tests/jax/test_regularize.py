@@ -16,6 +16,7 @@ optax = pytest.importorskip("optax", reason="optax is not installed")
 import jax.numpy as jnp  # noqa: E402
 
 import spectral_jax  # noqa: E402
+from fresh import start_of  # noqa: E402
 from jax_params import assert_trees_close, by_core, params_of, run, zeros  # noqa: E402
 from spectral_jax import add_spectral_norm_regularization  # noqa: E402
 from spectral_jax import constrain_spectral_norm as constrain  # noqa: E402
@@ -254,7 +255,7 @@ def every_third(params, steps, schedule):
     terms = []
     for count in range(steps):
         if count % 3 == 0:
-            sigma, u, v = sc.power_iteration(w, v)
+            sigma, u, v = sc.power_iteration(w, start_of(v))
         terms.append(schedule(count) * sigma * jnp.outer(v, u))
         w = 0.9 * w
     return terms, sigma

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 import spectral_core as sc
+from fresh import start_of
 
 
 def sgd(params, gradients, batches, layouts, *, factor, lr, momentum=0.9):
@@ -22,7 +23,7 @@ def sgd(params, gradients, batches, layouts, *, factor, lr, momentum=0.9):
         grads, sigma = dict(gradients(params, batch)), {}
         for name, layout in layouts.items():
             W = sc.as_matrix(params[name], layout)
-            sigma[name], u, vectors[name] = sc.power_iteration(W, vectors[name])
+            sigma[name], u, vectors[name] = sc.power_iteration(W, start_of(vectors[name]))
             term = np.asarray(penalty_gradient(*map(jax.numpy.asarray, (W, u))))
             grads[name] = grads[name] + sc.from_matrix(term, layout, params[name].shape)
         for name, grad in grads.items():

@@ -29,6 +29,7 @@ from spectral_core.engine import (
     cast,
     clipped,
     conj,
+    fresh_direction,
     from_memory_order,
     last_of,
     left_rows,
@@ -190,17 +191,18 @@ def _shards(
 def _iterate(jobs: Sequence[Job], n_iter: int) -> list[Triplet]:
     """Return the triplet of each job; all weights iterate together, to share messages."""
     weights = [_local_weight(job.weight, job.plan, job.xp) for job in jobs]
+    starts = [job.V + fresh_direction(job.V, job.xp) for job in jobs]
     Vs = [job.V for job in jobs]
     triplets: list[Triplet] = []
     for _ in range(n_iter):
-        Ys = _summed(weights, [w.times(V) for w, V in zip(weights, Vs, strict=True)])
+        Ys = _summed(weights, [w.times(V) for w, V in zip(weights, starts, strict=True)])
         Qs = [left_rows(Y, w.kind, w.xp) for w, Y in zip(weights, Ys, strict=True)]
         Zs = _summed(weights, [w.adjoint_times(Q) for w, Q in zip(weights, Qs, strict=True)])
         triplets = [
             right_rows(Z, Q, V, w.kind, w.xp)
             for w, Z, Q, V in zip(weights, Zs, Qs, Vs, strict=True)
         ]
-        Vs = [triplet.V for triplet in triplets]
+        starts = Vs = [triplet.V for triplet in triplets]
     return triplets
 
 

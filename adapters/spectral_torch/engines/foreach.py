@@ -20,6 +20,7 @@ from spectral_core.engine import (
     Triplet,
     add_outer_,
     broadcast_outer,
+    fresh_directions,
     from_memory_order,
     last_of,
     matrix_in_memory_order,
@@ -153,12 +154,13 @@ def _iterate(
     Ws = [matrix_in_memory_order(job.weight, job.plan, job.xp) for job in jobs]
     adjoints = [W.t() for W in Ws]
     v = torch.cat([to_memory_order(job.V, job.plan, job.xp) for job in jobs], dim=1).view(-1)
+    start = v + torch.cat([fresh.view(-1) for fresh in fresh_directions(jobs)])
     for _ in range(n_iter):
-        u, _, _ = _normalized(_products(Ws, v, sizes[1], sizes[0]), owners.u, sizes[0], tiny)
+        u, _, _ = _normalized(_products(Ws, start, sizes[1], sizes[0]), owners.u, sizes[0], tiny)
         w = _products(adjoints, u, sizes[0], sizes[1])
         unit, inverse, sigma = _normalized(w, owners.v, sizes[1], tiny)
         # As in the core, v stays where sigma is zero or not finite.
-        v = torch.where((inverse > 0).index_select(0, owners.v), unit, v)
+        start = v = torch.where((inverse > 0).index_select(0, owners.v), unit, v)
     if any(job.plan.order != job.plan.memory_order for job in jobs):
         pieces = torch.split_with_sizes(v.view(1, -1), sizes[1], dim=1)
         ordered = [from_memory_order(V, j.plan, j.xp) for V, j in zip(pieces, jobs, strict=True)]

@@ -443,12 +443,12 @@ class _Group:
         pointers, classes = self.addresses.get(addresses, self._make_pointers)
         penalties, gathered, sloped = self._penalties(jobs)
         with current(self.device):
-            for to_come in reversed(range(n_iter)):
-                self._iterate(pointers, classes[0], keep=to_come > 0)
+            for i in range(n_iter):
+                self._iterate(pointers, classes[0], first=i == 0, keep=i + 1 < n_iter)
             options = {"ITERATED": n_iter > 0, "SLOPED": sloped}
             self._update(pointers, classes[1], penalties, gathered, options)
 
-    def _iterate(self, pointers: Tensor, classes: int, *, keep: bool) -> None:
+    def _iterate(self, pointers: Tensor, classes: int, *, first: bool, keep: bool) -> None:
         k, work = _kernels(), self.work
         acc, tiny = _language(self.dtype), torch.finfo(self.dtype).tiny
         half = self.weight_dtype.itemsize == 2  # a stage has half the bytes: use one more
@@ -460,6 +460,7 @@ class _Group:
             VECTOR=16 // self.weight_dtype.itemsize,
             CLASSES=classes,
             STAGES=4 if half else 3,
+            FIRST=first,
             num_warps=self.n_warps,
             **_OPTIONS,
             maxnreg=_PRODUCT_REGISTERS,

@@ -26,6 +26,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from spectral_core.engine import FRESH
+
 # The columns of the tables `pointers`, `shapes` and `penalties`.
 N_POINTERS = tl.constexpr(7)
 W, G, V, U, SIGMA, PRODUCTS_CLASS, UPDATE_CLASS = (tl.constexpr(i) for i in range(7))
@@ -36,6 +38,10 @@ ROWS, COLUMNS, FIRST_ITEM, N_ITEMS, PARTIAL, STRIDE, FIRST_BLOCK, N_BLOCKS, T, Z
 
 N_PENALTIES = tl.constexpr(5)
 FACTOR, FACTOR_SLOT, TARGET, TARGET_SLOT, POWER = (tl.constexpr(i) for i in range(5))
+
+# As in the core's `fresh_direction`: its length over 2³¹, and the golden ratio in 32 bits, signed.
+FRESH_SCALE = tl.constexpr(FRESH / 2**31)
+GOLDEN = tl.constexpr(0x9E3779B1 - 2**32)
 
 BLOCK = tl.constexpr(64)  # columns of a program of `columns` and `directions`
 MOST_BLOCKS = tl.constexpr(256)  # blocks of a matrix: the limit on columns over BLOCK
@@ -70,12 +76,23 @@ def _length_and_inverse(square, TINY: tl.constexpr):
 
 
 @triton.jit
+def _fresh_direction(cols, n, ACC: tl.constexpr):
+    """Return these elements of the core's `fresh_direction`: computed, so that nothing is read."""
+    places = (cols + 1).to(tl.int32)
+    scale = tl.sqrt(3.0 / n.to(ACC)) * FRESH_SCALE
+    return (places * places * GOLDEN).to(ACC) * scale
+
+
+@triton.jit
 def _rows_of_products(
     matrix_ptr, v_ptr, t_ptr, sum_ptr, row, end, n,
     TILE: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Store t and the sum of tᵀW of the rows ``row`` to ``end``, and return ‖t‖²."""
+    """Store t and the sum of tᵀW of the rows ``row`` to ``end``, and return ‖t‖².
+
+    In the first iteration of a step, v has a little of a fresh direction.
+    """
     HEIGHT: tl.constexpr = TILE // WIDTH
     if VECTOR > 1:  # the launcher has checked it: the compiler may load 16 bytes at once
         n = n // VECTOR * VECTOR
@@ -85,7 +102,10 @@ def _rows_of_products(
     v_places, sum_places = v_ptr + cols, sum_ptr + cols
     if VECTOR > 1:
         v_places, sum_places = tl.multiple_of(v_places, 16), tl.multiple_of(sum_places, 16)
-    v = tl.load(v_places, mask=cols < n, other=0.0)[None, :]
+    v = tl.load(v_places, mask=cols < n, other=0.0)
+    if FIRST:
+        v += tl.where(cols < n, _fresh_direction(cols, n, ACC), 0.0)
+    v = v[None, :]
     total = tl.zeros((HEIGHT, WIDTH), ACC)
     square = tl.zeros((HEIGHT,), ACC)
     # STAGES - 1 tiles are being copied to shared memory while one is worked on.
@@ -108,7 +128,7 @@ def _rows_of_products(
 def products(
     pointers, shapes, items, sums, ts, squares,
     DTYPE: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
-    CLASSES: tl.constexpr, STAGES: tl.constexpr,
+    CLASSES: tl.constexpr, STAGES: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """Compute ``t = Wv`` and ``Wᵀt`` of the rows of an item (matrix, first row, end).
 
@@ -129,7 +149,7 @@ def products(
         if (CLASSES >> c) & 1 and kind == c:
             square = _rows_of_products(
                 matrix_ptr, v_ptr, t_ptr, sum_ptr, row, end, n,
-                TILE, 1 << (c // 2), VECTOR if c % 2 else 1, ACC, STAGES,
+                TILE, 1 << (c // 2), VECTOR if c % 2 else 1, ACC, STAGES, FIRST,
             )  # fmt: skip
             tl.store(squares + item, square)
 
