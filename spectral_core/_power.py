@@ -400,11 +400,7 @@ def start_vector(shape: tuple[int, ...], like: Array, *, seed: int = 0, name: st
     """
     xp = array_namespace(like)
     kind = traits(like, xp, f"weight {name!r}")
-    try:
-        entropy = np.random.SeedSequence([index(seed), *name.encode()])
-    except (TypeError, ValueError):
-        raise ArgumentError(f"seed must be an integer ≥ 0, not {shown(seed)}") from None
-    rng = np.random.Generator(np.random.PCG64(entropy))
+    rng = np.random.Generator(np.random.PCG64(_entropy(seed, name)))
     v = rng.standard_normal(shape)
     if kind.complex:
         v = v + 1j * rng.standard_normal(shape)
@@ -459,6 +455,18 @@ def _fresh(n: int, dtype: Any, device: Any, xp: Namespace) -> Array:
     places = xp.arange(1, n + 1, dtype=xp.int32, device=device)
     fractions = places * places * _GOLDEN  # modulo 2³², between −2³¹ and 2³¹
     return xp.astype(fractions, dtype) * (FRESH * sqrt(3 / n) / 2**31)
+
+
+def _entropy(seed: int, name: str) -> np.random.SeedSequence:
+    """Return the entropy of the seed and of the bytes of the name."""
+    try:
+        seed = index(seed)
+        # One array of 32-bit words: of a list, NumPy converts each number alone, which needs more
+        # time than the draw. A larger seed has several words.
+        words: Any = [seed, *name.encode()]
+        return np.random.SeedSequence(np.array(words, np.uint32) if seed < 2**32 else words)
+    except (TypeError, ValueError, OverflowError):
+        raise ArgumentError(f"seed must be an integer ≥ 0, not {shown(seed)}") from None
 
 
 def _normalized(x: Array, guard: float, xp: Namespace) -> tuple[Array, Array, Array]:

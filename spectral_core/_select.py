@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from ._arrays import Array
 from ._layout import Layout, as_layout, default_layout
-from .errors import NamesError, ShapeError, listed
+from .errors import ArgumentError, NamesError, ShapeError, listed, shown
 
 T = TypeVar("T")
 
@@ -196,6 +196,11 @@ def choose(
 
 
 def _own_layouts(names: _Names, layouts: Mapping[Any, Layout | str] | None) -> dict[str, Layout]:
+    if not isinstance(layouts, Mapping | None):
+        raise ArgumentError(
+            "layouts must be a mapping of name, pattern or class of layer to a layout, not "
+            f'{shown(layouts)}: write layouts={{"name of a weight": "oi"}}'
+        )
     values = [as_layout(layout) for layout in (layouts or {}).values()]
     return {name: values[at] for name, at in names.first(layouts or {}, "layouts").items()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from decimal import Decimal
 from math import inf
 from numbers import Real
@@ -241,6 +241,7 @@ class Fitting(NamedTuple):
 
 class _Checked(NamedTuple):
     kinds: tuple[Any, ...]
+    last_kinds: tuple[Any, ...]
     plan: Plan
     xp: Namespace
 
@@ -269,23 +270,28 @@ class Checks:
             If an array does not fit.
         """
         known = self._checked.get(name)
-        kinds = _kinds(layout, weight, fitting)
+        *others, sigma, u = fitting
+        kinds, last_kinds = _kinds(layout, weight, *others), _kinds(sigma, u)
         if known is None or not kinds or known.kinds != kinds:
-            plan, xp = _check_fit(name, weight, layout, fitting)
-            if is_jax_namespace(xp):  # in a trace, arrays have no device
-                return plan, xp
-            known = _Checked(kinds, plan, xp)
-            self._checked[name] = known
-        return known.plan, known.xp
+            plan, xp = _check_fit(name, weight, layout, *others)
+            known = None
+        else:
+            plan, xp = known.plan, known.xp
+        # Checked apart: a new state has none yet, and its thousands of weights fit already.
+        if known is None or not last_kinds or known.last_kinds != last_kinds:
+            _check_last(name, weight, sigma, u, plan, xp)
+            if not is_jax_namespace(xp):  # in a trace, arrays have no device
+                self._checked[name] = _Checked(kinds, last_kinds, plan, xp)
+        return plan, xp
 
 
-def _kinds(layout: Layout, weight: Array, fitting: Sequence[Any]) -> tuple[Any, ...]:
-    kinds = [layout, type(weight)]
+def _kinds(*things: Any) -> tuple[Any, ...]:
+    """Return what decides whether arrays fit, or nothing where one of them is no array."""
+    kinds: list[Any] = []
     try:
-        kinds += (weight.shape, weight.dtype, weight.device)
-        for x in fitting:
-            kinds.append(type(x))
-            if not (x is None or type(x) is float):
+        for x in things:
+            kinds.append(x if isinstance(x, Layout) else type(x))
+            if not (x is None or type(x) in (float, Layout)):
                 kinds += (x.shape, x.dtype, x.device)
     except AttributeError:  # not an array: the full check explains what it is instead
         return ()
@@ -293,20 +299,17 @@ def _kinds(layout: Layout, weight: Array, fitting: Sequence[Any]) -> tuple[Any, 
 
 
 def _check_fit(
-    name: str, weight: Array, layout: Layout, fitting: Fitting
+    name: str, weight: Array, layout: Layout, V: Array, grad: Array | None, factor: Number
 ) -> tuple[Plan, Namespace]:
-    V, grad, factor, sigma, u = fitting
-    arrays = [V, *(x for x in (grad, sigma, u) if x is not None)]
+    arrays = [V, *(x for x in (grad,) if x is not None)]
     if not isinstance(factor, float):
         arrays.append(factor)
-    xp = array_namespace(
-        weight, *arrays, name=f"weight {name!r}, its state, its gradient and factor"
-    )
+    xp = array_namespace(weight, *arrays, name=_together(name))
     if grad is not None:
         _check_grad(name, weight, grad, xp)
     plan = plan_of(layout, weight.shape, f"weight {name!r}")
     traits(weight, xp, f"weight {name!r}")
-    shape, k = tuple(V.shape), V.shape[-2] if V.ndim > 1 else 0
+    k = V.shape[-2] if V.ndim > 1 else 0
     expected = ", ".join(map(str, plan.rows("k")))  # type: ignore[arg-type]
     _check_shape(name, weight, "v", V, plan.rows(k) if k else None, f"({expected})")
     if traits(V, xp, f"weight {name!r}: v").complex and not is_complex(weight, xp):
@@ -316,11 +319,21 @@ def _check_fit(
     check_same_device(weight, V, xp, f"weight {name!r}", "its v")
     if not isinstance(factor, float) and not xp.isdtype(factor.dtype, "real floating"):
         raise DTypeError(f"factor of {name!r} has dtype {factor.dtype}: it must be a real float")
+    return plan, xp
+
+
+def _check_last(
+    name: str, weight: Array, sigma: Array | None, u: Array | None, plan: Plan, xp: Namespace
+) -> None:
     for what, x, shape in (("sigma", sigma, plan.stack), ("u", u, plan.left)):
         if x is not None:
+            array_namespace(weight, x, name=_together(name))
             _check_shape(name, weight, what, x, shape, str(shape))
             check_same_device(weight, x, xp, f"weight {name!r}", f"its {what}")
-    return plan, xp
+
+
+def _together(name: str) -> str:
+    return f"weight {name!r}, its state, its gradient and factor"
 
 
 def _check_shape(

@@ -94,7 +94,7 @@ class Jax:
 
         self.jax, self.backend = jax, backend
         self.tx = spectral_jax.add_spectral_norm_regularization(
-            factor=lambda count: 0.1 + 0 * count, n_iter=15
+            factor=lambda count: 0.1 + 0 * count, n_iter=15, layouts={"*": "io"}
         )
         self.state = self.tx.init(backend.tree(weights_at(0), "float32"))
         self.watch = spectral_jax.Watch(log, factor=lambda count: 0.1 + 0 * count, every_n_steps=2)

@@ -38,7 +38,7 @@ from ._attach import unwrapped
 from ._jobs import JobCache
 from ._parametrized import masks, remarks
 from ._select import Model, choose_parameters
-from .engines import DTensorEngine, engines
+from .engines import DTensorEngine, Unmeasured, engines
 from .engines.foreach import write_into
 
 _OURS = tuple(str(Path(getfile(thing)).parent) for thing in (torch, sc.Watch, JobCache))
@@ -96,7 +96,7 @@ class OptimizerHook:
                 seed=seed,
                 layouts=chosen,
                 n_vectors=n_vectors,
-                engines=PURE_ENGINES,
+                engines=PURE_ENGINES if warmup_iters == 0 else (Unmeasured(),),
             )
         self._masks = masks(model, self._parameters)
         for kind, remark in remarks(model, self._parameters).items():

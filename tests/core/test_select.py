@@ -327,3 +327,9 @@ def test_layouts_default_to_output_input_kernel(layouts, expected):
 def test_vector_has_no_layout():
     with pytest.raises(sc.ShapeError, match="weight 'bias' has 1 axes"):
         choose_layouts({"w": 2, "bias": 1}, None)
+
+
+@pytest.mark.parametrize("layouts", ["io", Layout("io"), ["io"], {"io"}], ids=["0", "1", "2", "3"])
+def test_layouts_that_are_no_mapping_are_explained(layouts):
+    with pytest.raises(sc.ArgumentError, match=r'layouts must be a mapping.*write layouts=\{"'):
+        select(layouts=layouts)

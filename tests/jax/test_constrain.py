@@ -87,6 +87,7 @@ def test_normalized_weights_are_those_of_flaxs_spectral_norm():
         np.testing.assert_allclose(params["kernel"], layer.kernel[...], rtol=1e-9)  # its epsilon
 
 
+@pytest.mark.filterwarnings("ignore::spectral_core.SpectralWarning")
 def test_the_bound_leaves_what_has_no_update_and_refuses_traced_numbers():
     params = {"a": jnp.diag(jnp.array([3.0, 1.0])), "c": jnp.diag(jnp.array([3.0, 1.0]))}
     tx = spectral_jax.constrain_spectral_norm(bound=1.0, n_iter=50)

@@ -201,6 +201,7 @@ def test_every_n_steps_iterates_then_and_adds_always(kernels):
             weight.mul_(0.9)
 
 
+@pytest.mark.filterwarnings("ignore::spectral_core.SpectralWarning")
 def test_every_weight_counts_its_own_steps():
     model = zoo()
     sgds = [

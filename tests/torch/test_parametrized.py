@@ -38,6 +38,7 @@ def term_of(weight, kind, factor):
     return torch.from_numpy(term.reshape(weight.shape)).to(weight.dtype)
 
 
+@pytest.mark.filterwarnings("ignore::spectral_core.SpectralWarning")
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_sigma_and_term_are_those_of_the_masked_weight(kind, kernels):

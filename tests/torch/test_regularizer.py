@@ -463,6 +463,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::spectral_core.SpectralWarning")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_weights_of_each_kind_of_layer(kind):
     make, layouts = LAYERS[kind]

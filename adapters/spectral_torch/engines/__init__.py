@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from spectral_core.engine import Engine, Job, ReferenceEngine
+from spectral_core.engine import Engine, Job, ReferenceEngine, Result, Triplet
 from spectral_core.numba import Memory, NumbaEngine
 
 from .dtensor import DTensorEngine
 from .foreach import ForeachEngine
 from .triton import TritonEngine
 
-__all__ = ["CpuEngine", "DTensorEngine", "ForeachEngine", "TritonEngine", "engines"]
+__all__ = ["CpuEngine", "DTensorEngine", "ForeachEngine", "TritonEngine", "Unmeasured", "engines"]
 
 MEMORY = Memory(
     address=Tensor.data_ptr,
@@ -42,6 +44,28 @@ class TensorEngine(ReferenceEngine):
     """The reference, outside of autograd, which then only counts the versions of a gradient."""
 
     run = torch.no_grad()(ReferenceEngine.run)
+
+
+class Unmeasured:
+    """Leave sigma and u zero: for a state that is iterated before anyone reads them.
+
+    One iteration of the reference for each of thousands of weights would cost more than all other
+    work on a new state.
+    """
+
+    in_place = False
+
+    def accepts(self, job: Job) -> bool:  # noqa: ARG002
+        """Return True: every job can be left as it is."""
+        return True
+
+    def run(self, jobs: Sequence[Job], n_iter: int) -> Result:  # noqa: ARG002
+        """Return zeros beside each V."""
+        triplets = [
+            Triplet(job.V.new_zeros(job.plan.stack).real, job.V.new_zeros(job.plan.left), job.V)
+            for job in jobs
+        ]
+        return Result([None] * len(jobs), triplets)
 
 
 def engines(*, kernels: bool = True) -> tuple[Engine, ...]:
