@@ -77,7 +77,7 @@ def init(
         if not isinstance(name, str):
             raise NamesError(f"a weight's name must be a string, not {name!r}")
         array_namespace(weight, name=f"weight {name!r}")
-    weights = _plain(weights, "weight")
+    weights = plain_arrays(weights, "weight")
     n_vectors = check_int(n_vectors, "n_vectors")
     chosen = choose_layouts({name: len(weight.shape) for name, weight in weights.items()}, layouts)
     v = {}
@@ -86,7 +86,7 @@ def init(
         v[name] = start_vector(plan.rows(n_vectors), weights[name], seed=seed, name=name)
     state = SpectralState(v=v, sigma={}, layouts=chosen)
     jobs = make_jobs(v, weights, state)
-    found = dict(zip(v, dispatch(jobs, 1, _with_reference(engines)).triplets, strict=True))
+    found = dict(zip(v, dispatch(jobs, 1, with_reference(engines)).triplets, strict=True))
     return replace(
         state,
         sigma={name: triplet.sigma for name, triplet in found.items()},
@@ -130,10 +130,10 @@ def iterate(
     4.8541
     """
     check_weights(weights, state.v)
-    weights = _plain(weights, "weight")
+    weights = plain_arrays(weights, "weight")
     jobs = make_jobs(weights, weights, state)
-    found = dispatch(jobs, check_int(n_iter, "n_iter"), _with_reference(engines))
-    return _advanced(state, jobs, found.triplets)
+    found = dispatch(jobs, check_int(n_iter, "n_iter"), with_reference(engines))
+    return advanced(state, jobs, found.triplets)
 
 
 def add_gradient(
@@ -210,9 +210,9 @@ def add_gradient(
         raise ArgumentError("an engine writes into the gradients: pass it to add_gradient_")
     jobs = _jobs(weights, grads, state, factor, target, power)
     n_iter = check_int(n_iter, "n_iter", least=0)
-    new_grads, triplets = dispatch(jobs, n_iter, _with_reference(engines))
+    new_grads, triplets = dispatch(jobs, n_iter, with_reference(engines))
     added = {job.name: grad for job, grad in zip(jobs, new_grads, strict=True)}
-    return {**grads, **added}, _advanced(state, jobs, triplets)
+    return {**grads, **added}, advanced(state, jobs, triplets)
 
 
 def add_gradient_(
@@ -262,11 +262,16 @@ def add_gradient_(
     for job in jobs:
         check_writeable(job.grad, f"the gradient of {job.name!r}", "add_gradient")
     n_iter = check_int(n_iter, "n_iter", least=0)
+    result = dispatch(jobs, n_iter, fitting_engines(engines, [job.grad for job in jobs]))
+    return advanced(state, jobs, result.triplets)
+
+
+def fitting_engines(engines: Sequence[Engine] | None, changed: Iterable[Array]) -> Sequence[Engine]:
+    """Return the engines for a step in place, by default those that fit the changed arrays."""
     if engines is None:
-        on_host = any(isinstance(job.grad, np.ndarray) for job in jobs)
+        on_host = any(isinstance(x, np.ndarray) for x in changed)
         engines = _compiled_engines() if on_host else ()
-    result = dispatch(jobs, n_iter, _with_reference(engines, in_place=True))
-    return _advanced(state, jobs, result.triplets)
+    return with_reference(engines, in_place=True)
 
 
 @cache
@@ -286,7 +291,7 @@ def _compiled_engines() -> tuple[Engine, ...]:
         return ()
 
 
-def _with_reference(engines: Sequence[Engine], *, in_place: bool = False) -> Sequence[Engine]:
+def with_reference(engines: Sequence[Engine], *, in_place: bool = False) -> Sequence[Engine]:
     """Return the engines, the last of which is a reference: the caller's own, if there is one."""
     last = engines[-1] if engines else None
     if isinstance(last, ReferenceEngine) and last.in_place == in_place:
@@ -307,20 +312,20 @@ def _jobs(
     check_grads(grads, state.v)
     return make_jobs(
         [name for name in state.v if grads[name] is not None],
-        _plain(weights, "weight"),
+        plain_arrays(weights, "weight"),
         state,
-        grads=_plain(grads, "the gradient of"),
+        grads=plain_arrays(grads, "the gradient of"),
         factors=check_factors(factor, state.v),
         slopes=slope_of(target, power, state.v),
     )
 
 
-def _plain(arrays: Mapping[str, Array], what: str) -> dict[str, Array]:
+def plain_arrays(arrays: Mapping[str, Array], what: str) -> dict[str, Array]:
     """Return the arrays without NumPy's subclasses: a view of each on the same memory."""
     return {name: plain(array, f"{what} {name!r}") for name, array in arrays.items()}
 
 
-def _advanced(
+def advanced(
     state: SpectralState, jobs: Iterable[Job], triplets: Iterable[Triplet]
 ) -> SpectralState:
     """Return ``state`` with the newest triplet of each job."""

@@ -8,56 +8,15 @@ the weights themselves: no layer is wrapped, and no gradient passes through the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from math import inf
-from typing import TypeAlias
+from collections.abc import Sequence
 
-from ._algorithm import iterate
-from ._arrays import Array, Namespace, array_namespace, constant, plain
-from ._layout import plan_of
-from ._plan import Plan, broadcast_stack, scale_, scaled
+from ._algorithm import advanced, fitting_engines, plain_arrays, with_reference
+from ._arrays import Array, constant
+from ._bound import bounds_of
 from ._state_dict import Arrays, SpectralState
-from ._validate import Factor, Number, check_factors, check_limit, check_weights, check_writeable
-from .engine import Engine
-
-Scale: TypeAlias = Callable[[Array, Array, Plan, Namespace], Array]
-
-
-def scale_to(sigma: Array, bound: Number, *, normalize: bool = False) -> Array:
-    """Return the number that scales a matrix to a spectral norm of at most the bound.
-
-    Parameters
-    ----------
-    sigma : array, shape (...)
-    bound : float or array of shape ()
-    normalize : bool
-        If True, smaller matrices are scaled up to the bound too.
-
-    Returns
-    -------
-    array, shape (...)
-        bound/σ. It is one where σ is small enough, zero or not finite.
-
-    Raises
-    ------
-    ArgumentError
-        If ``bound`` is negative or not finite.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from spectral_core._constraint import scale_to
-    >>> scale_to(np.array([0.0, 0.5, 4.0]), 1.0)
-    array([1.  , 1.  , 0.25])
-    >>> scale_to(np.array([0.0, 0.5, 4.0]), 1.0, normalize=True)
-    array([1.  , 2.  , 0.25])
-    """
-    xp = array_namespace(sigma)
-    limit = check_limit(bound, "bound", sigma.dtype, xp)
-    one = xp.ones_like(sigma)
-    acts = (sigma > (0.0 if normalize else limit)) & (sigma < inf)
-    return xp.where(acts, limit / xp.where(acts, sigma, one), one)
+from ._validate import Factor, check_weights, check_writeable
+from .engine import Engine, dispatch, make_jobs
+from .errors import ArgumentError, check_int
 
 
 def constrain(
@@ -68,7 +27,6 @@ def constrain(
     normalize: bool = False,
     n_iter: int = 1,
     engines: Sequence[Engine] = (),
-    scale: Scale = scaled,
 ) -> tuple[dict[str, Array], SpectralState]:
     r"""Scale each weight to a spectral norm of at most ``bound``, after a step.
 
@@ -87,10 +45,7 @@ def constrain(
     n_iter : int
         Power iterations before the scaling.
     engines : sequence of Engine
-        Faster ways to iterate (see `add_gradient`).
-    scale : callable
-        ``scale(weight, scale, plan, xp)`` returns the scaled weight. An adapter passes the function
-        of its framework.
+        Faster ways to run a step (see `add_gradient`). No engine may write into the weights.
 
     Returns
     -------
@@ -123,16 +78,9 @@ def constrain(
     >>> np.round(np.linalg.norm(weights["w"], 2), 6), np.round(state.sigma["w"], 6)
     (np.float64(2.0), np.float64(2.0))
     """
-    bounds = check_factors(bound, state.v, "bound")
-    state = iterate(weights, state, n_iter=n_iter, engines=engines)
-    new, sigma = {}, {}
-    for name, weight in weights.items():
-        s = scale_to(state.sigma[name], bounds[name], normalize=normalize)
-        plan = plan_of(state.layouts[name], weight.shape, f"weight {name!r}")
-        weight, xp = plain(weight, f"weight {name!r}"), array_namespace(weight)
-        new[name] = scale(constant(weight), broadcast_stack(s, plan, xp), plan, xp)
-        sigma[name] = xp.asarray(s * state.sigma[name])  # NumPy makes a scalar of the product
-    return new, replace(state, sigma=sigma)
+    if any(engine.in_place for engine in engines):
+        raise ArgumentError("an engine writes into the weights: pass it to constrain_")
+    return _constrained(weights, state, bound, normalize, n_iter, with_reference(engines))
 
 
 def constrain_(
@@ -142,17 +90,16 @@ def constrain_(
     *,
     normalize: bool = False,
     n_iter: int = 1,
-    engines: Sequence[Engine] = (),
-    scale: Scale = scale_,
+    engines: Sequence[Engine] | None = None,
 ) -> SpectralState:
     """Scale each weight in place, as `constrain` does.
 
     Parameters
     ----------
-    weights, state, bound, normalize, n_iter, engines
+    weights, state, bound, normalize, n_iter
         See `constrain`. The weights must be writeable.
-    scale : callable
-        See `constrain`. It writes into the weight, and returns it.
+    engines : sequence of Engine, optional
+        See `add_gradient_`.
 
     Returns
     -------
@@ -178,13 +125,29 @@ def constrain_(
     check_weights(weights, state.v)
     for name, weight in weights.items():
         check_writeable(weight, f"weight {name!r}", "constrain")
-    _, state = constrain(
+    engines = fitting_engines(engines, weights.values())
+    return _constrained(weights, state, bound, normalize, n_iter, engines)[1]
+
+
+def _constrained(
+    weights: Arrays,
+    state: SpectralState,
+    bound: Factor,
+    normalize: bool,
+    n_iter: int,
+    engines: Sequence[Engine],
+) -> tuple[dict[str, Array], SpectralState]:
+    bounds = bounds_of(bound, normalize, state.v)
+    check_weights(weights, state.v)
+    weights = plain_arrays(weights, "weight")
+    # What a step changes is its job's gradient; here that is the weight itself.
+    jobs = make_jobs(
+        weights,
         weights,
         state,
-        bound=bound,
-        normalize=normalize,
-        n_iter=n_iter,
-        engines=engines,
-        scale=scale,
+        grads={name: constant(weight) for name, weight in weights.items()},
+        slopes=bounds,
     )
-    return state
+    scaled, triplets = dispatch(jobs, check_int(n_iter, "n_iter"), engines)
+    named = {job.name: weight for job, weight in zip(jobs, scaled, strict=True)}
+    return named, advanced(state, jobs, triplets)

@@ -22,6 +22,7 @@ from ._arrays import (
     squared,
     traits,
 )
+from ._bound import Bound
 from ._plan import Plan, broadcast_outer
 from ._power import Triplet, rmatvec
 from ._validate import (
@@ -45,6 +46,11 @@ class Slope(NamedTuple):
 
     target: Number
     power: int
+
+    @property
+    def code(self) -> int:
+        """The number by which kernels tell penalties apart."""
+        return self.power
 
     def of(self, sigma: Array) -> Array:
         """Return the derivative of the penalty by sigma, for λ = 1."""
@@ -319,12 +325,12 @@ def slope_of(target: Factor, power: int, names: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def same_slope(slope: Slope | None, other: Slope | None) -> bool:
-    """Return True if two slopes are equal; targets that are arrays must be the same array."""
+def same_slope(slope: Slope | Bound | None, other: Slope | Bound | None) -> bool:
+    """Return True if two of them are equal; targets that are arrays must be the same array."""
     if slope is None or other is None:
         return slope is other
     numbers = isinstance(slope.target, float) and isinstance(other.target, float)
-    return slope.power == other.power and (
+    return slope.code == other.code and (
         slope.target == other.target if numbers else slope.target is other.target
     )
 

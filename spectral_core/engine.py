@@ -27,6 +27,7 @@ from ._arrays import (
     traits,
     traits_of,
 )
+from ._bound import AT_MOST, EXACTLY, Bound, bounds_of
 from ._layout import as_layout, default_layout, plan_of
 from ._logging import AsyncCopy, Log, Snapshot
 from ._penalty import Slope, add_outer, add_outer_, outer_factors, same_slope, slope_of
@@ -34,6 +35,7 @@ from ._plan import (
     Plan,
     Shape,
     broadcast_outer,
+    broadcast_stack,
     from_memory_order,
     matrix_in_memory_order,
     reshaped,
@@ -70,10 +72,13 @@ from ._validate import (
 from .errors import ArgumentError, ShapeError
 
 __all__ = [
+    "AT_MOST",
+    "EXACTLY",
     "FRESH",
     "Add",
     "Array",
     "AsyncCopy",
+    "Bound",
     "Checks",
     "Choice",
     "Engine",
@@ -100,13 +105,14 @@ __all__ = [
     "Triplet",
     "add_outer",
     "add_outer_",
-    "add_terms",
     "address_of",
     "adjoint_times_rows",
     "array_namespace",
     "as_layout",
     "at_step",
+    "bounds_of",
     "broadcast_outer",
+    "broadcast_stack",
     "by_name",
     "cast",
     "check_factor",
@@ -119,6 +125,7 @@ __all__ = [
     "constant",
     "default_layout",
     "dispatch",
+    "finish",
     "first_matches",
     "fresh_direction",
     "fresh_directions",
@@ -153,6 +160,9 @@ __all__ = [
 Add: TypeAlias = Callable[[Array, Array, Array], Array]
 """``add(grad, u, v)`` returns ``grad + u * v``; u and v broadcast to grad."""
 
+Scale: TypeAlias = Callable[[Array, Array, Plan, Namespace], Array]
+"""``scale(weight, factor, plan, xp)`` returns the weight times a factor for each matrix."""
+
 
 @dataclass(slots=True, eq=False)
 class Job:
@@ -163,13 +173,15 @@ class Job:
     name : str
     weight : array
     grad : array or None
-        None where there is no gradient to add to. The only field that changes from step to step.
+        The array that the step changes: the gradient, or with a `Bound` the weight itself. None
+        where there is nothing to change. The only field that changes from step to step.
     V : array, shape (*stack, k, n)
         The rows to start from, in the order of `as_matrix`'s columns. The first row is v.
     factor : float or array of shape ()
         λ.
-    slope : Slope or None
-        The penalty's target and power. None is the paper's penalty, whose slope is sigma.
+    slope : Slope, Bound or None
+        The penalty's target and power. None is the paper's penalty, whose slope is sigma. With a
+        `Bound`, the step scales the weight in place of adding a term.
     plan : Plan
         How the weight becomes a matrix.
     xp : namespace
@@ -182,14 +194,18 @@ class Job:
     grad: Array  # or None
     V: Array
     factor: Number
-    slope: Slope | None
+    slope: Slope | Bound | None
     plan: Plan
     xp: Namespace
     last: Triplet | None
 
 
 class Result(NamedTuple):
-    """Result of an engine: one entry for each job, in the order of the jobs."""
+    """Result of an engine: one entry for each job, in the order of the jobs.
+
+    An entry of ``grads`` is the gradient with its term, or with a `Bound` the scaled weight, whose
+    spectral norm is the triplet's sigma.
+    """
 
     grads: list[Array | None]
     triplets: list[Triplet]
@@ -230,7 +246,7 @@ class JobList(list[Job]):
     memo : dict
         Results that an engine derived from everything but the gradients. The key is the engine.
     numbers : object
-        A new object whenever a factor has changed.
+        A new object whenever a factor or a slope has changed.
     lasts : list of Triplet or None
         Each job's ``last``. An engine that writes results there returns this very list.
     """
@@ -246,7 +262,7 @@ class JobList(list[Job]):
         self._divided_at: list[int] | None = None  # the addresses that `_overlaps` belongs to
 
     def renew(self) -> None:
-        """Announce that factors have changed."""
+        """Announce that factors or slopes have changed."""
         self.numbers = object()
         for share in self._shares:
             if isinstance(share.jobs, JobList):
@@ -334,6 +350,7 @@ class ReferenceEngine:
     def __init__(self, *, in_place: bool = False, add: Add | None = None) -> None:
         self.in_place = in_place
         self._add = add or (add_outer_ if in_place else add_outer)
+        self._scale = scale_ if in_place else scaled
 
     def accepts(self, job: Job) -> bool:  # noqa: ARG002
         """Return True: every job can be run."""
@@ -351,7 +368,7 @@ class ReferenceEngine:
             products = partial(times_rows, W, xp=job.xp), partial(adjoint_times_rows, W, xp=job.xp)
             sigma, u, V = iterate_rows(*products, V, n_iter, kind, job.xp, fresh[i])
             triplets.append(Triplet(sigma, u, from_memory_order(V, job.plan, job.xp)))
-        return Result(add_terms(jobs, triplets, self._add), triplets)
+        return finish(jobs, triplets, self._add, self._scale)
 
 
 def iteration_arrays(job: Job) -> tuple[Array, Array, Traits]:
@@ -380,24 +397,34 @@ def _fresh_in_memory_order(job: Job) -> Array:
     return cast(fresh, traits(job.weight, xp, f"weight {job.name!r}").iteration_dtype, xp)
 
 
-def add_terms(jobs: Sequence[Job], triplets: Sequence[Triplet], add: Add) -> list[Array | None]:
-    """Return each job's gradient with its term, or None where the job has no gradient."""
-    # All terms are computed before the first gradient changes: an error leaves every one whole.
-    terms = [
-        None
-        if job.grad is None
-        else outer_factors(triplet, job.plan, job.factor, job.slope, job.xp)
-        for job, triplet in zip(jobs, triplets, strict=True)
-    ]
+def finish(jobs: Sequence[Job], triplets: Sequence[Triplet], add: Add, scale: Scale) -> Result:
+    """Add each job's term to its gradient, or scale its weight to its bound."""
+    # Everything is computed before the first array changes: an error leaves every one whole.
+    changes: list[tuple[Array, ...]] = []
+    found: list[Triplet] = []
+    for job, triplet in zip(jobs, triplets, strict=True):
+        if isinstance(job.slope, Bound):
+            s = job.slope.scale(triplet.sigma)
+            changes.append((broadcast_stack(s, job.plan, job.xp),))
+            # NumPy makes a scalar of the product.
+            triplet = triplet._replace(sigma=job.xp.asarray(s * triplet.sigma))
+        elif job.grad is None:
+            changes.append(())
+        else:
+            changes.append(outer_factors(triplet, job.plan, job.factor, job.slope, job.xp))
+        found.append(triplet)
     grads: list[Array | None] = []
-    for job, term in zip(jobs, terms, strict=True):
-        if term is None:
+    for job, change in zip(jobs, changes, strict=True):
+        if job.grad is None or not change:
             grads.append(None)
-            continue
-        # Splitting an axis in two never copies: in place, this is the caller's memory.
-        total = add(reshaped(job.grad, job.plan.split, job.xp), *term)
-        grads.append(reshaped(total, job.weight.shape, job.xp))
-    return grads
+        elif isinstance(job.slope, Bound):
+            grads.append(scale(job.grad, change[0], job.plan, job.xp))
+        else:
+            # Splitting an axis in two never copies: in place, this is the caller's memory.
+            u, v = change
+            total = add(reshaped(job.grad, job.plan.split, job.xp), u, v)
+            grads.append(reshaped(total, job.weight.shape, job.xp))
+    return Result(grads, found)
 
 
 def last_of(job: Job) -> Triplet:
@@ -416,7 +443,7 @@ def make_jobs(
     *,
     grads: Mapping[str, Array | None] | None = None,
     factors: Mapping[str, Number] | None = None,
-    slopes: Mapping[str, Slope | None] | None = None,
+    slopes: Mapping[str, Slope | Bound | None] | None = None,
 ) -> list[Job]:
     """Return the jobs of these weights, checked to fit their state and gradients.
 

@@ -103,7 +103,7 @@ class Row(NamedTuple):
     factor: int
     target_size: int
     target: int
-    power: int
+    code: int
     v: int
     u: int
     sigma: int
@@ -387,8 +387,8 @@ class CudaEngine:
         rows = []
         for job in jobs:
             grad = 0 if job.grad is None else address(job.grad)
-            target, power = (0.0, 0) if job.slope is None else job.slope
-            numbers = (*self._number(job.factor), *self._number(target), power)
+            target, code = (0.0, 0) if job.slope is None else (job.slope.target, job.slope.code)
+            numbers = (*self._number(job.factor), *self._number(target), code)
             vectors = (address(job.V) - came, 0, 0)
             if n_iter == 0:
                 sigma, u, V = last_of(job)

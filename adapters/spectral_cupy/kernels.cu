@@ -36,6 +36,10 @@ typedef SPECTRAL_SUM Sum;
 // The length of the core's `fresh_direction`, 2^-24, over 2^31.
 #define FRESH_SCALE static_cast<Real>(2.7755575615628914e-17)
 
+// Codes of a bound in a row of the table of jobs.
+#define AT_MOST 3
+#define EXACTLY 4
+
 // Flags of a launch.
 #define FIRST 1  // v is the caller's; later iterations read that of the iteration before
 #define ITERATED 2  // there was an iteration: (sigma, u, v) come from the scratch and go to the results
@@ -43,9 +47,10 @@ typedef SPECTRAL_SUM Sum;
 
 // A row of the host's table of jobs. Addresses of vectors are in bytes, relative to `came`. `grad`
 // is 0 if there is no gradient. `factor` and `target` are the bits of a double where their size is
-// 0, else the address of a number of that size. Power 0 is the paper's penalty.
+// 0, else the address of a number of that size. Code 0 is the paper's penalty, 1 and 2 are the powers
+// of others. With a bound `grad` is the weight itself.
 struct Row {
-    Int weight, grad, factor_size, factor, target_size, target, power, v, u, sigma;
+    Int weight, grad, factor_size, factor, target_size, target, code, v, u, sigma;
 };
 
 // A row of the host's table of matrices. Places are in elements of the scratch or the results.
@@ -63,6 +68,9 @@ struct Matrix {
 #define PARAMETERS                                                                          \
     const Row *__restrict__ jobs, const Matrix *__restrict__ matrices,                      \
         const Int *__restrict__ work, const char *came, Real *out, Real *scratch, Int flags
+
+// Of the longest loop: doubles need twice the registers. No macro, which #pragma does not expand.
+constexpr int UNROLL = 32 / sizeof(Real);
 
 static __device__ __forceinline__ Real real(float x) { return static_cast<Real>(x); }
 static __device__ __forceinline__ double real(double x) { return x; }
@@ -136,7 +144,7 @@ static __device__ __forceinline__ void products(
         Real sum = 0;
         if (row < height) {
             const Weight *along = W + static_cast<Int>(row) * n;
-#pragma unroll 8
+#pragma unroll UNROLL
             for (int j = member; j < n; j += width)
                 sum += real(along[j]) * (v[j] + scale * fresh(j));
         }
@@ -282,10 +290,20 @@ static __device__ __forceinline__ Real number(Int size, Int bits)
 // The derivative of the penalty by sigma. A comparison with NaN is false: a NaN stays NaN.
 static __device__ __forceinline__ Real slope(const Row &job, Real sigma)
 {
-    if (job.power == 0) return sigma;
+    if (job.code == 0) return sigma;
+    if (job.code >= AT_MOST) return 0;
     const Real target = number(job.target_size, job.target);
     if (sigma <= target) return 0;
-    return job.power == 1 ? 1 : sigma - target;
+    return job.code == 1 ? 1 : sigma - target;
+}
+
+// The number that scales a weight to its bound, as `scale_to` of the core: one where it does not act.
+static __device__ __forceinline__ Real scale_to_bound(const Row &job, Real sigma)
+{
+    if (job.code < AT_MOST) return 1;
+    const Real target = number(job.target_size, job.target);
+    const bool finite = sigma - sigma == 0;
+    return finite && sigma > (job.code == EXACTLY ? 0 : target) ? target / sigma : 1;
 }
 
 static __device__ __forceinline__ void add_row(
@@ -311,6 +329,13 @@ static __device__ __forceinline__ void add_row(
     }
 }
 
+// Apart from `add_row`: one formula for both would need more registers than there are.
+static __device__ __forceinline__ void scale_row(Grad *W, Real scale, int n, int member, int width)
+{
+#pragma unroll 4
+    for (int j = member; j < n; j += width) W[j] = static_cast<Grad>(wide(W[j]) * scale);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) spectral_apply(PARAMETERS)
 {
     const Matrix &M = matrices[work[blockIdx.x]];
@@ -321,7 +346,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) spectral_apply(PAR
     const Term term = flags & ITERATED ? iterated_term(job, M, came, out, scratch, flags)
                                     : last_term(job, M, came);
     const Real weight = number(job.factor_size, job.factor) * slope(job, term.sigma);
-    const bool add = flags & ADD && job.grad;
+    // The last iteration alone changes the gradient or the weight, and so sigma.
+    const Real scale = flags & ADD ? scale_to_bound(job, term.sigma) : 1;
+    const bool add = flags & ADD && job.grad && job.code < AT_MOST;
+    if (flags & ITERATED && block == 0 && thread == 0) out[M.out_sigma] = term.sigma * scale;
     Grad *G = reinterpret_cast<Grad *>(job.grad) + M.entry * M.rows * n;
 #pragma unroll 1
     for (int row = first + thread / width; row < end; row += groups) {
@@ -329,9 +357,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) spectral_apply(PAR
         if (flags & ITERATED && member == 0) out[M.out_u + row] = u;
         if (add)
             add_row(G + static_cast<Int>(row) * n, u * weight, term.y, term.of_y, n, member, width);
+        else if (scale != 1)
+            scale_row(G + static_cast<Int>(row) * n, scale, n, member, width);
     }
     if (flags & ITERATED && block == 0) {
         for (int j = thread; j < n; j += THREADS) out[M.out_v + j] = term.y[j] * term.of_y;
-        if (thread == 0) out[M.out_sigma] = term.sigma;
     }
 }

@@ -24,14 +24,15 @@ from spectral_core.engine import (
     Traits,
     Triplet,
     add_outer,
-    add_terms,
     cast,
     conj,
+    finish,
     fresh_direction,
     last_of,
     left_rows,
     reshaped,
     right_rows,
+    scaled,
     traits,
 )
 
@@ -104,7 +105,7 @@ class XlaEngine:
                 triplets.append(triplet._replace(V=V))
             if self._power is not None:
                 jobs = [replace(job, slope=_slope(job, self._power)) for job in jobs]
-            return Result(add_terms(jobs, triplets, add_outer), triplets)
+            return finish(jobs, triplets, add_outer, scaled)
 
 
 class _Product(NamedTuple):

@@ -131,16 +131,21 @@ class SpectralNormConstraint(OptimizerWrapper):
         if not weights:
             return
         with full_precision():
-            scaled, state = outside_graphs(sc.constrain)(
-                values_of(weights),
-                select(self._state(), weights),
-                bound={path: bounds[path] for path in weights},
-                normalize=self.normalize,
-                n_iter=self.n_iter,
-                engines=self._engines,
-            )
+            scaled = values_of(weights)
+            arguments = scaled, select(self._state(), weights)
+            options: dict[str, Any] = {
+                "bound": {path: bounds[path] for path in weights},
+                "normalize": self.normalize,
+                "n_iter": self.n_iter,
+                "engines": self._engines,
+            }
+            if self._in_place:
+                state = outside_graphs(sc.constrain_)(*arguments, **options)
+            else:
+                scaled, state = sc.constrain(*arguments, **options)
         for path, variable in weights.items():
-            self.assign(variable, scaled[path])
+            if not self._in_place:
+                self.assign(variable, scaled[path])
             self._keep(path, state)
 
     def _shown(self) -> dict[str, float | str]:

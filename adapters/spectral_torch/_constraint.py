@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 import spectral_core as sc
-from spectral_core.engine import Choice, Plan, Schedule, at_step, check_factors, scale_, select
+from spectral_core.engine import Choice, Schedule, at_step, check_factors, dispatch, select
 from spectral_core.errors import listed
 
-from ._hook import OptimizerHook
+from ._hook import AS_IT_IS, OptimizerHook
+from ._jobs import Limit, release, write_back
 from ._select import Model
-from .engines import dtensor
 
 
 class SpectralNormConstraint(OptimizerHook):
@@ -135,32 +135,46 @@ class SpectralNormConstraint(OptimizerHook):
             names = [name for name in held if self._is_trained(name)]
         if not names:
             return
-        self._follow()
-        state = self._state
         owner = self if optimizer is None else optimizer
-        now = at_step(self.bound, self._step_of(owner))
-        bounds = check_factors(now, self._parameters, "bound")
+        limit = Limit(at_step(self.bound, self._step_of(owner)), self.normalize)
+        if self._masks:
+            self._constrain_masked_([name for name in names if name in self._masks], limit)
+            names = [name for name in names if name not in self._masks]
+        arguments = (owner, names, self._parameters, limit, None, self.n_iter)
+        jobs, context = self._jobs.current(*arguments), AS_IT_IS
+        if jobs is None:
+            self._follow()
+            jobs = self._jobs.build(*arguments, self._state)
+            context = self._full_precision()
+        try:
+            with context:
+                write_back(jobs, dispatch(jobs, self.n_iter, self._jobs.engines).triplets)
+            # A kernel writes by address, unseen by autograd, which must notice it.
+            increment_version([self._parameters[job.name] for job in jobs])
+        finally:
+            release(jobs)
+        self._acted(owner)
+
+    def _constrain_masked_(self, names: list[str], limit: Limit) -> None:
+        """Scale pruned parameters: the bound is on mask · parameter."""
+        if not names:
+            return
+        self._follow()
         weights = self._weights(names)
+        bounds = check_factors(limit.target, self._parameters, "bound")
         with self._full_precision():
             found = sc.constrain_(
                 weights,
-                select(state, names),
+                select(self._state, names),
                 bound={name: bounds[name] for name in names},
-                normalize=self.normalize,
+                normalize=limit.normalize,
                 n_iter=self.n_iter,
                 engines=self._jobs.engines,
-                scale=_scale_,
             )
-        for name in self._masks.keys() & weights.keys():
-            self._masks[name].write(weights[name], self._parameters[name])
+        for name, weight in weights.items():
+            self._masks[name].write(weight, self._parameters[name])
         self._write_back(found)
-        self._acted(owner)
 
     def _is_trained(self, name: str) -> bool:
         parameter = self._parameters[name]
         return parameter.requires_grad and parameter.grad is not None
-
-
-def _scale_(weight: Tensor, scale: Tensor, plan: Plan, xp: Any) -> Tensor:
-    scale_of_kind = dtensor.scale_ if dtensor.is_sharded(weight) else scale_
-    return scale_of_kind(weight, scale, plan, xp)

@@ -45,6 +45,8 @@ _OURS = tuple(str(Path(getfile(thing)).parent) for thing in (torch, sc.Watch, Jo
 
 _Self = TypeVar("_Self", bound="OptimizerHook")
 
+AS_IT_IS: AbstractContextManager[object] = nullcontext()
+
 # They leave the state's tensors alone: sigma and the vectors are new tensors.
 PURE_ENGINES = (DTensorEngine(), ReferenceEngine())
 

@@ -13,12 +13,17 @@ from torch.nn import Parameter
 
 from spectral_core import DTypeError, SpectralState
 from spectral_core.engine import (
+    AT_MOST,
+    EXACTLY,
+    Bound,
     Engine,
     Factor,
     Job,
     JobList,
     Number,
+    Slope,
     Triplet,
+    bounds_of,
     check_factors,
     make_jobs,
     same_slope,
@@ -37,6 +42,36 @@ class Penalty:
     factor: Factor
     target: Factor
     power: int
+
+    def slopes(self, names: Mapping[str, Any]) -> Mapping[str, Slope | Bound | None]:
+        """Return what a step does with each weight's sigma."""
+        return slope_of(self.target, self.power, names)
+
+    def changed(self, parameter: Tensor) -> Tensor | None:
+        """Return the tensor that a step changes: the gradient, or None where there is none."""
+        return parameter.grad if parameter.requires_grad else None
+
+
+@dataclass
+class Limit:
+    """Hold the bound of a constraint. Its steps change the weights themselves."""
+
+    target: Factor
+    normalize: bool
+    factor: Factor = 0.0
+
+    @property
+    def power(self) -> int:
+        """The code of the bounds, which stands where a penalty has its power."""
+        return EXACTLY if self.normalize else AT_MOST
+
+    def slopes(self, names: Mapping[str, Any]) -> Mapping[str, Slope | Bound | None]:
+        """Return what a step does with each weight's sigma."""
+        return bounds_of(self.target, self.normalize, names)
+
+    def changed(self, parameter: Tensor) -> Tensor:
+        """Return the tensor that a step changes: the weight, outside of autograd."""
+        return parameter.detach()
 
 
 class JobCache:
@@ -72,7 +107,7 @@ class JobCache:
         owner: object,
         names: Collection[str],
         parameters: Mapping[str, Tensor],
-        penalty: Penalty,
+        penalty: Penalty | Limit,
         scaled: Mapping[str, Number] | None,
         n_iter: int,
     ) -> JobList | None:
@@ -108,7 +143,7 @@ class JobCache:
         owner: object,
         names: Collection[str],
         parameters: Mapping[str, Tensor],
-        penalty: Penalty,
+        penalty: Penalty | Limit,
         scaled: Mapping[str, Number] | None,
         n_iter: int,
         state: SpectralState,
@@ -148,12 +183,13 @@ class _Kept:
         jobs: JobList,
         names: Collection[str],
         parameters: Mapping[str, Tensor],
-        penalty: Penalty,
+        penalty: Penalty | Limit,
     ) -> None:
         self.jobs = jobs
         self.cacheable = bool(jobs) and all(map(_is_cacheable, jobs))
         self._names = list(names)
         self._parameters = [parameters[name] for name in self._names]
+        self._changed = penalty.changed
         by_name = {job.name: job for job in jobs} if self.cacheable else {}
         self._jobs = [by_name.get(name) for name in self._names]
         self._places = [None if job is None else _place(job) for job in self._jobs]
@@ -172,7 +208,7 @@ class _Kept:
     def fits(
         self,
         names: Collection[str],
-        penalty: Penalty,
+        penalty: Penalty | Limit,
         scaled: Mapping[str, Number] | None,
         parameters: Mapping[str, Tensor],
     ) -> bool:
@@ -192,8 +228,8 @@ class _Kept:
         addresses: list[int] = []
         taken: set[int] = set()
         for parameter, job, place in zip(self._parameters, self._jobs, self._places, strict=True):
-            grad = parameter.grad
-            if grad is None or not parameter.requires_grad:
+            grad = self._changed(parameter)
+            if grad is None:
                 if job is None:
                     continue
                 return False
@@ -227,17 +263,27 @@ class _Kept:
         self.jobs.addresses = addresses
         return True
 
-    def has_slopes(self, penalty: Penalty, names: Mapping[str, Any]) -> bool:
-        """Return True if target and power are those of the jobs."""
+    def has_slopes(self, penalty: Penalty | Limit, names: Mapping[str, Any]) -> bool:
+        """Give each job its target and power; return False if one is another kind of number."""
         target, power = self._slope
         if penalty.target is target and penalty.power == power and _is_constant(target):
             return True
-        slopes = slope_of(penalty.target, penalty.power, names)
+        slopes = penalty.slopes(names)
         self._slope = penalty.target, penalty.power
-        return all(same_slope(job.slope, slopes[job.name]) for job in self.jobs)
+        changed = [job for job in self.jobs if not same_slope(job.slope, slopes[job.name])]
+        for job in changed:
+            before, slope = job.slope, slopes[job.name]
+            if before is None or slope is None or before.code != slope.code:
+                return False
+            if _kind(before.target) != _kind(slope.target):
+                return False
+            job.slope = slope
+        if changed:
+            self.jobs.renew()
+        return True
 
     def set_factors(
-        self, penalty: Penalty, scaled: Mapping[str, Number] | None, names: Collection[str]
+        self, penalty: Penalty | Limit, scaled: Mapping[str, Number] | None, names: Collection[str]
     ) -> bool:
         """Give each job its factor; return False if one is another kind of number."""
         if scaled is None and self._factor is penalty.factor:
@@ -263,14 +309,13 @@ def _build(
     names: Collection[str],
     parameters: Mapping[str, Tensor],
     state: SpectralState,
-    penalty: Penalty,
+    penalty: Penalty | Limit,
     scaled: Mapping[str, Number] | None,
 ) -> JobList:
     grads: dict[str, Tensor] = {}
     for name in names:
-        parameter = parameters[name]
-        grad = parameter.grad
-        if grad is None or not parameter.requires_grad:
+        grad = penalty.changed(parameters[name])
+        if grad is None:
             continue
         if grad.layout != torch.strided:
             raise DTypeError(
@@ -278,7 +323,8 @@ def _build(
                 "exclude the weight or make its gradient dense (sparse=False)"
             )
         grads[name] = grad
-    _separate(grads, parameters)
+    if isinstance(penalty, Penalty):
+        _separate(grads, parameters)
     jobs = JobList(
         make_jobs(
             grads,
@@ -286,7 +332,7 @@ def _build(
             state,
             grads=grads,
             factors=check_factors(penalty.factor, parameters) if scaled is None else scaled,
-            slopes=slope_of(penalty.target, penalty.power, parameters),
+            slopes=penalty.slopes(parameters),
         )
     )
     for job in jobs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -34,13 +33,11 @@ from spectral_core.errors import check_int, listed
 
 from . import _compile
 from ._attach import is_nested
-from ._hook import PURE_ENGINES, OptimizerHook
+from ._hook import AS_IT_IS, PURE_ENGINES, OptimizerHook
 from ._jobs import Penalty, release, write_back
 from ._select import Model
 from ._terms import Added, AddedTensors, OpenStep, take_out
 from .engines.dtensor import is_sharded, penalty_at
-
-_AS_IT_IS: AbstractContextManager[object] = nullcontext()
 
 
 class SpectralNormRegularizer(OptimizerHook):
@@ -466,7 +463,7 @@ class SpectralNormRegularizer(OptimizerHook):
                     due = [name for name in due if name not in self._masks]
                     added += self._add_masked_(pruned, penalty, scaled, n_iter)
                 arguments = (owner, due, self._parameters, penalty, scaled, n_iter)
-                jobs, context = self._jobs.current(*arguments), _AS_IT_IS
+                jobs, context = self._jobs.current(*arguments), AS_IT_IS
                 if jobs is None:
                     self._follow()
                     jobs = self._jobs.build(*arguments, self._state)

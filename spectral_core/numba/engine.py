@@ -221,7 +221,7 @@ class _Launch:
         self.division.place_grads(self.matrices, addresses)
 
     def numbers(self, jobs: Sequence[Job]) -> np.ndarray[Any, Any]:
-        """Return λ, target and power of each matrix; power 0 stands for the paper's penalty.
+        """Return λ, target and code of each matrix; 0 is the code of the paper's penalty.
 
         They are kept while the numbers of a `JobList` are the same, and none is a tensor.
         """
@@ -232,7 +232,7 @@ class _Launch:
         rows = [
             (float(job.factor), 0.0, 0.0)
             if job.slope is None
-            else (float(job.factor), float(job.slope.target), job.slope.power)
+            else (float(job.factor), float(job.slope.target), job.slope.code)
             for job in mine
         ]
         self._numbers = self.division.of_each(np.asarray(rows, np.float64))

@@ -16,6 +16,7 @@ _WORTH_THREADS = 65536
 # this file has changed.
 FRESH = 2.0**-24
 _GOLDEN = 0x9E3779B1
+AT_MOST, EXACTLY = 3, 4  # as in the core's `Bound`
 
 
 def _compiled(function=None, **options):
@@ -217,13 +218,35 @@ def _force(sigma, target, power):
 
 
 @_compiled
-def _add_part(t, parts, chunks, matrices, numbers, like, scratch):
-    """Add the terms to the gradients in the chunks of thread t."""
+def _scale(sigma, target, code):
+    """Return the number that scales a weight to its bound: as `scale_to` of the core."""
+    least = target * 0 if code == EXACTLY else target
+    return target / sigma if least < sigma < np.inf else target * 0 + 1
+
+
+@_compiled
+def _multiply(G, factor, lo, hi):
+    """Multiply these rows of G."""
+    for i in range(lo, hi):
+        row = G[i]
+        for j in range(row.size):
+            _store(row, j, _wide(row[j]) * factor)
+
+
+@_compiled
+def _change_part(t, parts, chunks, matrices, numbers, like, scratch):
+    """Add the terms to the gradients, or scale the weights, in the chunks of thread t."""
     for p in range(parts[t], parts[t + 1]):
         k, lo, hi = chunks[p, 0], chunks[p, 1], chunks[p, 2]
-        if matrices[k, 3] != 0:
-            m, n = matrices[k, 0], matrices[k, 1]
-            sigma = carray(_pointer(matrices[k, 6]), (1,), scratch.dtype)[0]
+        if matrices[k, 3] == 0:
+            continue
+        m, n = matrices[k, 0], matrices[k, 1]
+        sigma = carray(_pointer(matrices[k, 6]), (1,), scratch.dtype)[0]
+        if numbers[k, 2] >= AT_MOST:
+            factor = _scale(sigma, scratch.dtype.type(numbers[k, 1]), numbers[k, 2])
+            if factor != 1:  # a bound that does not act leaves the weight in peace
+                _multiply(carray(_pointer(matrices[k, 3]), (m, n), like.dtype), factor, lo, hi)
+        else:
             _add(
                 carray(_pointer(matrices[k, 3]), (m, n), like.dtype),
                 carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
@@ -232,6 +255,15 @@ def _add_part(t, parts, chunks, matrices, numbers, like, scratch):
                 lo,
                 hi,
             )
+
+
+@_compiled
+def _scale_sigmas(matrices, numbers, scratch):
+    """Give each bounded weight the sigma that it has been scaled to, once no thread reads it."""
+    for k in range(numbers.shape[0]):
+        if numbers[k, 2] >= AT_MOST:
+            sigma = carray(_pointer(matrices[k, 6]), (1,), scratch.dtype)
+            sigma[0] *= _scale(sigma[0], scratch.dtype.type(numbers[k, 1]), numbers[k, 2])
 
 
 @_compiled
@@ -258,7 +290,8 @@ def _alone(matrices, chunks, parts, numbers, like, scratch, starts, n_iter):
         _read_part(0, parts, chunks, matrices, like, scratch, starts if i == 0 else starts[:0])
         for k in range(numbers.shape[0]):
             _finish(k, matrices, chunks, scratch)
-    _add_part(0, parts, chunks, matrices, numbers, like, scratch)
+    _change_part(0, parts, chunks, matrices, numbers, like, scratch)
+    _scale_sigmas(matrices, numbers, scratch)
 
 
 @_compiled(parallel=True)
@@ -275,7 +308,8 @@ def _together(matrices, chunks, parts, numbers, like, scratch, starts, n_iter):
     parts : int64, (T + 1,)
         The first chunk of each thread.
     numbers : float64, (K, 3)
-        λ, target and power of each matrix; power 0 is the paper's penalty.
+        λ, target and code of each matrix: 0 is the paper's penalty, 1 and 2 the power of another,
+        3 and 4 a bound.
     like : array
         An array with the dtype of W and G.
     scratch : array
@@ -300,7 +334,8 @@ def _together(matrices, chunks, parts, numbers, like, scratch, starts, n_iter):
             for k in prange(count):
                 _finish(k, matrices, chunks, scratch)
     for t in prange(threads):
-        _add_part(t, parts, chunks, matrices, numbers, like, scratch)
+        _change_part(t, parts, chunks, matrices, numbers, like, scratch)
+    _scale_sigmas(matrices, numbers, scratch)
 
 
 # Numba's simplest threading layer ends the process when two threads enter it at once.

@@ -142,6 +142,19 @@ def test_each_name_can_have_its_own_bound(backend):
         assert svd_norm(backend.to_numpy(found[name])) == pytest.approx(expected)
 
 
+def test_a_bound_in_place_runs_in_the_engines():
+    """NumPy's default is Numba where it is installed; the pure function refuses such an engine."""
+    numba = pytest.importorskip("spectral_core.numba", reason="Numba is not installed")
+    engine = numba.NumbaEngine()
+    weights = {"w": np.diag([3.0, 1.0])}
+    with pytest.raises(sc.ArgumentError, match="writes into the weights: pass it to constrain_"):
+        constrain(weights, sc.init(weights), engines=[engine])
+    seen = []
+    engine.accepts = lambda job: seen.append(job.name)
+    constrain_(weights, sc.init(weights), engines=[engine])
+    assert seen == ["w"]
+
+
 def test_wrong_arguments_raise():
     weights = {"w": np.eye(2)}
     state = sc.init(weights)

@@ -200,6 +200,32 @@ def test_sigma_converges_to_that_of_the_svd():
     np.testing.assert_allclose(state.sigma["big"], expected, rtol=1e-6)
 
 
+@given(
+    dtype=st.sampled_from(["float32", "float64"]),
+    bound=st.sampled_from([0.0, 0.3, 2.0, 1e6]),
+    normalize=st.booleans(),
+    n_iter=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_bounds_equal_the_reference(dtype, bound, normalize, n_iter, seed):
+    weights, _ = model(dtype, seed=seed)
+    weights["zero"] = np.zeros((3, 4), dtype)
+    weights["nan"] = np.full((3, 4), np.nan, dtype)
+    state = sc.init(weights, layouts=LAYOUTS)
+    found, expected = ({name: w.copy() for name, w in weights.items()} for _ in range(2))
+    options = {"bound": bound, "normalize": normalize, "n_iter": n_iter}
+    mine = sc.constrain_(found, state, engines=[NumbaEngine()], **options)
+    plain = sc.constrain_(expected, state, engines=(), **options)
+    rtol = 1e-5 if dtype == "float32" else 1e-12
+    for name in weights:
+        np.testing.assert_allclose(found[name], expected[name], rtol=rtol, atol=rtol, err_msg=name)
+        for field in VECTORS:
+            pair = (getattr(s, field)[name] for s in (mine, plain))
+            np.testing.assert_allclose(*pair, rtol=rtol, atol=rtol, err_msg=f"{field} of {name}")
+        if (bound == 1e6 and not normalize) or name in ("zero", "nan"):
+            np.testing.assert_array_equal(found[name], weights[name])
+
+
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf, 3e38])
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 def test_zero_and_non_finite_weights_keep_v(value):

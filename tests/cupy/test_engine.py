@@ -495,6 +495,36 @@ def test_a_nan_is_not_below_the_target(libraries, options):
     np.testing.assert_array_equal(found["zero"], grads["zero"])
 
 
+@pytest.mark.parametrize("n_iter", [1, 2])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_bounds_equal_the_core(libraries, dtype, normalize, n_iter):
+    """One bound acts, one does not, and one is on the device; a zero and a NaN stay."""
+    shapes = {name: SHAPES[name] for name in ("row", "conv", "grouped", "dense")}
+    weights, _, state = model(dtype, shapes={**shapes, "zero": (40, 30), "nan": (40, 30)})
+    weights["zero"][...] = 0
+    weights["nan"][3, 5] = np.nan
+    bound = {"row": 0.5, "conv": np.array(0.25), "grouped": 1e3, "*": 0.1}
+    options = {"bound": bound, "normalize": normalize, "n_iter": n_iter}
+    runtime = Emulation(libraries)
+    found, expected = {}, copied(weights)
+    for name, weight in weights.items():
+        found[name], whole = guarded(weight)
+        runtime.guards.append(whole)
+    with np.errstate(all="ignore"):
+        engines = [cuda.CudaEngine(runtime), Never()]
+        mine = sc.constrain_(found, state, engines=engines, **options)
+        plain = sc.constrain_(expected, state, engines=(), **options)
+    tolerance = tolerance_of(dtype, dtype)
+    for name in weights:
+        assert_close(found[name], expected[name], tolerance, name)
+        for part in ("sigma", "u", "v"):
+            pair = (getattr(s, part)[name] for s in (mine, plain))
+            assert_close(*map(np.asarray, pair), tolerance, f"{part} of {name}")
+    still = {name for name in weights if np.array_equal(found[name], weights[name], equal_nan=True)}
+    assert still == ({"zero", "nan"} if normalize else {"zero", "nan", "grouped"})
+
+
 def test_a_state_of_version_0_1_0_goes_on_in_the_kernels(libraries):
     rng = np.random.default_rng(0)  # the model that the file was saved with
     shapes = {"conv": ((6, 3, 2, 2), "float32"), "grouped": ((4, 2, 3), "float32")}

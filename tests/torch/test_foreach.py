@@ -6,6 +6,9 @@ import pytest
 
 from spectral_core import Layout, start_vector
 from spectral_core.engine import (
+    AT_MOST,
+    EXACTLY,
+    Bound,
     Job,
     ReferenceEngine,
     Slope,
@@ -128,6 +131,33 @@ def test_slopes_equal_the_reference(slopes, n_iter):
         found.append(run(jobs, n_iter))
     for grad, other in zip(found[0].grads, found[1].grads, strict=True):
         torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        [Bound(0.5, AT_MOST)] * 4,
+        [Bound(9.0, EXACTLY)] * 4,
+        [Bound(0.5, AT_MOST), Bound(torch.tensor(2.0), EXACTLY), Bound(1e6, AT_MOST), None],
+    ],
+    ids=["at most", "exactly", "mixed"],
+)
+def test_bounds_equal_the_reference(bounds):
+    engine, found = ForeachEngine(), []
+    for run in (engine.run, REFERENCE.run):
+        jobs = [jobs_on("cpu")[i] for i in (0, 3, 4, 5)]
+        jobs = [
+            replace(job, weight=job.weight.clone(), slope=b)
+            for job, b in zip(jobs, bounds, strict=True)
+        ]
+        jobs = [job if job.slope is None else replace(job, grad=job.weight) for job in jobs]
+        assert all(map(engine.accepts, jobs))
+        found.append(run(jobs, 2))
+        assert all(g is job.grad for g, job in zip(found[-1].grads, jobs, strict=True))
+    for grad, other in zip(found[0].grads, found[1].grads, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-5)
+    for triplet, other in zip(found[0].triplets, found[1].triplets, strict=True):
+        torch.testing.assert_close(tuple(triplet), tuple(other), rtol=1e-5, atol=1e-5)
 
 
 def test_no_jobs_give_an_empty_result():

@@ -21,6 +21,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from spectral_core import ArgumentError, Layout  # noqa: E402
 from spectral_core.engine import (  # noqa: E402
+    AT_MOST,
+    EXACTLY,
+    Bound,
     Job,
     JobList,
     ReferenceEngine,
@@ -75,9 +78,18 @@ def job(
     return Job("w", weight, gradient, V, factor, slope, plan, array_namespace(weight), triplet)
 
 
+def bounded(shape, limit, dtype=f32, *, code=AT_MOST, **options):
+    """Return a job whose weight is scaled to a bound."""
+    one = job(shape, dtype, slope=Bound(limit, code), **options)
+    return replace(one, grad=one.weight)
+
+
 def copy(one):
     """Return the same job, in memory of its own."""
     V, last = one.V.clone(), one.last
+    if one.grad is one.weight:
+        weight = one.weight.clone()
+        one = replace(one, weight=weight, grad=weight)
     if last is not None:
         last = Triplet(last.sigma.clone(), last.u.clone(), V)
     grad = None if one.grad is None else one.grad.clone()
@@ -284,6 +296,35 @@ def test_a_nan_is_not_below_the_target(slope):
     check(jobs)
     assert jobs[0].grad.isnan().all()
     assert torch.equal(jobs[1].grad, grad)
+
+
+@runs
+@pytest.mark.parametrize("n_iter", [1, 3])
+@pytest.mark.parametrize("dtype", [f32, f64, bf16], ids=["f32", "f64", "bf16"])
+def test_bounds_beside_terms(dtype, n_iter):
+    """A bound of 1e6 does not act, and 1e-3 does; a zero and a NaN stay as they are."""
+    limit = torch.tensor(0.5, device=DEVICE, dtype=f64)
+    jobs = [
+        bounded((6, 40), 1e-3, dtype),
+        bounded((40, 6), 1e6, dtype),
+        bounded((12, 108), limit, dtype),
+        bounded((5, 7), 1e6, dtype, code=EXACTLY),
+        bounded((3, 40, 16), 6.0, dtype, layout="soi"),
+        bounded((4, 8), 1.0, dtype),
+        bounded((4, 9), 1.0, dtype, code=EXACTLY),
+        job((6, 33), dtype),
+    ]
+    jobs[5].weight[2, 3] = torch.nan
+    jobs[6].weight.zero_()
+    before = [one.weight.clone() for one in jobs]
+    found = check(jobs, n_iter)
+    torch.testing.assert_close(float(found.triplets[0].sigma), 1e-3, rtol=1e-5, atol=0)
+    for place in (1, 5, 6):
+        torch.testing.assert_close(
+            jobs[place].weight, before[place], rtol=0, atol=0, equal_nan=True
+        )
+    for place in (0, 2, 3):
+        assert not torch.equal(jobs[place].weight, before[place])
 
 
 @runs

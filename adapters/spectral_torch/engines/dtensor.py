@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spectral_core import ArgumentError, Layout, penalty, slope
-from spectral_core import engine as core
 from spectral_core.engine import (
+    Bound,
     Job,
     Plan,
     Result,
@@ -26,6 +26,7 @@ from spectral_core.engine import (
     Traits,
     Triplet,
     add_outer_,
+    broadcast_stack,
     cast,
     clipped,
     conj,
@@ -38,6 +39,7 @@ from spectral_core.engine import (
     outer_factors,
     reshaped,
     right_rows,
+    scale_,
     shards_of,
     to_memory_order,
     traits,
@@ -75,9 +77,13 @@ class DTensorEngine:
         # Every gradient is checked before the first one changes.
         adds = [job.grad is not None and _adds_here(job.grad, job.name) for job in jobs]
         triplets = _iterate(jobs, n_iter) if n_iter else [last_of(job) for job in jobs]
-        for job, triplet, here in zip(jobs, triplets, adds, strict=True):
-            if here:
-                _add_(job, triplet)
+        for i, (job, here) in enumerate(zip(jobs, adds, strict=True)):
+            if isinstance(job.slope, Bound):
+                s = job.slope.scale(triplets[i].sigma)
+                _scale_(job.grad, broadcast_stack(s, job.plan, job.xp), job.plan, job.xp)
+                triplets[i] = triplets[i]._replace(sigma=s * triplets[i].sigma)
+            elif here:
+                _add_(job, triplets[i])
         return Result([job.grad for job in jobs], triplets)
 
 
@@ -226,6 +232,7 @@ def _summed(weights: Sequence[_LocalWeight], partials: Sequence[Tensor]) -> list
 def _add_(job: Job, triplet: Triplet) -> None:
     grad, plan, xp = job.grad, job.plan, job.xp
     assert grad is not None
+    assert not isinstance(job.slope, Bound)
     u, v = outer_factors(triplet, plan, job.factor, job.slope, xp)
     local = grad.to_local()
     for shard in _shards_of(grad, plan):
@@ -234,13 +241,12 @@ def _add_(job: Job, triplet: Triplet) -> None:
         add_outer_(here, u_here, v_here)
 
 
-def scale_(weight: Any, scale: Tensor, plan: Plan, xp: Any) -> Tensor:
+def _scale_(weight: Any, scale: Tensor, plan: Plan, xp: Any) -> None:
     """Scale a DTensor in place: each process scales its local part."""
     local = weight.to_local()
     for shard in _shards_of(weight, plan):
         s = scale[clipped(shard.ranges, tuple(scale.shape))] if scale.ndim else scale
-        core.scale_(local[shard.inside], s, shard.plan, xp)
-    return weight
+        scale_(local[shard.inside], s, shard.plan, xp)
 
 
 def _adds_here(grad: Any, name: str) -> bool:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spectral_core.engine import (
+    Bound,
     Job,
     Result,
     Triplet,
@@ -74,22 +75,26 @@ class ForeachEngine:
     @torch.no_grad()
     def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
         """Run all jobs, those of one device and dtype together."""
-        places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        places: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
         for place, job in enumerate(jobs):
-            places.setdefault((job.weight.device, job.weight.dtype), []).append(place)
+            key = job.weight.device, job.weight.dtype, isinstance(job.slope, Bound)
+            places.setdefault(key, []).append(place)
         triplets: dict[int, Triplet] = {}
-        for (device, dtype), mine in places.items():
+        for (device, dtype, bounded), mine in places.items():
             group = [jobs[place] for place in mine] if len(places) > 1 else jobs
             owners = self._owners(tuple(job.plan.matrix for job in group), device)
             m, n = ([job.plan.matrix[axis] for job in group] for axis in (0, 1))
             if n_iter:
                 sigma, u, v = _iterate(group, n_iter, owners, (m, n), torch.finfo(dtype).tiny)
+                if bounded:
+                    sigma = _scale_(group, sigma)
                 Vs: Sequence[Tensor] = torch.split_with_sizes(v.view(1, -1), n, dim=1)
                 found = [*zip(sigma.unbind(), torch.split_with_sizes(u, m), Vs, strict=True)]
             else:
                 found = [last_of(job) for job in group]
                 sigma, u = torch.stack([t[0] for t in found]), torch.cat([t[1] for t in found])
-            _add_terms_(group, [t[2] for t in found], sigma, u, owners, m)
+            if not bounded:
+                _add_terms_(group, [t[2] for t in found], sigma, u, owners, m)
             triplets.update(zip(mine, (Triplet(*t) for t in found), strict=True))
         return Result([job.grad for job in jobs], [triplets[i] for i in range(len(jobs))])
 
@@ -122,13 +127,25 @@ def _add_terms_(
             add_outer_(grad, *broadcast_outer(term, V[0], job.plan, job.xp))
 
 
+def _scale_(jobs: Sequence[Job], sigma: Tensor) -> Tensor:
+    """Scale each weight to its bound, and return each sigma after that."""
+    bounds: list[Any] = [job.slope for job in jobs]
+    if all(same_slope(bound, bounds[0]) for bound in bounds):
+        scales = bounds[0].scale(sigma)
+    else:
+        pairs = zip(bounds, sigma.unbind(), strict=True)
+        scales = torch.stack([bound.scale(value) for bound, value in pairs])
+    torch._foreach_mul_([job.grad for job in jobs], scales.unbind())
+    return scales * sigma
+
+
 def _forces(jobs: Sequence[Job], sigma: Tensor) -> Tensor:
     """Return the slope of each job's penalty, in one call for all where they are equal."""
-    slopes = [job.slope for job in jobs]
+    slopes: list[Any] = [job.slope for job in jobs]
     if all(slope is None for slope in slopes):
         return sigma
     if all(same_slope(slope, slopes[0]) for slope in slopes):
-        return slopes[0].of(sigma)  # type: ignore[union-attr]
+        return slopes[0].of(sigma)
     forces = [
         value if slope is None else slope.of(value)
         for slope, value in zip(slopes, sigma.unbind(), strict=True)

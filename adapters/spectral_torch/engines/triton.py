@@ -29,6 +29,7 @@ from torch import Tensor
 
 from spectral_core import ArgumentError
 from spectral_core.engine import (
+    Bound,
     Engine,
     Job,
     JobList,
@@ -441,11 +442,11 @@ class _Group:
         n_iter : int
         """
         pointers, classes = self.addresses.get(addresses, self._make_pointers)
-        penalties, gathered, sloped = self._penalties(jobs)
+        penalties, gathered, kinds = self._penalties(jobs)
         with current(self.device):
             for i in range(n_iter):
                 self._iterate(pointers, classes[0], first=i == 0, keep=i + 1 < n_iter)
-            options = {"ITERATED": n_iter > 0, "SLOPED": sloped}
+            options = {"ITERATED": n_iter > 0, **kinds}
             self._update(pointers, classes[1], penalties, gathered, options)
 
     def _iterate(self, pointers: Tensor, classes: int, *, first: bool, keep: bool) -> None:
@@ -535,19 +536,21 @@ class _Group:
         bits = np.bitwise_or.reduce(1 << classes, axis=0)
         return np.concatenate([addresses, classes], axis=1), (int(bits[0]), int(bits[1]))
 
-    def _penalties(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor | None, bool]:
-        """Return the table of penalties, the tensors it refers to, and whether a slope is needed.
+    def _penalties(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor | None, dict[str, bool]]:
+        """Return the table of penalties, the tensors it refers to, and what the kernel needs.
 
-        A row is (factor, slot, target, slot, power). A slot is a place among the tensors, or -1.
-        Power 0 is the paper's penalty.
+        A row is (factor, slot, target, slot, code). A slot is a place among the tensors, or -1.
+        Code 0 is the paper's penalty.
         """
         factors = [job.factor for job in jobs]
         slopes = [job.slope for job in jobs]
         sloped = slopes.count(None) < len(slopes)
+        bounded = sloped and any(isinstance(slope, Bound) for slope in slopes)
+        kinds = {"SLOPED": sloped, "BOUNDED": bounded}
         if not sloped and {float}.issuperset(map(type, factors)):
-            return self.penalties.get(tuple(factors), self._make_penalties)[0], None, False
+            return self.penalties.get(tuple(factors), self._make_penalties)[0], None, kinds
         targets = [0.0 if slope is None else slope.target for slope in slopes]
-        powers = [0 if slope is None else slope.power for slope in slopes]
+        codes = [0 if slope is None else slope.code for slope in slopes]
         tensors = {id(x): x for x in (*factors, *targets) if isinstance(x, Tensor)}
         slots = {key: slot for slot, key in enumerate(tensors)}
 
@@ -555,11 +558,11 @@ class _Group:
             return (1.0, slots[id(x)]) if id(x) in slots else (float(x), -1)
 
         key = [
-            (*entry(factor), *entry(target), power)
-            for factor, target, power in zip(factors, targets, powers, strict=True)
+            (*entry(factor), *entry(target), code)
+            for factor, target, code in zip(factors, targets, codes, strict=True)
         ]
         table, _ = self.penalties.get(tuple(key), self._make_penalties)
-        return table, _gathered(list(tensors.values())) if tensors else None, sloped
+        return table, _gathered(list(tensors.values())) if tensors else None, kinds
 
     def _make_penalties(self, key: tuple[Any, ...]) -> tuple[np.ndarray, None]:
         rows = [row if isinstance(row, tuple) else (row, -1, 0.0, -1, 0) for row in key]

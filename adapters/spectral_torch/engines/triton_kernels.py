@@ -37,7 +37,10 @@ ROWS, COLUMNS, FIRST_ITEM, N_ITEMS, PARTIAL, STRIDE, FIRST_BLOCK, N_BLOCKS, T, Z
 )
 
 N_PENALTIES = tl.constexpr(5)
-FACTOR, FACTOR_SLOT, TARGET, TARGET_SLOT, POWER = (tl.constexpr(i) for i in range(5))
+FACTOR, FACTOR_SLOT, TARGET, TARGET_SLOT, CODE = (tl.constexpr(i) for i in range(5))
+
+# Codes of a bound, as in the core's `Bound`. Below them are 0, the paper's penalty, and the powers.
+AT_MOST, EXACTLY = tl.constexpr(3), tl.constexpr(4)
 
 # As in the core's `fresh_direction`: its length over 2³¹, and the golden ratio in 32 bits, signed.
 FRESH_SCALE = tl.constexpr(FRESH / 2**31)
@@ -212,11 +215,11 @@ def directions(
 
 @triton.jit
 def _rows_of_update(
-    grad_ptr, u_ptr, t_ptr, inverse, weight, v, col, row, end, n,
+    grad_ptr, u_ptr, t_ptr, inverse, scale, weight, v, col, row, end, n,
     TILE: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
     SUM: tl.constexpr, ITERATED: tl.constexpr,
 ):  # fmt: skip
-    """Add ``weight·u·vᵀ`` to G in the rows ``row`` to ``end`` of a block of n columns."""
+    """Store ``scale·G + weight·u·vᵀ`` in the rows ``row`` to ``end`` of a block of n columns."""
     HEIGHT: tl.constexpr = TILE // WIDTH
     if VECTOR > 1:
         n = n // VECTOR * VECTOR
@@ -234,7 +237,7 @@ def _rows_of_update(
             tl.store(u_ptr + rows, u, mask=rows < tl.where(col == 0, end, 0))
         else:
             u = tl.load(u_ptr + rows, mask=rows < end, other=0.0)
-        total = grad + (u * weight).to(SUM)[:, None] * v
+        total = grad * scale + (u * weight).to(SUM)[:, None] * v
         tl.store(places, total.to(grad_ptr.dtype.element_ty), mask=there)
 
 
@@ -284,11 +287,25 @@ def _slope(
     """
     slope = sigma
     if SLOPED:
-        power = tl.load(penalties + matrix * N_PENALTIES + POWER)
+        code = tl.load(penalties + matrix * N_PENALTIES + CODE)
         target = _number(penalties, gathered, matrix, TARGET, TARGET_SLOT, GATHERED, ACC)
-        over = tl.where(power == 1, 1.0, sigma - target)
-        slope = tl.where(power == 0, sigma, tl.where(sigma <= target, 0.0, over))
+        over = tl.where(code == 1, 1.0, sigma - target)
+        slope = tl.where(code == 0, sigma, tl.where(sigma <= target, 0.0, over))
     return slope
+
+
+@triton.jit
+def _scale_to_bound(
+    penalties, gathered, matrix, sigma, GATHERED: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """Return the scale of a weight, as `scale_to` of the core, and whether there is a bound."""
+    code = tl.load(penalties + matrix * N_PENALTIES + CODE)
+    target = _number(penalties, gathered, matrix, TARGET, TARGET_SLOT, GATHERED, ACC)
+    acts = (sigma > tl.where(code == EXACTLY, 0.0, target)) & (sigma < float("inf"))
+    acts = acts & (code >= AT_MOST)
+    divisor = tl.where(acts, sigma, 1.0)
+    quotient = target / divisor if tl.float64 == ACC else tl.div_rn(target, divisor)
+    return tl.where(acts, quotient, 1.0), code >= AT_MOST
 
 
 @triton.jit(do_not_specialize=["gathered"])
@@ -296,12 +313,13 @@ def update(
     pointers, shapes, tiles, penalties, gathered, zs, z_squares, inverses, ts,
     DTYPE: tl.constexpr, ACC: tl.constexpr, SUM: tl.constexpr, TINY: tl.constexpr,
     TILE: tl.constexpr, VECTOR: tl.constexpr, CLASSES: tl.constexpr,
-    ITERATED: tl.constexpr, GATHERED: tl.constexpr, SLOPED: tl.constexpr,
+    ITERATED: tl.constexpr, GATHERED: tl.constexpr, SLOPED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Add ``factor·slope(σ)·u·vᵀ`` to G in a tile (matrix, first row, end, nth block).
 
     After an iteration (``ITERATED``), also store v, u and σ. A matrix whose G has the address 0
-    has no gradient.
+    has no gradient. Where a matrix has a bound, G is the weight itself, and is scaled. A bound that
+    does not act reads and writes nothing.
     """
     tile = tl.program_id(0)
     matrix = tl.load(tiles + 4 * tile)
@@ -317,7 +335,6 @@ def update(
     if ITERATED:
         sigma, inverse_z = _sigma_and_inverse(shapes, z_squares, matrix, TINY)
         inverse_t = tl.load(inverses + matrix)
-        tl.store(sigma_ptr, sigma, mask=(row == 0) & (col == 0))
     else:
         sigma = tl.load(sigma_ptr)
         inverse_z = sigma
@@ -325,12 +342,20 @@ def update(
     slope = _slope(penalties, gathered, matrix, sigma, SLOPED, GATHERED, ACC)
     weight = _number(penalties, gathered, matrix, FACTOR, FACTOR_SLOT, GATHERED, ACC) * slope
     n_grad = tl.where(tl.load(pointers + matrix * N_POINTERS + G) == 0, 0, n)
+    scale = 1.0
+    if BOUNDED:
+        scale, has_bound = _scale_to_bound(penalties, gathered, matrix, sigma, GATHERED, ACC)
+        weight = tl.where(has_bound, 0.0, weight)
+        n_grad = tl.where(has_bound & (scale == 1.0), 0, n_grad)
+        sigma *= scale
+    if ITERATED:
+        tl.store(sigma_ptr, sigma, mask=(row == 0) & (col == 0))
     z_ptr = zs + _shape(shapes, matrix, Z)
     t_ptr = ts + _shape(shapes, matrix, T)
     for c in tl.static_range(32):
         if (CLASSES >> c) & 1 and kind == c:
             v = _v_of_update(v_ptr, z_ptr, inverse_z, col, row, n, 1 << (c // 2), ITERATED)
             _rows_of_update(
-                grad_ptr, u_ptr, t_ptr, inverse_t, weight, v, col, row, end, n_grad,
+                grad_ptr, u_ptr, t_ptr, inverse_t, scale, weight, v, col, row, end, n_grad,
                 TILE if c % 2 else TILE // 2, 1 << (c // 2), VECTOR if c % 2 else 1, SUM, ITERATED,
             )  # fmt: skip
