@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -76,6 +76,7 @@ _ROWS_WORTH_A_SUM = 32
 _TILES_A_PROGRAM = 4
 # Triton 3.9 warns where this is left open, and a later version may choose otherwise: other bits.
 _OPTIONS = {"enable_fp_fusion": True}
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _SETS = 64  # sets of jobs whose tables and scratch memory are kept: optimizers take turns
 
 _REFERENCE = ReferenceEngine(in_place=True)
@@ -197,9 +198,10 @@ class TritonEngine:
     def accepts(self, job: Job) -> bool:
         """Return True if the kernels can run this job.
 
-        They need a real, contiguous weight and gradient on a GPU, whose matrix is the tensor
-        reshaped, with at most `LIMITS` columns. V and the last triplet must be contiguous, in the
-        dtype of the iteration, with one vector for each matrix.
+        They need a real weight and gradient on a GPU, both contiguous or both in the channels-last
+        format of convolutions, whose matrix is the tensor reshaped, with at most `LIMITS` columns.
+        V and the last triplet must be contiguous, in the dtype of the iteration, with one vector
+        for each matrix.
         """
         weight, plan = job.weight, job.plan
         dtype = _ITERATED.get(weight.dtype)
@@ -211,8 +213,8 @@ class TritonEngine:
             type(weight) in _PLAIN_TENSORS
             and plan.reshapes
             and plan.matrix[-1] <= LIMITS[dtype]
-            and _fits(weight, weight.shape, weight.dtype, device)
-            and _fits_grad(job.grad, weight.shape, device)
+            and _fits(weight, weight.shape, weight.dtype, device, channels_last=_window(job) > 1)
+            and _fits_grad(job.grad, weight.shape, device, channels_last=_window(job) > 1)
             and job.V.shape[-2] == 1
             and _fits(job.V, plan.rows(1), dtype, device)
             and (job.last is None or _fits_last(job, dtype, device))
@@ -307,7 +309,7 @@ class TritonEngine:
 
     def _group_of(self, kind: _Kind, jobs: Sequence[Job]) -> _Group:
         """Return the tables of these jobs. `_Group` keeps the plans, so that their ids stay."""
-        key = kind, tuple([id(job.plan) for job in jobs])
+        key = kind, tuple([(id(job.plan), _window(job)) for job in jobs])
         group = self._groups.get(key)
         if group is None:
             group = _Group(kind, jobs)
@@ -322,23 +324,48 @@ class TritonEngine:
                 del self._groups[key]
 
 
-def _fits(x: Tensor, shape: Sequence[int], dtype: torch.dtype, device: int) -> bool:
+def _window(job: Job) -> int:
+    """Return the number of kernel positions of a channels-last convolution, and otherwise 1."""
+    weight = job.weight
+    if weight.is_contiguous() or not _is_contiguous(weight, channels_last=True):
+        return 1
+    rows = prod(job.plan.matrix[:-1])  # axis 0 alone, whose rows stay whole in memory
+    return prod(weight.shape[2:]) if rows == len(weight) else 1
+
+
+def _is_contiguous(x: Tensor, *, channels_last: bool) -> bool:
+    if not channels_last:
+        return x.is_contiguous()
+    dim = x.dim()
+    return dim in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[dim])
+
+
+def _fits(
+    x: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: int,
+    *,
+    channels_last: bool = False,
+) -> bool:
     return (
         x.dtype is dtype
         and x.get_device() == device
         and x.shape == shape
         and x.layout is torch.strided
-        and x.is_contiguous()
+        and _is_contiguous(x, channels_last=channels_last)
         and not x.is_neg()
     )
 
 
-def _fits_grad(grad: Tensor | None, shape: Sequence[int], device: int) -> bool:
+def _fits_grad(
+    grad: Tensor | None, shape: Sequence[int], device: int, *, channels_last: bool
+) -> bool:
     return grad is None or (
         type(grad) in _PLAIN_TENSORS
         and grad.dtype in _ITERATED
         and not grad.requires_grad  # autograd must see what is written
-        and _fits(grad, shape, grad.dtype, device)
+        and _fits(grad, shape, grad.dtype, device, channels_last=channels_last)
     )
 
 
@@ -393,6 +420,10 @@ class _Work(NamedTuple):
     inverses: Tensor
 
 
+# The table of penalties, the tensors it refers to, and whether any is sloped, and any a bound.
+_Penalties: TypeAlias = tuple[Tensor, Tensor | None, tuple[bool, bool]]
+
+
 class _Group:
     """Launch the kernels on the matrices of one kind, with their tables and scratch memory."""
 
@@ -411,6 +442,9 @@ class _Group:
         self.m, self.n = (
             np.repeat([plan.matrix[axis] for plan in self.plans], self.counts) for axis in (-2, -1)
         )
+        # Where a convolution is channels-last: the columns of each input channel.
+        self.windows = np.repeat([_window(job) for job in jobs], self.counts)
+        self.permuted = bool(self.windows.max() > 1)
         # The place of each matrix in its stack: it decides where the matrix begins in each tensor.
         self.nth = np.concatenate([np.arange(count) for count in self.counts])
         self.product_widths = _width_of(self.n, _PRODUCT_WIDTHS)
@@ -422,6 +456,9 @@ class _Group:
         self.work = self._make_work()
         self.addresses = GraphTable((len(self.n), 7), torch.int64, self.device)
         self.penalties = GraphTable((len(self.n), 5), torch.float64, self.device)
+        # Compiled kernels on their grids, and their constants, by name and case.
+        self._bound: dict[tuple[str, tuple[Any, ...]], tuple[Any, tuple[Any, ...]]] = {}
+        self._numbers: tuple[Any, _Penalties] | None = None  # of a list whose numbers are the same
 
     @property
     def captured(self) -> bool:
@@ -446,43 +483,23 @@ class _Group:
         with current(self.device):
             for i in range(n_iter):
                 self._iterate(pointers, classes[0], first=i == 0, keep=i + 1 < n_iter)
-            options = {"ITERATED": n_iter > 0, **kinds}
-            self._update(pointers, classes[1], penalties, gathered, options)
+            self._update(pointers, classes[1], penalties, gathered, (n_iter > 0, *kinds))
 
     def _iterate(self, pointers: Tensor, classes: int, *, first: bool, keep: bool) -> None:
-        k, work = _kernels(), self.work
-        acc, tiny = _language(self.dtype), torch.finfo(self.dtype).tiny
-        half = self.weight_dtype.itemsize == 2  # a stage has half the bytes: use one more
-        k.products[(len(work.items),)](
+        work = self.work
+        self._launch(
+            *("products", (classes, first), len(work.items), self._products_constants),
             *(pointers, work.shapes, work.items, work.sums, work.ts, work.squares),
-            DTYPE=_language(self.weight_dtype),
-            ACC=acc,
-            TILE=self.product_tile,
-            VECTOR=16 // self.weight_dtype.itemsize,
-            CLASSES=classes,
-            STAGES=4 if half else 3,
-            FIRST=first,
-            num_warps=self.n_warps,
-            **_OPTIONS,
-            maxnreg=_PRODUCT_REGISTERS,
         )
-        k.columns[(len(work.blocks),)](
+        self._launch(
+            *("columns", (), len(work.blocks), self._columns_constants),
             *(work.shapes, work.blocks, work.sums, work.squares),
             *(work.zs, work.z_squares, work.inverses),
-            ACC=acc,
-            TINY=tiny,
-            HEIGHT=_COLUMNS_HEIGHT,
-            STAGES=3,
-            num_warps=4,
-            **_OPTIONS,
         )
         if keep:
-            k.directions[(len(work.blocks),)](
+            self._launch(
+                *("directions", (), len(work.blocks), self._directions_constants),
                 *(pointers, work.shapes, work.blocks, work.zs, work.z_squares),
-                ACC=acc,
-                TINY=tiny,
-                num_warps=4,
-                **_OPTIONS,
             )
 
     def _update(
@@ -491,25 +508,101 @@ class _Group:
         classes: int,
         penalties: Tensor,
         gathered: Tensor | None,
-        options: dict[str, bool],
+        kinds: tuple[bool, ...],
     ) -> None:
         work = self.work
-        _kernels().update[(len(work.tiles),)](
-            *(pointers, work.shapes, work.tiles, penalties),
-            penalties if gathered is None else gathered,
+        numbers = penalties if gathered is None else gathered
+        self._launch(
+            *("update", (classes, gathered is not None, numbers.dtype, *kinds), len(work.tiles)),
+            self._update_constants,
+            *(pointers, work.shapes, work.tiles, penalties, numbers),
             *(work.zs, work.z_squares, work.inverses, work.ts),
-            DTYPE=_language(self.grad_dtype),
-            ACC=_language(self.dtype),
-            SUM=_language(self.sum_dtype),
-            TINY=torch.finfo(self.dtype).tiny,
-            TILE=self.update_tile,
-            VECTOR=16 // self.grad_dtype.itemsize,
-            CLASSES=classes,
-            GATHERED=gathered is not None,
-            num_warps=_UPDATE_WARPS,
-            **_OPTIONS,
-            **options,
         )
+
+    def _launch(
+        self,
+        name: str,
+        case: tuple[Any, ...],
+        programs: int,
+        constants_of: Callable[..., tuple[dict[str, Any], dict[str, Any]]],
+        *tensors: Tensor,
+    ) -> None:
+        """Launch a kernel: the first time of a case by Triton, and then as it was compiled.
+
+        Triton's own launch binds the arguments, looks the kernel up by the value of each constant
+        and by the alignment of each tensor, and so needs 16 µs. The constants of a case are always
+        the same. So are the dtype and the alignment of the tensors, which this group has allocated:
+        the compiled kernel is launched with them at once. Only ``gathered`` comes from elsewhere;
+        its dtype is part of the case, and Triton does not specialize on it.
+        """
+        bound = self._bound.get((name, case))
+        if bound is not None:
+            launch, constants = bound
+            launch(*tensors, *constants)
+            return
+        arguments, options = constants_of(*case)
+        kernel = getattr(_kernels(), name)
+        compiled = kernel[(programs,)](*tensors, **arguments, **options, **_OPTIONS)
+        if compiled is not None:  # Triton's interpreter compiles nothing
+            self._bound[name, case] = compiled[(programs, 1, 1)], tuple(arguments.values())
+
+    def _products_constants(
+        self, classes: int, first: bool
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        half = self.weight_dtype.itemsize == 2  # a stage has half the bytes: use one more
+        constants = {
+            "DTYPE": _language(self.weight_dtype),
+            "ACC": _language(self.dtype),
+            "TILE": self.product_tile,
+            "VECTOR": 16 // self.weight_dtype.itemsize,
+            "CLASSES": classes,
+            "STAGES": 4 if half else 3,
+            "FIRST": first,
+            "PERMUTED": self.permuted,
+        }
+        return constants, {"num_warps": self.n_warps, "maxnreg": _PRODUCT_REGISTERS}
+
+    def _columns_constants(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        constants = {
+            "ACC": _language(self.dtype),
+            "TINY": torch.finfo(self.dtype).tiny,
+            "HEIGHT": _COLUMNS_HEIGHT,
+            "STAGES": 3,
+        }
+        return constants, {"num_warps": 4}
+
+    def _directions_constants(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        constants = {
+            "ACC": _language(self.dtype),
+            "TINY": torch.finfo(self.dtype).tiny,
+            "PERMUTED": self.permuted,
+        }
+        return constants, {"num_warps": 4}
+
+    def _update_constants(
+        self,
+        classes: int,
+        from_tensors: bool,
+        _: torch.dtype,
+        iterated: bool,
+        sloped: bool,
+        bounded: bool,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        constants = {
+            "DTYPE": _language(self.grad_dtype),
+            "ACC": _language(self.dtype),
+            "SUM": _language(self.sum_dtype),
+            "TINY": torch.finfo(self.dtype).tiny,
+            "TILE": self.update_tile,
+            "VECTOR": 16 // self.grad_dtype.itemsize,
+            "CLASSES": classes,
+            "ITERATED": iterated,
+            "GATHERED": from_tensors,
+            "SLOPED": sloped,
+            "BOUNDED": bounded,
+            "PERMUTED": self.permuted,
+        }
+        return constants, {"num_warps": _UPDATE_WARPS}
 
     def _make_pointers(
         self, key: tuple[tuple[int, ...], tuple[int, ...]]
@@ -536,19 +629,36 @@ class _Group:
         bits = np.bitwise_or.reduce(1 << classes, axis=0)
         return np.concatenate([addresses, classes], axis=1), (int(bits[0]), int(bits[1]))
 
-    def _penalties(self, jobs: Sequence[Job]) -> tuple[Tensor, Tensor | None, dict[str, bool]]:
-        """Return the table of penalties, the tensors it refers to, and what the kernel needs.
+    def _penalties(self, jobs: Sequence[Job]) -> _Penalties:
+        """Return the table of penalties, the tensors it refers to, and (SLOPED, BOUNDED).
 
         A row is (factor, slot, target, slot, code). A slot is a place among the tensors, or -1.
         Code 0 is the paper's penalty.
         """
+        numbers = jobs.numbers if isinstance(jobs, JobList) else None
+        if (
+            self._numbers is not None
+            and numbers is self._numbers[0]
+            and not self.penalties.captured
+        ):
+            return self._numbers[1]
+        self._numbers = None
         factors = [job.factor for job in jobs]
         slopes = [job.slope for job in jobs]
         sloped = slopes.count(None) < len(slopes)
-        bounded = sloped and any(isinstance(slope, Bound) for slope in slopes)
-        kinds = {"SLOPED": sloped, "BOUNDED": bounded}
+        kinds = sloped, sloped and any(isinstance(slope, Bound) for slope in slopes)
         if not sloped and {float}.issuperset(map(type, factors)):
-            return self.penalties.get(tuple(factors), self._make_penalties)[0], None, kinds
+            table = self.penalties.get(tuple(factors), self._make_penalties)[0]
+            found: _Penalties = table, None, kinds
+        else:
+            found = self._penalties_of(factors, slopes, kinds)
+        if numbers is not None and found[1] is None:
+            self._numbers = numbers, found
+        return found
+
+    def _penalties_of(
+        self, factors: list[Any], slopes: list[Any], kinds: tuple[bool, bool]
+    ) -> _Penalties:
         targets = [0.0 if slope is None else slope.target for slope in slopes]
         codes = [0 if slope is None else slope.code for slope in slopes]
         tensors = {id(x): x for x in (*factors, *targets) if isinstance(x, Tensor)}
@@ -578,6 +688,7 @@ class _Group:
             [
                 *(m, n, _starts(n_items), n_items, _starts(n_items * strides), strides),
                 *(_starts(n_blocks), n_blocks, _starts(m), _starts(n)),
+                *(np.where(self.windows > 1, n // self.windows, n), self.windows),
             ],
             axis=1,
         )

@@ -31,10 +31,11 @@ from spectral_core.engine import FRESH
 # The columns of the tables `pointers`, `shapes` and `penalties`.
 N_POINTERS = tl.constexpr(7)
 W, G, V, U, SIGMA, PRODUCTS_CLASS, UPDATE_CLASS = (tl.constexpr(i) for i in range(7))
-N_SHAPES = tl.constexpr(10)
+N_SHAPES = tl.constexpr(12)
 ROWS, COLUMNS, FIRST_ITEM, N_ITEMS, PARTIAL, STRIDE, FIRST_BLOCK, N_BLOCKS, T, Z = (
     tl.constexpr(i) for i in range(10)
 )
+CHANNELS, WINDOW = tl.constexpr(10), tl.constexpr(11)  # n and 1 where memory has v's order
 
 N_PENALTIES = tl.constexpr(5)
 FACTOR, FACTOR_SLOT, TARGET, TARGET_SLOT, CODE = (tl.constexpr(i) for i in range(5))
@@ -67,6 +68,19 @@ def _size(shapes, matrix, FIELD: tl.constexpr):
 
 
 @triton.jit
+def _in_v(shapes, matrix, cols, PERMUTED: tl.constexpr):
+    """Return the places in v of columns in memory.
+
+    A channels-last convolution has the columns of its matrix in another order in memory: kernel
+    positions first. To permute v costs nothing; to permute W would be a copy of it.
+    """
+    if PERMUTED:
+        channels = _size(shapes, matrix, CHANNELS)
+        cols = (cols % channels) * _size(shapes, matrix, WINDOW) + cols // channels
+    return cols
+
+
+@triton.jit
 def _length_and_inverse(square, TINY: tl.constexpr):
     """Return √square and its inverse: 0 for 0, and NaN where it is not finite, as the core."""
     if square.dtype == tl.float64:
@@ -88,9 +102,9 @@ def _fresh_direction(cols, n, ACC: tl.constexpr):
 
 @triton.jit
 def _rows_of_products(
-    matrix_ptr, v_ptr, t_ptr, sum_ptr, row, end, n,
+    matrix_ptr, v_ptr, t_ptr, sum_ptr, row, end, n, shapes, matrix,
     TILE: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr,
-    STAGES: tl.constexpr, FIRST: tl.constexpr,
+    STAGES: tl.constexpr, FIRST: tl.constexpr, PERMUTED: tl.constexpr,
 ):  # fmt: skip
     """Store t and the sum of tᵀW of the rows ``row`` to ``end``, and return ‖t‖².
 
@@ -102,12 +116,15 @@ def _rows_of_products(
     lines = tl.arange(0, HEIGHT)
     cols = tl.arange(0, WIDTH)
     inside = (cols < n)[None, :]
-    v_places, sum_places = v_ptr + cols, sum_ptr + cols
+    in_v = _in_v(shapes, matrix, cols, PERMUTED)
+    v_places, sum_places = v_ptr + in_v, sum_ptr + cols
     if VECTOR > 1:
-        v_places, sum_places = tl.multiple_of(v_places, 16), tl.multiple_of(sum_places, 16)
+        sum_places = tl.multiple_of(sum_places, 16)
+        if not PERMUTED:
+            v_places = tl.multiple_of(v_places, 16)
     v = tl.load(v_places, mask=cols < n, other=0.0)
     if FIRST:
-        v += tl.where(cols < n, _fresh_direction(cols, n, ACC), 0.0)
+        v += _fresh_direction(in_v, n, ACC)  # past the n columns it meets the zeros of a tile
     v = v[None, :]
     total = tl.zeros((HEIGHT, WIDTH), ACC)
     square = tl.zeros((HEIGHT,), ACC)
@@ -131,7 +148,7 @@ def _rows_of_products(
 def products(
     pointers, shapes, items, sums, ts, squares,
     DTYPE: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
-    CLASSES: tl.constexpr, STAGES: tl.constexpr, FIRST: tl.constexpr,
+    CLASSES: tl.constexpr, STAGES: tl.constexpr, FIRST: tl.constexpr, PERMUTED: tl.constexpr,
 ):  # fmt: skip
     """Compute ``t = Wv`` and ``Wᵀt`` of the rows of an item (matrix, first row, end).
 
@@ -151,8 +168,8 @@ def products(
     for c in tl.static_range(32):
         if (CLASSES >> c) & 1 and kind == c:
             square = _rows_of_products(
-                matrix_ptr, v_ptr, t_ptr, sum_ptr, row, end, n,
-                TILE, 1 << (c // 2), VECTOR if c % 2 else 1, ACC, STAGES, FIRST,
+                matrix_ptr, v_ptr, t_ptr, sum_ptr, row, end, n, shapes, matrix,
+                TILE, 1 << (c // 2), VECTOR if c % 2 else 1, ACC, STAGES, FIRST, PERMUTED,
             )  # fmt: skip
             tl.store(squares + item, square)
 
@@ -201,7 +218,8 @@ def _sigma_and_inverse(shapes, z_squares, matrix, TINY: tl.constexpr):
 
 @triton.jit
 def directions(
-    pointers, shapes, blocks, zs, z_squares, ACC: tl.constexpr, TINY: tl.constexpr
+    pointers, shapes, blocks, zs, z_squares,
+    ACC: tl.constexpr, TINY: tl.constexpr, PERMUTED: tl.constexpr,
 ):  # fmt: skip
     """Store ``v = z/‖z‖`` of a block of columns, for the next iteration."""
     block = tl.program_id(0)
@@ -210,7 +228,8 @@ def directions(
     _, inverse = _sigma_and_inverse(shapes, z_squares, matrix, TINY)
     n_usable = tl.where(inverse > 0, _size(shapes, matrix, COLUMNS), 0)
     z = tl.load(zs + _shape(shapes, matrix, Z) + cols, mask=cols < n_usable, other=0.0)
-    tl.store(_pointer(pointers, matrix, V, ACC) + cols, z * inverse, mask=cols < n_usable)
+    places = _pointer(pointers, matrix, V, ACC) + _in_v(shapes, matrix, cols, PERMUTED)
+    tl.store(places, z * inverse, mask=cols < n_usable)
 
 
 @triton.jit
@@ -243,19 +262,21 @@ def _rows_of_update(
 
 @triton.jit
 def _v_of_update(
-    v_ptr, z_ptr, inverse, col, row, n, WIDTH: tl.constexpr, ITERATED: tl.constexpr
+    v_ptr, z_ptr, inverse, col, row, n, shapes, matrix,
+    WIDTH: tl.constexpr, ITERATED: tl.constexpr, PERMUTED: tl.constexpr,
 ):  # fmt: skip
     """Return a block of v; the program of the first rows also stores it."""
     cols = col * WIDTH + tl.arange(0, WIDTH)
+    v_places = v_ptr + _in_v(shapes, matrix, cols, PERMUTED)
     if ITERATED:
         # A usable new v is stored, and otherwise the old one is read: no program waits for another.
         n_usable = tl.where(inverse > 0, n, 0)
         unit = tl.load(z_ptr + cols, mask=cols < n, other=0.0) * inverse
-        tl.store(v_ptr + cols, unit, mask=cols < tl.where(row == 0, n_usable, 0))
-        old = tl.load(v_ptr + cols, mask=cols < n - n_usable, other=0.0)
+        tl.store(v_places, unit, mask=cols < tl.where(row == 0, n_usable, 0))
+        old = tl.load(v_places, mask=cols < n - n_usable, other=0.0)
         v = tl.where(cols < n_usable, unit, old)
     else:
-        v = tl.load(v_ptr + cols, mask=cols < n, other=0.0)
+        v = tl.load(v_places, mask=cols < n, other=0.0)
     return v
 
 
@@ -314,6 +335,7 @@ def update(
     DTYPE: tl.constexpr, ACC: tl.constexpr, SUM: tl.constexpr, TINY: tl.constexpr,
     TILE: tl.constexpr, VECTOR: tl.constexpr, CLASSES: tl.constexpr,
     ITERATED: tl.constexpr, GATHERED: tl.constexpr, SLOPED: tl.constexpr, BOUNDED: tl.constexpr,
+    PERMUTED: tl.constexpr,
 ):  # fmt: skip
     """Add ``factor·slope(σ)·u·vᵀ`` to G in a tile (matrix, first row, end, nth block).
 
@@ -354,7 +376,10 @@ def update(
     t_ptr = ts + _shape(shapes, matrix, T)
     for c in tl.static_range(32):
         if (CLASSES >> c) & 1 and kind == c:
-            v = _v_of_update(v_ptr, z_ptr, inverse_z, col, row, n, 1 << (c // 2), ITERATED)
+            v = _v_of_update(
+                v_ptr, z_ptr, inverse_z, col, row, n, shapes, matrix,
+                1 << (c // 2), ITERATED, PERMUTED,
+            )  # fmt: skip
             _rows_of_update(
                 grad_ptr, u_ptr, t_ptr, inverse_t, scale, weight, v, col, row, end, n_grad,
                 TILE if c % 2 else TILE // 2, 1 << (c // 2), VECTOR if c % 2 else 1, SUM, ITERATED,
