@@ -22,7 +22,6 @@ import spectral_core as sc
 from spectral_core.engine import (
     Choice,
     Factor,
-    ReferenceEngine,
     Row,
     Schedule,
     array_namespace,
@@ -38,7 +37,7 @@ from ._attach import unwrapped
 from ._jobs import JobCache
 from ._parametrized import masks, remarks
 from ._select import Model, choose_parameters
-from .engines import DTensorEngine, Unmeasured, engines
+from .engines import DTensorEngine, TensorEngine, Unmeasured, engines
 from .engines.foreach import write_into
 
 _OURS = tuple(str(Path(getfile(thing)).parent) for thing in (torch, sc.Watch, JobCache))
@@ -48,7 +47,7 @@ _Self = TypeVar("_Self", bound="OptimizerHook")
 AS_IT_IS: AbstractContextManager[object] = nullcontext()
 
 # They leave the state's tensors alone: sigma and the vectors are new tensors.
-PURE_ENGINES = (DTensorEngine(), ReferenceEngine())
+PURE_ENGINES = (DTensorEngine(), TensorEngine())
 
 # A step of an optimizer writes into a parameter a few times, and loading a checkpoint once. More
 # writes than these mean that training went on.

@@ -260,3 +260,29 @@ def test_a_state_without_u_starts_with_an_iteration():
 def test_every_n_steps_is_checked(wrong):
     with pytest.raises(sc.ArgumentError, match="every_n_steps must be an integer ≥ 1"):
         SpectralNormRegularizer(zoo(), every_n_steps=wrong)
+
+
+@pytest.mark.parametrize("allowed", ["high", "medium"])
+def test_products_stay_in_float32_whatever_the_process_allows(allowed):
+    """TF32 would round the products of stacks, several vectors and half precision."""
+    seen = []
+
+    class Products(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if getattr(function, "__name__", "") in ("matmul", "__matmul__", "__rmatmul__", "mm"):
+                seen.append(torch.get_float32_matmul_precision())
+            return function(*args, **kwargs or {})
+
+    stack = torch.nn.Parameter(torch.randn(3, 4, 5))
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        with Products():
+            reg = SpectralNormRegularizer({"w": stack}, layouts={"w": "soi"}, n_vectors=2)
+            stack.grad = torch.zeros_like(stack)
+            for _ in range(2):
+                reg.add_gradients_()
+        assert torch.get_float32_matmul_precision() == allowed
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen
+    assert set(seen) == {"highest"}

@@ -401,6 +401,38 @@ def test_a_job_list_is_prepared_once(monkeypatch):
     assert len(prepared) == 2  # one for each dtype
 
 
+@pytest.mark.parametrize(
+    ("room", "expected"),
+    [(227 * 1024, (16384, 8192, 16384)), (99 * 1024, (8192, 4096, 16384))],
+    ids=["H100", "a workstation card"],
+)
+def test_the_number_of_columns_follows_the_shared_memory(monkeypatch, room, expected):
+    """A wider weight goes elsewhere, alone: no launch fails and turns the kernels off for all."""
+    properties = SimpleNamespace(shared_memory_per_block_optin=room)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    most = triton_engine._most_columns.__wrapped__
+    assert tuple(most(dtype, torch.device("cuda")) for dtype in (f32, f64, bf16)) == expected
+
+
+@runs
+def test_a_factor_on_the_cpu_is_read_in_each_step(monkeypatch):
+    if INTERPRETED:  # where the weights are on the CPU too
+        monkeypatch.setattr(triton_engine._Group, "_is_on_device", lambda self, x: False)
+    engine, factor, target = TritonEngine(), torch.tensor(0.1), torch.tensor(0.5, dtype=f64)
+    jobs = JobList([job((6, 40)), job((5, 7), slope=Slope(target, 2))])
+    for one in jobs:
+        one.factor = factor
+    assert all(map(engine.accepts, jobs))
+    for value in (0.1, 0.4, 0.2):
+        factor.fill_(value)
+        target.fill_(2 * value)
+        jobs.addresses = [one.grad.data_ptr() for one in jobs]
+        check(jobs, engine=engine)
+    monkeypatch.setattr(triton_engine, "capturing", lambda device: True)
+    with pytest.raises(ArgumentError, match="on the CPU, which the replays of a CUDA graph"):
+        engine._groups[next(iter(engine._groups))]._penalties(list(jobs))
+
+
 class Launches:
     """A kernel that counts how it is launched: by Triton, or as it was compiled."""
 

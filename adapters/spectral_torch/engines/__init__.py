@@ -13,9 +13,18 @@ from spectral_core.numba import Memory, NumbaEngine
 
 from .dtensor import DTensorEngine
 from .foreach import ForeachEngine
+from .precision import in_full_float32
 from .triton import TritonEngine
 
-__all__ = ["CpuEngine", "DTensorEngine", "ForeachEngine", "TritonEngine", "Unmeasured", "engines"]
+__all__ = [
+    "CpuEngine",
+    "DTensorEngine",
+    "ForeachEngine",
+    "TensorEngine",
+    "TritonEngine",
+    "Unmeasured",
+    "engines",
+]
 
 MEMORY = Memory(
     address=Tensor.data_ptr,
@@ -41,9 +50,9 @@ class CpuEngine(NumbaEngine):
 
 
 class TensorEngine(ReferenceEngine):
-    """The reference, outside of autograd, which then only counts the versions of a gradient."""
+    """The reference in full float32, outside of autograd, which only counts versions then."""
 
-    run = torch.no_grad()(ReferenceEngine.run)
+    run = in_full_float32(torch.no_grad()(ReferenceEngine.run))
 
 
 class Unmeasured:

@@ -45,6 +45,8 @@ from spectral_core.engine import (
     traits,
 )
 
+from .precision import in_full_float32
+
 
 def is_sharded(x: Tensor) -> bool:
     """Return True if ``x`` is a DTensor."""
@@ -71,6 +73,7 @@ class DTensorEngine:
         """Return True for a DTensor."""
         return is_sharded(job.weight)
 
+    @in_full_float32
     @torch.no_grad()
     def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
         """Run all jobs, with two messages for each mesh in an iteration."""

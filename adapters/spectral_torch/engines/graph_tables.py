@@ -60,6 +60,11 @@ class GraphTable:
         """True if a CUDA graph reads one of the tables."""
         return self._frozen or bool(self._captured) or bool(self._kept)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The table that steps outside of a capture use, once there is one."""
+        return () if self._filled is None else (self._filled.device,)
+
     def get(
         self, key: Hashable, make: Callable[[Any], tuple[np.ndarray, Any]]
     ) -> tuple[Tensor, Any]:

@@ -190,6 +190,7 @@ class TritonEngine:
         self._failed = False
         self._has_run: set[_Kind] = set()
         self._groups: dict[Hashable, _Group] = {}
+        self._captured: set[_Group] = set()
 
     def __reduce__(self) -> tuple[type[TritonEngine], tuple[Engine | None]]:
         # A copy has none of the memory that graphs of this engine write to.
@@ -212,7 +213,7 @@ class TritonEngine:
         return (
             type(weight) in _PLAIN_TENSORS
             and plan.reshapes
-            and plan.matrix[-1] <= LIMITS[dtype]
+            and plan.matrix[-1] <= _most_columns(weight.dtype, weight.device)
             and _fits(weight, weight.shape, weight.dtype, device, channels_last=_window(job) > 1)
             and _fits_grad(job.grad, weight.shape, device, channels_last=_window(job) > 1)
             and job.V.shape[-2] == 1
@@ -252,6 +253,9 @@ class TritonEngine:
                         share.group = self._group_of(share.kind, mine)
                     share.group.run((share.addresses, grads), mine, n_iter)
                     self._has_run.add(share.kind)
+                    if share.group.captured:
+                        # As long as the graph, which reads its tables at every replay.
+                        self._captured.add(share.group)
                     continue
                 except torch.OutOfMemoryError:
                     raise
@@ -318,10 +322,31 @@ class TritonEngine:
         return group
 
     def _forget(self) -> None:
-        """Drop the oldest groups, except for those that a CUDA graph may still read."""
+        """Drop the oldest groups; `_captured` keeps those that a CUDA graph may still read."""
         for key in list(self._groups)[: max(0, len(self._groups) + 1 - _SETS)]:
-            if not self._groups[key].captured:
-                del self._groups[key]
+            del self._groups[key]
+
+
+@cache
+def _most_columns(dtype: torch.dtype, device: torch.device) -> int:
+    """Return the largest number of columns, for which the device's shared memory has room.
+
+    All but one stage of a tile wait in it: 128 KiB at the limit. The large GPUs have more than
+    that, but workstation cards have 99 KiB.
+    """
+    most = LIMITS[_ITERATED[dtype]]
+    if device.type != "cuda":
+        return most
+    properties = torch.cuda.get_device_properties(device)
+    room = getattr(properties, "shared_memory_per_block_optin", 227 * 1024) - 1024  # for its sums
+    while (_stages(dtype) - 1) * most * dtype.itemsize > room:
+        most //= 2
+    return most
+
+
+def _stages(dtype: torch.dtype) -> int:
+    """Return the number of tiles in flight: one more where a tile has half the bytes."""
+    return 4 if dtype.itemsize == 2 else 3
 
 
 def _window(job: Job) -> int:
@@ -379,9 +404,11 @@ def _fits_last(job: Job, dtype: torch.dtype, device: int) -> bool:
 
 
 def _fits_number(x: Any, device: int) -> bool:
-    """Return True for a number, or a real tensor of shape () on the device."""
+    """Return True for a number, or a real tensor of shape () on the device or on the CPU."""
     if not isinstance(x, Tensor):
         return isinstance(x, (float, int))
+    if x.is_cpu:  # read in each step, without waiting for the device
+        return x.shape == () and not x.is_complex()
     return type(x) in _PLAIN_TENSORS and x.dtype in _ITERATED and _fits(x, (), x.dtype, device)
 
 
@@ -454,6 +481,7 @@ class _Group:
         self.product_tile = self.n_warps * elements
         self.update_tile = 32 * _UPDATE_WARPS * _ELEMENTS_A_THREAD[self.sum_dtype]
         self.work = self._make_work()
+        self._stream = torch.cuda.current_stream() if self.device.type == "cuda" else None
         self.addresses = GraphTable((len(self.n), 7), torch.int64, self.device)
         self.penalties = GraphTable((len(self.n), 5), torch.float64, self.device)
         # Compiled kernels on their grids, and their constants, by name and case.
@@ -481,9 +509,23 @@ class _Group:
         pointers, classes = self.addresses.get(addresses, self._make_pointers)
         penalties, gathered, kinds = self._penalties(jobs)
         with current(self.device):
+            self._use_on_this_stream()
             for i in range(n_iter):
                 self._iterate(pointers, classes[0], first=i == 0, keep=i + 1 < n_iter)
             self._update(pointers, classes[1], penalties, gathered, (n_iter > 0, *kinds))
+
+    def _use_on_this_stream(self) -> None:
+        """Keep the memory of the tables until the work of another stream on them is complete.
+
+        A capture needs no such note: the engine keeps what a graph reads.
+        """
+        if self.device.type != "cuda" or capturing(self.device):
+            return
+        stream = torch.cuda.current_stream()
+        if stream != self._stream:
+            for tensor in (*self.work, *self.addresses.tensors, *self.penalties.tensors):
+                tensor.record_stream(stream)
+            self._stream = stream
 
     def _iterate(self, pointers: Tensor, classes: int, *, first: bool, keep: bool) -> None:
         work = self.work
@@ -549,14 +591,13 @@ class _Group:
     def _products_constants(
         self, classes: int, first: bool
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        half = self.weight_dtype.itemsize == 2  # a stage has half the bytes: use one more
         constants = {
             "DTYPE": _language(self.weight_dtype),
             "ACC": _language(self.dtype),
             "TILE": self.product_tile,
             "VECTOR": 16 // self.weight_dtype.itemsize,
             "CLASSES": classes,
-            "STAGES": 4 if half else 3,
+            "STAGES": _stages(self.weight_dtype),
             "FIRST": first,
             "PERMUTED": self.permuted,
         }
@@ -652,20 +693,33 @@ class _Group:
             found: _Penalties = table, None, kinds
         else:
             found = self._penalties_of(factors, slopes, kinds)
-        if numbers is not None and found[1] is None:
+        constant = {float, int}.issuperset(map(type, factors)) and all(
+            slope is None or type(slope.target) in (float, int) for slope in slopes
+        )
+        if numbers is not None and constant:
             self._numbers = numbers, found
         return found
+
+    def _is_on_device(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and x.device == self.device
 
     def _penalties_of(
         self, factors: list[Any], slopes: list[Any], kinds: tuple[bool, bool]
     ) -> _Penalties:
         targets = [0.0 if slope is None else slope.target for slope in slopes]
         codes = [0 if slope is None else slope.code for slope in slopes]
-        tensors = {id(x): x for x in (*factors, *targets) if isinstance(x, Tensor)}
+        tensors = {id(x): x for x in (*factors, *targets) if self._is_on_device(x)}
         slots = {key: slot for slot, key in enumerate(tensors)}
 
         def entry(x: Any) -> tuple[float, int]:
-            return (1.0, slots[id(x)]) if id(x) in slots else (float(x), -1)
+            if id(x) in slots:
+                return 1.0, slots[id(x)]
+            if isinstance(x, Tensor) and capturing(self.device):
+                raise ArgumentError(
+                    "a factor, target or bound is a tensor on the CPU, which the replays of a CUDA "
+                    "graph cannot read: move it to the device of the weights, or give a number"
+                )
+            return float(x), -1
 
         key = [
             (*entry(factor), *entry(target), code)
