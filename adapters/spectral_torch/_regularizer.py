@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import copy
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -449,7 +449,7 @@ class SpectralNormRegularizer(OptimizerHook):
             # Both numbers stay on the device: nothing waits for them.
             scale = getattr(owner, "grad_scale", None)
             found_inf = getattr(owner, "found_inf", None)
-        before = None if found_inf is None else [x.clone() for x in self._buffers(names)]
+        before = None if found_inf is None else _flat(self._buffers(names))
         if compiling:
             self._add_compiled_(names, owner, scale)
         else:
@@ -613,11 +613,34 @@ class SpectralNormRegularizer(OptimizerHook):
         return scaled
 
 
-def _undo_where(found_inf: Tensor, buffers: list[Tensor], before: list[Tensor]) -> None:
+_Kind: TypeAlias = tuple[torch.device, torch.dtype]
+
+
+def _flat(buffers: Iterable[Tensor]) -> dict[_Kind, Tensor]:
+    """Return a copy of the elements of all buffers: one tensor for each device and dtype.
+
+    One operation copies those of all weights. A copy of each is three launches a weight, and its
+    restoration six more, beside a step that has three in all.
+    """
+    return {kind: torch.cat([x.reshape(-1) for x in some]) for kind, some in _by_kind(buffers)}
+
+
+def _by_kind(buffers: Iterable[Tensor]) -> Iterable[tuple[_Kind, list[Tensor]]]:
+    kinds: dict[_Kind, list[Tensor]] = {}
+    for x in buffers:
+        kinds.setdefault((x.device, x.dtype), []).append(x)
+    return kinds.items()
+
+
+def _undo_where(found_inf: Tensor, buffers: list[Tensor], before: Mapping[_Kind, Tensor]) -> None:
     """Restore ``buffers`` where the optimizer skips its step: the device decides."""
-    for now, then in zip(buffers, before, strict=True):
-        skipped = found_inf.reshape(()).to(now.device, non_blocking=True) > 0
-        now.copy_(torch.where(skipped, then, now))
+    now = _flat(buffers)
+    for kind, some in _by_kind(buffers):
+        skipped = found_inf.reshape(()).to(kind[0], non_blocking=True) > 0
+        kept = torch.where(skipped, before[kind], now[kind])
+        pieces = torch.split_with_sizes(kept, [x.numel() for x in some])
+        views = [piece.view(x.shape) for piece, x in zip(pieces, some, strict=True)]
+        torch._foreach_copy_(some, views)
 
 
 def _sum(terms: list[Tensor]) -> Tensor:

@@ -696,3 +696,33 @@ def test_a_step_neither_waits_for_the_device_nor_allocates_a_matrix():
     with Watch() as watch:
         optimizer.step()
     assert watch.largest <= 512  # rows and columns of all, less than the smallest weight
+
+
+def test_a_scaler_costs_as_many_operations_for_many_weights():
+    """The state is kept and restored as a whole: per weight it was nine launches on a GPU."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for layers in (2, 9):
+        model = nn.ModuleList(nn.Linear(4, 4) for _ in range(layers))
+        optimizer = sgd(model, fused=True)
+        SpectralNormRegularizer(model).attach(optimizer)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
+        with Count() as count:
+            optimizer.step()
+        views = ("view", "_unsafe_view", "reshape", "detach", "alias")
+        made = [name for name in count.names if name not in views]
+        counts.append({name: made.count(name) for name in ("clone", "cat", "where", "copy_", "gt")})
+    assert counts[0] == counts[1]
+    assert counts[0]["cat"] == 2
