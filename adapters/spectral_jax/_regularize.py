@@ -192,8 +192,11 @@ def add_spectral_norm_regularization(
         if before.u:
             moved = {name: weights[name] for name in grads}
             refresh = partial(sc.iterate, moved, n_iter=here, engines=engines)
-            due = step % every_n_steps == 0
-            newer = jax.lax.cond(due, refresh, lambda state: state, select(before, grads))
+            due, older = step % every_n_steps == 0, select(before, grads)
+            if is_traced(due):
+                newer = jax.lax.cond(due, refresh, lambda state: state, older)
+            else:  # `cond` would compile its branches anew in each step that is not compiled
+                newer = refresh(older) if due else older
             before, here = merge(before, newer), 0
         elif not is_traced(every_n_steps) and every_n_steps > 1:
             raise sc.ArgumentError(

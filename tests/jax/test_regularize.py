@@ -279,6 +279,16 @@ def test_every_n_steps_equals_a_loop_by_hand_and_resumes(jit):
     np.testing.assert_allclose(state.sigma["dense/kernel"], sigma, rtol=1e-6)
 
 
+def test_steps_that_are_not_compiled_compile_nothing_anew(caplog):
+    params = {"w": jnp.ones((4, 3))}
+    tx = add_spectral_norm_regularization(factor=0.1, every_n_steps=2)
+    state = tx.init(params)
+    for step in range(4):
+        with jax.log_compiles(step >= 2), caplog.at_level("WARNING"):
+            _, state = tx.update(zeros(params), state, params)
+    assert not [record for record in caplog.records if "ompil" in record.getMessage()]
+
+
 def test_between_refreshes_no_weight_is_read_or_copied():
     params = {"w": jnp.ones((48, 32))}
     tx = add_spectral_norm_regularization(factor=0.1, every_n_steps=4)
