@@ -11,7 +11,7 @@ import pytest
 if find_spec("keras") is None:  # importing it would import its backend
     pytest.skip("keras is not installed", allow_module_level=True)
 
-CASES = Path(__file__).with_name("keras_cases.py")
+CASES = [Path(__file__).with_name(f"{name}_cases.py") for name in ("keras", "machine")]
 ZOO = Path(__file__).with_name("zoo_cases.py")  # the choice does not depend on the backend
 
 
@@ -32,7 +32,7 @@ def run(backend, *args):
 def test_backend(backend):
     pytest.importorskip(backend, reason=f"{backend} is not installed")
     options = ("-q", "--import-mode=importlib", "-p", "no:cacheprovider")
-    files = [CASES, ZOO] if backend == "torch" else [CASES]
+    files = [*CASES, ZOO] if backend == "torch" else CASES
     code, output = run(backend, "-m", "pytest", *options, *map(str, files))
     print(output)
     assert code == 0, output

@@ -18,44 +18,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from torch import nn  # noqa: E402
 
-from fresh import start_of  # noqa: E402
+from oracle import Oracle  # noqa: E402
+from spectral_core.engine import ReferenceEngine  # noqa: E402
 from spectral_torch import SpectralNormRegularizer  # noqa: E402
+from spectral_torch.engines import TritonEngine  # noqa: E402
+from spectral_torch.engines.triton import interpreted  # noqa: E402
 
 LR = 0.05
 SHAPES = {"a": (5, 4), "b": (5, 4), "c": (4, 2, 3, 3)}
-
-
-class Oracle:
-    """Weights, gradients and v, updated by the formulas of the paper."""
-
-    def __init__(self, weights, v, factor):
-        self.weights = {name: w.copy() for name, w in weights.items()}
-        self.grads = dict.fromkeys(weights)
-        self.v = {name: x.copy() for name, x in v.items()}
-        self.sigma = {}
-        self.frozen = set()
-        self.factor = factor
-
-    def terms(self, names):
-        found = {}
-        for name in names:
-            if self.grads[name] is None or name in self.frozen:
-                continue
-            W = self.weights[name].reshape(len(self.weights[name]), -1)
-            u = W @ start_of(self.v[name])
-            u /= np.linalg.norm(u)
-            v = W.T @ u
-            self.sigma[name] = np.linalg.norm(v)
-            self.v[name] = v / self.sigma[name]
-            term = self.factor * self.sigma[name] * np.outer(u, self.v[name])
-            found[name] = term.reshape(self.weights[name].shape)
-        return found
-
-    def step(self, names):
-        terms = self.terms(names)
-        for name in names:
-            if self.grads[name] is not None:
-                self.weights[name] -= LR * (self.grads[name] + terms.get(name, 0.0))
 
 
 class Machine(RuleBasedStateMachine):
@@ -74,12 +44,16 @@ class Machine(RuleBasedStateMachine):
         self.reg = SpectralNormRegularizer(
             self.parameters, factor, layouts=layouts, warmup_iters=3, **self.options
         )
+        self.choose_engines()
         self.optimizers = {"ab": self.sgd("ab"), "c": self.sgd("c"), "b": self.sgd("b")}
         self.reg.attach(*self.optimizers.values())
         v = {name: self.reg.state_dict()[f"{name}.v"][0].numpy() for name in SHAPES}
         weights = {name: p.detach().numpy() for name, p in self.parameters.items()}
-        self.oracle = Oracle(weights, v, factor)
+        self.oracle = Oracle(weights, v, factor, lr=LR)
         self.saved = None
+
+    def choose_engines(self):
+        """Leave the engines as they are."""
 
     def sgd(self, names):
         return torch.optim.SGD([self.parameters[name] for name in names], lr=LR)
@@ -183,8 +157,8 @@ class Machine(RuleBasedStateMachine):
             assert (p.grad is None) == (grad is None)
             if grad is not None:
                 np.testing.assert_allclose(p.grad, grad, rtol=1e-7, atol=1e-9)
-            v = self.reg._state.v[name][0].numpy()
-            assert abs(v @ self.oracle.v[name]) == pytest.approx(1, abs=1e-8)
+            v = self.reg._state.v[name][0]
+            np.testing.assert_allclose(v, self.oracle.v[name], rtol=1e-8, atol=1e-9)
         for name, sigma in self.oracle.sigma.items():
             assert float(self.reg._state.sigma[name]) == pytest.approx(sigma, rel=1e-8)
 
@@ -193,6 +167,58 @@ class Plain(Machine):
     options: ClassVar[dict] = {"kernels": False}
 
 
-TestCompiled, TestPlain = Machine.TestCase, Plain.TestCase
-TestCompiled.settings = TestPlain.settings = settings(stateful_step_count=25)
+class Counting(TritonEngine):
+    """Triton's engine without another to fall back on. It counts its iterations."""
+
+    def __init__(self):
+        super().__init__()
+        self.iterations = 0
+        self.lock = threading.Lock()
+
+    def run(self, jobs, n_iter):
+        with self.lock:  # Triton's interpreter changes its own modules while a kernel runs
+            # Without an iteration, a term is taken out of the gradients again.
+            self.iterations += len(jobs) * n_iter
+            return super().run(jobs, n_iter)
+
+
+class Never(ReferenceEngine):
+    """An engine that no job should reach."""
+
+    def run(self, jobs, n_iter):
+        assert not jobs, f"{[one.name for one in jobs]} should go through the kernels"
+        return super().run(jobs, n_iter)
+
+
+class Interpreted(Machine):
+    """The programs with Triton's kernels, which its interpreter runs on the CPU."""
+
+    def choose_engines(self):
+        self.kernels = Counting()
+        self.reg._jobs.engines = self.kernels, Never(in_place=True)
+
+    @invariant()
+    def each_iteration_was_one_of_the_kernels(self):
+        if hasattr(self, "oracle"):
+            assert self.kernels.iterations == self.oracle.iterations
+
+
+def runs(machine, condition, reason, **options):
+    """Return the test of a machine, which is skipped unless the condition holds."""
+    machine.TestCase.settings = settings(**options)
+    return pytest.mark.skipif(not condition, reason=reason)(machine.TestCase)
+
+
+INTERPRETED = interpreted() and not torch.cuda.is_available()
+NO_KERNELS = "the interpreter is for Triton's kernels"
+TestCompiled = runs(Machine, not INTERPRETED, NO_KERNELS, stateful_step_count=25)
+TestPlain = runs(Plain, not INTERPRETED, NO_KERNELS, stateful_step_count=25)
+# The interpreter takes 50 ms for a step, so the profile does not choose the number of examples.
+TestInterpreted = runs(
+    Interpreted,
+    INTERPRETED,
+    "runs in the process of test_triton.py's interpreter",
+    stateful_step_count=25,
+    max_examples=60,
+)
 pytestmark = pytest.mark.filterwarnings("ignore::spectral_core.SpectralWarning")

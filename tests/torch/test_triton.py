@@ -40,6 +40,7 @@ TritonEngine = triton_engine.TritonEngine
 REFERENCE = ReferenceEngine(in_place=True)
 
 ROOT = Path(__file__).parents[2]
+MACHINE = Path(__file__).with_name("test_machine.py")
 CUDA = torch.cuda.is_available()
 INTERPRETED = not CUDA and triton_engine.interpreted()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -739,7 +740,7 @@ def test_as_many_launches_for_many_layers():
 @pytest.mark.thorough
 def test_in_triton_s_interpreter():
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-rp", "-p", "no:cacheprovider", __file__, MACHINE],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=ROOT,
         capture_output=True,
@@ -749,7 +750,8 @@ def test_in_triton_s_interpreter():
     if "only 0-dimensional arrays can be converted" in done.stdout:
         pytest.skip("this Triton's interpreter does not work with this NumPy")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    assert "test_machine.py::TestInterpreted" in done.stdout  # of those that passed
+    assert "test_equals_the_reference" in done.stdout
 
 
 WITHOUT = """
