@@ -21,7 +21,7 @@ from spectral_core.errors import check_int, listed
 
 from ._kernel import SpectralNorm
 from ._select import Variable, Weights
-from ._wrapper import OptimizerWrapper, full_precision, outside_graphs, values_of
+from ._wrapper import OptimizerWrapper, full_precision, is_traced, outside_graphs, values_of
 
 
 @keras.saving.register_keras_serializable(package="spectral_keras")
@@ -204,7 +204,7 @@ class SpectralNormRegularizer(OptimizerWrapper):
         with full_precision():
             if self._in_place:
                 # On the host: to read the number of the step on the device would wait for it.
-                due = self._count % self.every_n_steps == 0
+                due = self._steps_on_host() % self.every_n_steps == 0
                 add_gradient_ = outside_graphs(sc.add_gradient_)
                 n_iter = self.n_iter if due else 0
                 return own, add_gradient_(weights, own, state, n_iter=n_iter, **options)
@@ -215,8 +215,13 @@ class SpectralNormRegularizer(OptimizerWrapper):
                 new, after = sc.add_gradient(weights, own, state, n_iter=n_iter, **options)
                 return new, dict(after.v), dict(after.sigma), dict(after.u)
 
-            due = keras.ops.equal(self._iterations % self.every_n_steps, 0)
-            new, v, sigma, u = keras.ops.cond(due, lambda: stepped(self.n_iter), lambda: stepped(0))
+            steps = self._iterations.value
+            due = steps % self.every_n_steps == 0
+            if is_traced(steps):
+                found = keras.ops.cond(due, lambda: stepped(self.n_iter), lambda: stepped(0))
+            else:  # `cond` would compile its branches anew in each step that is not compiled
+                found = stepped(self.n_iter if due else 0)
+            new, v, sigma, u = found
             return new, sc.SpectralState(v, sigma, state.layouts, u)
 
     def penalty(self) -> float:

@@ -132,6 +132,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer):  # type: ignore[misc]
         kept = start.u if self._keeps_u() else {}
         self._u = {path: self._variable(u, path, "u") for path, u in kept.items()}
         self._count = 0  # of the steps, as a number on the host
+        self._writes = -1
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
         super().build(variables)
@@ -190,6 +191,21 @@ class OptimizerWrapper(keras.optimizers.Optimizer):  # type: ignore[misc]
     def _count_step(self) -> None:
         self._iterations.assign_add(1)
         self._count += 1
+        self._writes = self._writes_of_count()
+
+    def _steps_on_host(self) -> int:
+        """Return the number of the step, without waiting for the device.
+
+        The number on the host is that of the variable, unless someone has assigned to the variable:
+        PyTorch counts how often a tensor is written into. Only then the device is asked.
+        """
+        if self._writes != self._writes_of_count():
+            self._count = self._own_steps()
+            self._writes = self._writes_of_count()
+        return self._count
+
+    def _writes_of_count(self) -> int:
+        return getattr(self._iterations.value, "_version", 0)
 
     def _variable(self, value: Any, path: str, what: str) -> Variable:
         variable = self.add_variable(
@@ -215,7 +231,6 @@ class OptimizerWrapper(keras.optimizers.Optimizer):  # type: ignore[misc]
             if array is not None and id(variable) in v and array.ndim == len(variable.shape) - 1:
                 arrays[str(i)] = np.expand_dims(array, -2)
         super().load_own_variables(arrays)
-        self._count = int(keras.ops.convert_to_numpy(self._iterations))
         self._steps_before = self._inner_steps()
 
     # What happened
@@ -536,6 +551,15 @@ def full_precision() -> AbstractContextManager[Any]:
     import jax
 
     return jax.default_matmul_precision("highest")
+
+
+def is_traced(x: Any) -> bool:
+    """Return True if JAX traces the value, so that it is not known."""
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    return isinstance(x, jax.core.Tracer)
 
 
 def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:

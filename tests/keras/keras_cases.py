@@ -735,6 +735,29 @@ def test_steps_without_an_iteration_go_on_after_loading(tmp_path):
     assert loaded.optimizer.summary().rows[0].last_step == 6
 
 
+def test_steps_without_an_iteration_follow_an_assigned_count():
+    """As callbacks restore a run: by assigning to the variables."""
+    runs = [plain_model(), plain_model()]
+    optimizers = [
+        SpectralNormRegularizer(
+            keras.optimizers.SGD(0.125), model, growing, every_n_steps=3, warmup_iters=0
+        )
+        for model in runs
+    ]
+    for optimizer, model in zip(optimizers, runs, strict=True):
+        optimizer.build(model.trainable_variables)
+    steps(optimizers[0], runs[0], 1)
+    for own, other in (
+        (optimizers[1].variables, optimizers[0].variables),
+        (runs[1].weights, runs[0].weights),
+    ):
+        for variable, value in zip(own, values(other), strict=True):
+            variable.assign(value)
+    for optimizer, model in zip(optimizers, runs, strict=True):
+        steps(optimizer, model, 3)
+    assert_equal(values(runs[1].weights), values(runs[0].weights))
+
+
 def test_a_number_can_be_set_anew():
     model = compiled(perceptron(), factor=0.1)
     optimizer = model.optimizer
