@@ -26,7 +26,7 @@ _GRAIN = 65536
 # Number of sets of shapes that are kept: several optimizers take turns.
 _DIVISIONS = 16
 
-_VECTORS = {"float32": "float32", "float64": "float64", "uint16": "float32"}
+_VECTORS = {"float32": "float32", "float64": "float64", "uint16": "float32", "int16": "float32"}
 
 
 class Memory(NamedTuple):
@@ -34,7 +34,8 @@ class Memory(NamedTuple):
 
     address: Callable[[Array], int]
     plain: Callable[[Array], bool]  # True if the elements are contiguous, and stored as they are
-    dtypes: Mapping[Any, str]  # NumPy's name of a dtype; uint16 stands for bfloat16
+    # NumPy's name of a dtype; uint16 stands for bfloat16, and int16 for float16.
+    dtypes: Mapping[Any, str]
     threads: Callable[[], int | None]  # largest number of threads; None: Numba's own setting
     writeable: Callable[[Array], bool] = lambda _: True
 
@@ -43,7 +44,11 @@ NUMPY = Memory(
     address=lambda x: x.__array_interface__["data"][0],
     # A scalar has no memory of its own: what is written there is lost.
     plain=lambda x: isinstance(x, np.ndarray) and x.flags.c_contiguous and x.flags.aligned,
-    dtypes={np.dtype(name): name for name in ("float32", "float64")},
+    dtypes={
+        np.dtype("float32"): "float32",
+        np.dtype("float64"): "float64",
+        np.dtype("float16"): "int16",
+    },
     threads=lambda: None,
     writeable=lambda x: x.flags.writeable,
 )

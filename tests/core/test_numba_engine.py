@@ -226,6 +226,44 @@ def test_bounds_equal_the_reference(dtype, bound, normalize, n_iter, seed):
             np.testing.assert_array_equal(found[name], weights[name])
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_float16_is_converted_as_numpy_does(native):
+    """Every float16, and float32 between them, on them, beside them, too large and too small."""
+    from numba import njit
+
+    from spectral_core.numba import kernels
+
+    if native and not kernels.CONVERTS_HALF:
+        pytest.skip("this processor does not convert float16")
+    of = kernels._half_to_float if native else kernels._of_half
+    to = kernels._float_to_half if native else kernels._to_half
+
+    @njit
+    def convert(halves, singles):
+        for i in range(halves.size):
+            singles[i] = of(halves[i])
+
+    @njit
+    def round_all(singles, halves):
+        for i in range(halves.size):
+            halves[i] = to(np.float32(singles[i]))
+
+    halves = np.arange(65536, dtype=np.uint16).view(np.float16)
+    found = np.empty(65536, np.float32)
+    convert(halves.view(np.int16), found)
+    np.testing.assert_array_equal(found, halves.astype(np.float32))
+    np.testing.assert_array_equal(np.signbit(found), np.signbit(halves))
+    exact = np.unique(found[np.isfinite(found)])
+    between = (exact[1:] + exact[:-1]) / 2
+    near = [np.nextafter(x, np.float32(y)) for x in (exact, between) for y in (-9e9, 9e9)]
+    random = np.random.default_rng(0).integers(0, 2**32, 10**5).astype(np.uint32).view(np.float32)
+    singles = np.concatenate([found, exact, between, *near, random]).astype(np.float32)
+    rounded = np.empty(singles.size, np.int16)
+    round_all(singles, rounded)
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.testing.assert_array_equal(rounded.view(np.float16), singles.astype(np.float16))
+
+
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf, 3e38])
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 def test_zero_and_non_finite_weights_keep_v(value):

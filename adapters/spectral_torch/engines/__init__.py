@@ -32,7 +32,12 @@ MEMORY = Memory(
     plain=lambda x: (
         type(x) in (Tensor, Parameter) and x.is_cpu and x.is_contiguous() and not x.is_neg()
     ),
-    dtypes={torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "uint16"},
+    dtypes={
+        torch.float32: "float32",
+        torch.float64: "float64",
+        torch.bfloat16: "uint16",
+        torch.float16: "int16",
+    },
     threads=torch.get_num_threads,
 )
 
