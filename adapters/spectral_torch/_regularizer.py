@@ -91,9 +91,9 @@ class SpectralNormRegularizer(OptimizerHook):
         all ranks draw the same ones.
     kernels : bool
         Whether to use compiled kernels: Triton's for weights on a GPU, and Numba's on the CPU if it
-        is installed. The kernels need real, contiguous weights and gradients and ``n_vectors=1``.
-        Everything else falls back to ordinary PyTorch operations: the same result, slower. False
-        forces the fallback.
+        is installed. The kernels need real, contiguous weights and gradients, and on a GPU
+        ``n_vectors=1``. Everything else falls back to ordinary PyTorch operations: the same result,
+        slower. False forces the fallback.
 
     Raises
     ------

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._arrays import PROCESS, Array
+from .._arrays import PROCESS, Array, Namespace
 from .._power import Triplet
 from ..engine import Job, JobList, Result, last_of
 
@@ -55,10 +55,10 @@ NUMPY = Memory(
 
 
 class NumbaEngine:
-    """Run jobs in place, in one compiled call for all weights of a dtype.
+    """Run jobs in place, in one compiled call for all weights of a dtype and number of vectors.
 
     The engine accepts real weights and gradients that are contiguous and whose matrix is the tensor
-    reshaped, with one vector for each matrix.
+    reshaped, with any number of vectors for each matrix.
 
     Parameters
     ----------
@@ -103,28 +103,33 @@ class NumbaEngine:
         self._locks: dict[int, Lock] = {}
 
     def accepts(self, job: Job) -> bool:
-        """Return True for a contiguous, real job with one vector for each matrix."""
+        """Return True for a contiguous, real job."""
         return self._kernels is not None and self._kind(job) is not None
 
     def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
-        """Run all jobs, those of one dtype in one call."""
+        """Run all jobs, those of one dtype and number of vectors in one call."""
         if n_iter == 0:
             for job in jobs:
                 last_of(job)  # or the error that names the weight without one
         if not self._owned:
-            jobs = [_with_own_vectors(job) for job in jobs]
+            jobs = [_with_own_vectors(job, self._memory) for job in jobs]
         with self._locks.setdefault(getpid(), Lock()):
             for launch in self._launches(jobs):
                 launch.place_grads(jobs, self._memory)
-                self._kernels.run(
-                    launch.division.threads,
-                    *(launch.matrices, launch.division.chunks, launch.division.parts),
-                    launch.numbers(jobs),
-                    *(launch.division.like, launch.division.scratch, launch.division.starts),
-                    n_iter,
-                )
+                self._run(launch, launch.numbers(jobs), n_iter)
         lasts: Any = jobs.lasts if isinstance(jobs, JobList) else [job.last for job in jobs]
         return Result([job.grad for job in jobs], lasts)
+
+    def _run(self, launch: _Launch, numbers: np.ndarray[Any, Any], n_iter: int) -> None:
+        division = launch.division
+        tables = launch.matrices, division.chunks, division.parts
+        room = division.like, division.scratch, division.starts
+        if division.block:
+            from . import block_kernels  # whoever has one vector never loads them
+
+            block_kernels.run(division.threads, tables, numbers, room, division.block, n_iter)
+        else:
+            self._kernels.run(division.threads, *tables, numbers, *room, n_iter)
 
     def _launches(self, jobs: Sequence[Job]) -> list[_Launch]:
         """Return the launches of these jobs: of a `JobList`, those of the step before."""
@@ -134,22 +139,23 @@ class NumbaEngine:
             if known is not None and known[0] == most:
                 launches: list[_Launch] = known[1]
                 return launches
-        kinds: dict[str, list[int]] = {}
+        kinds: dict[tuple[str, int], list[int]] = {}
         for place, job in enumerate(jobs):
-            kinds.setdefault(self._memory.dtypes[job.weight.dtype], []).append(place)
-        launches = [self._launch(kind, jobs, places, most) for kind, places in kinds.items()]
+            kind = self._memory.dtypes[job.weight.dtype], job.V.shape[-2]
+            kinds.setdefault(kind, []).append(place)
+        launches = [self._launch(*kind, jobs, places, most) for kind, places in kinds.items()]
         if isinstance(jobs, JobList):
             jobs.memo[self] = most, launches
         return launches
 
     def _launch(
-        self, kind: str, jobs: Sequence[Job], places: list[int], most: int | None
+        self, kind: str, rows: int, jobs: Sequence[Job], places: list[int], most: int | None
     ) -> _Launch:
         shapes = tuple(jobs[place].plan.matrix for place in places)
         # Asking Numba for its number of threads starts them: a step for one thread does not ask.
         few = sum(map(prod, shapes)) < 2 * _GRAIN
         threads = 1 if few else self._kernels.threads(most)
-        division = self._division_of(kind, shapes, threads)
+        division = self._division_of(kind, shapes, threads, rows)
         address = self._memory.address
         addresses = []
         for place in places:
@@ -165,13 +171,13 @@ class NumbaEngine:
         kind = memory.dtypes.get(weight.dtype)
         if kind is None or not job.plan.reshapes or not memory.plain(weight):
             return None
-        if job.V.shape[-2] != 1:
-            return None
         if not (grad is None or (grad.dtype == weight.dtype and memory.plain(grad))):
             return None
         vectors = (job.V,) if job.last is None else (job.V, job.last.u, job.last.sigma)
         for x in vectors:
-            if memory.dtypes.get(x.dtype) != _VECTORS[kind] or not memory.plain(x):
+            if memory.dtypes.get(x.dtype) != _VECTORS[kind]:
+                return None
+            if self._owned and not memory.plain(x):
                 return None
         written = vectors if self._owned else ()
         if not all(map(memory.writeable, written if grad is None else (grad, *written))):
@@ -259,9 +265,13 @@ class Division:
         (*stack, m, n) of each job.
     threads : int
         Largest number of threads.
+    rows : int
+        Number of vectors of each matrix.
     """
 
-    def __init__(self, kind: str, shapes: Sequence[tuple[int, ...]], threads: int) -> None:
+    def __init__(
+        self, kind: str, shapes: Sequence[tuple[int, ...]], threads: int, rows: int = 1
+    ) -> None:
         counts = [prod(shape[:-2]) for shape in shapes]
         self._job = np.repeat(np.arange(len(shapes)), counts)
         self._stacked = len(self._job) > len(shapes)
@@ -269,22 +279,30 @@ class Division:
         total = int((m * n).sum())
         threads = max(1, min(threads, total // _GRAIN))
         chunks = list(_chunks(m.tolist(), n.tolist(), -(-total // threads)))
-        columns = n[[chunk[1] for chunk in chunks]]
+        room = 1 if rows == 1 else rows + rows % 2  # the kernels take rows in pairs
+        columns = room * n[[chunk[1] for chunk in chunks]]
         place = np.cumsum(columns) - columns
         self.chunks = np.asarray([(*chunk[1:], p) for chunk, p in zip(chunks, place, strict=True)])
         thread = [chunk[0] for chunk in chunks]
         self.threads = threads
         self.parts = np.searchsorted(thread, np.arange(threads + 1))
         self.scratch = np.empty(int(columns.sum()), _VECTORS[kind])
-        self.starts = np.empty(int(n.sum()), _VECTORS[kind])
+        self.starts = np.empty(room * int(n.sum()), _VECTORS[kind])
         self.like = np.empty(0, kind)
         self._table = np.zeros((len(m) + 1, 9), np.int64)
-        self._table[:-1, 0], self._table[:-1, 1], self._table[:-1, 8] = m, n, np.cumsum(n) - n
+        self._table[:-1, 0], self._table[:-1, 1] = m, n
+        self._table[:-1, 8] = room * (np.cumsum(n) - n)
         self._table[:, 7] = np.searchsorted(self.chunks[:, 0], np.arange(len(m) + 1))
         within = np.concatenate([np.arange(count) for count in counts])
         element, vector = self.like.itemsize, self.scratch.itemsize
-        strides = [element * m * n, element * m * n, vector * n, vector * m, vector + 0 * m]
+        strides = [element * m * n, element * m * n, vector * rows * n, vector * m, vector + 0 * m]
         self._offsets = within[:, None] * np.stack(strides, axis=1)
+        # More arguments of the kernels for several vectors.
+        self.block: tuple[np.ndarray[Any, Any], ...] = ()
+        if rows > 1:
+            lefts = np.empty(room * int(m.sum()), _VECTORS[kind])
+            small = np.empty((len(m), 3, rows, rows))
+            self.block = room * (np.cumsum(m) - m), lefts, small
 
     def of_each(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Return the value of each job for each of its matrices."""
@@ -322,14 +340,20 @@ def _chunks(ms: list[int], ns: list[int], share: int) -> Iterator[tuple[int, int
                 thread, room = thread + 1, share
 
 
-def _with_own_vectors(job: Job) -> Job:
+def _with_own_vectors(job: Job, memory: Memory) -> Job:
     """Return the job with a V, sigma and u of its own to be written into."""
     xp, plan = job.xp, job.plan
-    V = xp.asarray(job.V, copy=True)
+    V = _own(job.V, memory, xp)
     if job.last is not None:
-        u, sigma = (xp.asarray(x, copy=True) for x in (job.last.u, job.last.sigma))
+        u, sigma = _own(job.last.u, memory, xp), _own(job.last.sigma, memory, xp)
     else:
         u, sigma = (xp.zeros(s, dtype=V.dtype, device=V.device) for s in (plan.left, plan.stack))
     last = Triplet(sigma, u, V)
     # Written out: `dataclasses.replace` costs a tenth of a small step.
     return Job(job.name, job.weight, job.grad, V, job.factor, job.slope, plan, xp, last)
+
+
+def _own(x: Array, memory: Memory, xp: Namespace) -> Array:
+    """Return a contiguous copy: the u of a stack may be a view of several vectors."""
+    copy = xp.asarray(x, copy=True)
+    return copy if memory.plain(copy) else xp.reshape(xp.reshape(copy, (-1,)), copy.shape)

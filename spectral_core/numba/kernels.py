@@ -1,6 +1,7 @@
 """The loops of `NumbaEngine`, compiled at first use and kept on disk."""
 
 import platform
+from collections.abc import Callable
 from functools import partial
 from threading import Lock
 
@@ -438,13 +439,18 @@ def run(count: int, *arguments: object) -> None:
     """Run the step in ``count`` threads."""
     if count == 1:
         _alone(*arguments)
-        return
+    else:
+        in_threads(count, _together, *arguments)
+
+
+def in_threads(count: int, function: Callable[..., None], *arguments: object) -> None:
+    """Call a compiled function that starts ``count`` threads."""
     with _POOL:
         before = numba.get_num_threads()
         if count != before:
             numba.set_num_threads(count)
         try:
-            _together(*arguments)
+            function(*arguments)
         finally:
             if count != before:
                 numba.set_num_threads(before)

@@ -134,6 +134,184 @@ def test_engine_has_the_slope_of_the_reference(
     assert len(jobs_run) == len(weights)  # none went to the reference
 
 
+def assert_same_block_step(weights, grads, state, rtol, fields=VECTORS, **options):
+    """Run both engines from the same state, and compare σ, the terms and the first rows of V."""
+    mine, theirs = ({name: grad.copy() for name, grad in grads.items()} for _ in range(2))
+    before = {name: V.copy() for name, V in state.v.items()}
+    engine, jobs_run = NumbaEngine(), []
+    counted = engine.run
+    engine.run = lambda jobs, n_iter: jobs_run.extend(jobs) or counted(jobs, n_iter)
+    found = sc.add_gradient_(weights, mine, state, engines=[engine], **options)
+    expected = sc.add_gradient_(weights, theirs, state, engines=(), **options)
+    assert len(jobs_run) == len(weights)
+    for name in weights:
+        np.testing.assert_array_equal(state.v[name], before[name])
+        assert found.v[name].shape == expected.v[name].shape
+        np.testing.assert_allclose(found.sigma[name], expected.sigma[name], rtol, err_msg=name)
+        if "u" in fields:
+            rows = found.v[name][..., 0, :], expected.v[name][..., 0, :]
+            np.testing.assert_allclose(*rows, rtol, rtol, err_msg=f"v of {name}")
+            us = found.u[name], expected.u[name]
+            np.testing.assert_allclose(*us, rtol, rtol, err_msg=f"u of {name}")
+            np.testing.assert_allclose(mine[name], theirs[name], rtol, rtol, err_msg=name)
+    return found
+
+
+BLOCKS = {name: shape for name, shape in SHAPES.items() if name != "dense"}
+TOLERANCE = {"float32": 2e-5, "float64": 1e-10}
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_several_vectors_equal_the_reference(dtype, k):
+    weights, grads = model(dtype, BLOCKS)
+    layouts = {name: layout for name, layout in LAYOUTS.items() if name in BLOCKS}
+    state = sc.init(weights, layouts=layouts, n_vectors=k)
+    options = {"factor": {"*": 0.3, "conv": 0.7}, "rtol": TOLERANCE[dtype]}
+    for n_iter in (1, 3, 1, 0):
+        state = assert_same_block_step(weights, grads, state, n_iter=n_iter, **options)
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(2, 9),
+    st.sampled_from(list(KINDS)),
+    st.sampled_from(["float32", "float64"]),
+    st.integers(0, 2**32 - 1),
+)
+def test_several_vectors_have_the_properties_of_the_reference(m, n, k, kind, dtype, seed):
+    """σ is a lower bound that never falls, and V holds v and unit vectors orthogonal to it."""
+    rng = np.random.default_rng(seed)
+    weights = {"w": matrix(rng, kind, m, n).astype(dtype)}
+    state, one = sc.init(weights, seed=seed, n_vectors=k), None
+    close = TOLERANCE[dtype]
+    bound = np.linalg.svd(weights["w"].astype("float64"), compute_uv=False)[0] * (1 + close)
+    sigma = 0.0
+    for _ in range(4):
+        one = dataclasses.replace(
+            state, v={"w": state.v["w"][:1]}, u={"w": state.u["w"]}, sigma=state.sigma
+        )
+        one = sc.iterate(weights, one)
+        state = sc.iterate(weights, state, engines=[NumbaEngine()])
+        assert max(sigma, one.sigma["w"]) * (1 - close) <= state.sigma["w"] <= bound
+        sigma, V, u = state.sigma["w"], state.v["w"], state.u["w"]
+        np.testing.assert_allclose(u @ weights["w"], sigma * V[0], atol=close * bound)
+        lengths = np.linalg.norm(V, axis=1)
+        assert np.all((abs(lengths - 1) < close) | (lengths == 0))
+        np.testing.assert_allclose(V[1:] @ V[0], 0, atol=close)
+
+
+@given(
+    st.integers(2, 30),
+    st.integers(2, 30),
+    st.sampled_from([(), (3,)]),
+    st.integers(2, 5),
+    st.sampled_from(["float32", "float64"]),
+    st.sampled_from([0.4, 3.0]),
+    st.sampled_from([1, 2]),
+    st.integers(0, 2**32 - 1),
+)
+def test_several_vectors_have_the_slope_of_the_reference(
+    m, n, stack, k, dtype, target, power, seed
+):
+    rng = np.random.default_rng(seed)
+    W = np.stack([matrix(rng, "decaying", m, n) for _ in range(prod(stack))])
+    weights = {"w": W.reshape(*stack, m, n).astype(dtype), "zero": np.zeros((4, 3), dtype)}
+    grads = {name: rng.standard_normal(w.shape).astype(dtype) for name, w in weights.items()}
+    state = sc.init(
+        weights, seed=seed, layouts={"w": "soi"[-W.ndim :]} if stack else {}, n_vectors=k
+    )
+    options = {"factor": 0.3, "target": target, "power": power}
+    assert_same_block_step(weights, grads, state, 10 * TOLERANCE[dtype], n_iter=2, **options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", ["close pair", "close cluster", "repeated", "decaying"])
+def test_several_vectors_find_sigma_in_a_cluster_as_the_reference_does(kind, dtype):
+    rng = np.random.default_rng(5)
+    weights = {"w": matrix(rng, kind, 40, 30).astype(dtype)}
+    found = expected = sc.init(weights, n_vectors=4)
+    for _ in range(60):
+        found = sc.iterate(weights, found, engines=[NumbaEngine()])
+        expected = sc.iterate(weights, expected)
+    rtol = {"float32": 1e-6, "float64": 1e-8}[dtype]
+    np.testing.assert_allclose(found.sigma["w"], expected.sigma["w"], rtol)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("k", [2, 4])
+def test_rows_that_collapsed_recover(k, dtype):
+    """After a matrix of rank one, the block follows the larger matrix that appears beside it."""
+    first, second = np.zeros((12, 9), dtype), np.zeros((12, 9), dtype)
+    first[0, 0] = 1.0
+    second[0, 0], second[5, 4] = 1.0, 1.5
+    state = sc.init({"w": first}, n_vectors=k)
+    for W, sigma in ((first, 1.0), (second, 1.5)):
+        state = sc.iterate({"w": W}, state, n_iter=60, engines=[NumbaEngine()])
+        assert state.sigma["w"] == pytest.approx(sigma, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf, 3e38])
+def test_zero_and_non_finite_weights_keep_every_vector(value):
+    weights = {"w": np.full((7, 5), value, "float32"), "good": np.ones((3, 4), "float32")}
+    grads = {name: np.ones_like(weight) for name, weight in weights.items()}
+    state = sc.init(weights, n_vectors=3)
+    after = sc.add_gradient_(weights, grads, state, n_iter=2, engines=[NumbaEngine()])
+    np.testing.assert_array_equal(after.v["w"], state.v["w"])
+    if value == 0:
+        assert after.sigma["w"] == 0
+        np.testing.assert_array_equal(grads["w"], 1)
+        np.testing.assert_array_equal(after.u["w"], 0)
+    else:
+        assert not np.isfinite(after.sigma["w"])
+        assert not np.isfinite(grads["w"]).any()
+    np.testing.assert_allclose(grads["good"], 1 + 0.01, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-17, 1e-9, 1e9, 1e18])
+def test_several_vectors_at_the_ends_of_the_float32_range(scale):
+    W = matrix(np.random.default_rng(0), "decaying", 8, 6)
+    weights = {"w": (W * scale).astype("float32")}
+    state = sc.init(weights, n_vectors=4)
+    state = sc.iterate(weights, state, n_iter=20, engines=[NumbaEngine()])
+    np.testing.assert_allclose(state.sigma["w"], scale, rtol=1e-5)
+
+
+def test_owned_rows_are_written_in_place():
+    weights, grads = model("float64", {"a": (4, 3), "b": (300, 500)})
+    rows = {"a": 2, "b": 3}
+    state = sc.init(weights)
+    V = {
+        name: sc.start_vector((k, weights[name].shape[1]), weights[name])
+        for name, k in rows.items()
+    }
+    state = dataclasses.replace(state, v=V)
+    jobs = JobList(
+        make_jobs(weights, weights, state, grads=grads, factors=dict.fromkeys("ab", 0.1))
+    )
+    expected = sc.iterate(weights, state, n_iter=2)
+    result = NumbaEngine(owned=True).run(jobs, 2)
+    for triplet, name in zip(result.triplets, weights, strict=True):
+        assert triplet.V is state.v[name]
+        np.testing.assert_allclose(state.v[name][0], expected.v[name][0], rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(state.u[name], expected.u[name], rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(state.sigma[name], expected.sigma[name], rtol=1e-10)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 50])
+def test_threads_share_a_block(rank):
+    """A matrix of low rank is read again, by all threads."""
+    rng = np.random.default_rng(1)
+    W = rng.standard_normal((400, rank)) @ rng.standard_normal((rank, 700))
+    weights = {"w": W, "small": W[:9, :7].copy(), "x": W.T.copy()}
+    grads = {name: np.zeros_like(w) for name, w in weights.items()}
+    state = sc.init(weights, n_vectors=4)
+    for _ in range(3):
+        state = assert_same_block_step(weights, grads, state, 1e-9, fields=())
+
+
 def test_each_weight_has_its_own_slope():
     weights = {name: np.diag([3.0, 1.0]) for name in "abc"}
     grads = {name: np.zeros((2, 2)) for name in weights}
@@ -301,7 +479,7 @@ def test_non_contiguous_arrays_go_to_the_reference():
     assert_same_step(weights, grads, sc.init(weights))
 
 
-def test_non_contiguous_vectors_go_to_the_reference():
+def test_non_contiguous_vectors_give_the_same_step():
     weights, grads = model("float64", {"stack": (3, 5, 4), "w": (6, 8)})
     state = sc.init(weights, layouts={"stack": "soi"})
     strange = {

@@ -38,8 +38,25 @@ def test_kernels_change_nothing_but_the_time(dtype, device):
 
 
 @needs_numba
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_for_several_vectors_add_the_same_term(dtype):
+    models = zoo(dtype), zoo(dtype)
+    regs = [
+        SpectralNormRegularizer(model, factor=0.3, n_vectors=4, kernels=kernels)
+        for model, kernels in zip(models, (True, False), strict=True)
+    ]
+    rtol = {torch.float32: 1e-4}.get(dtype, 2e-2)
+    for _ in range(2):
+        for reg in regs:
+            reg.add_gradients_()
+        torch.testing.assert_close(*map(gradients, models), rtol=rtol, atol=rtol)
+        torch.testing.assert_close(*(reg.sigmas() for reg in regs), rtol=1e-4, atol=1e-4)
+
+
+@needs_numba
+@pytest.mark.parametrize("n_vectors", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_usual_layers_run_in_the_compiled_engine(dtype, monkeypatch):
+def test_the_usual_layers_run_in_the_compiled_engine(dtype, n_vectors, monkeypatch):
     def refuse(jobs, n_iter):
         raise AssertionError([job.name for job in jobs])
 
@@ -47,7 +64,7 @@ def test_the_usual_layers_run_in_the_compiled_engine(dtype, monkeypatch):
     model.to(dtype)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    reg = SpectralNormRegularizer(model)
+    reg = SpectralNormRegularizer(model, n_vectors=n_vectors)
     for engine in reg._jobs.engines[2:]:
         monkeypatch.setattr(engine, "run", refuse)
     reg.add_gradients_()
