@@ -33,17 +33,28 @@ class Memory(NamedTuple):
     """Functions that find the arrays of a library in memory."""
 
     address: Callable[[Array], int]
-    plain: Callable[[Array], bool]  # True if the elements are contiguous, and stored as they are
+    # 1 if the elements are contiguous, and stored as they are; the number of kernel positions of a
+    # channels-last convolution; otherwise 0.
+    window: Callable[[Array], int]
     # NumPy's name of a dtype; uint16 stands for bfloat16, and int16 for float16.
     dtypes: Mapping[Any, str]
     threads: Callable[[], int | None]  # largest number of threads; None: Numba's own setting
     writeable: Callable[[Array], bool] = lambda _: True
 
 
+def _window(x: Any) -> int:
+    # A scalar has no memory of its own: what is written there is lost.
+    if not isinstance(x, np.ndarray) or not x.flags.aligned:
+        return 0
+    if x.flags.c_contiguous:
+        return 1
+    last = x.ndim > 2 and np.moveaxis(x, 1, -1).flags.c_contiguous
+    return prod(x.shape[2:]) if last else 0
+
+
 NUMPY = Memory(
     address=lambda x: x.__array_interface__["data"][0],
-    # A scalar has no memory of its own: what is written there is lost.
-    plain=lambda x: isinstance(x, np.ndarray) and x.flags.c_contiguous and x.flags.aligned,
+    window=_window,
     dtypes={
         np.dtype("float32"): "float32",
         np.dtype("float64"): "float64",
@@ -57,7 +68,8 @@ NUMPY = Memory(
 class NumbaEngine:
     """Run jobs in place, in one compiled call for all weights of a dtype and number of vectors.
 
-    The engine accepts real weights and gradients that are contiguous and whose matrix is the tensor
+    The engine accepts real weights and gradients that are contiguous, or both in the channels-last
+    order of convolutions with one vector for each matrix, and whose matrix is the tensor
     reshaped, with any number of vectors for each matrix.
 
     Parameters
@@ -103,7 +115,7 @@ class NumbaEngine:
         self._locks: dict[int, Lock] = {}
 
     def accepts(self, job: Job) -> bool:
-        """Return True for a contiguous, real job."""
+        """Return True for a real job, contiguous or channels-last."""
         return self._kernels is not None and self._kind(job) is not None
 
     def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
@@ -163,21 +175,28 @@ class NumbaEngine:
             last = last_of(job)
             arrays = (job.V, last.u, last.sigma)
             addresses.append((address(job.weight), 0, *map(address, arrays)))
-        return _Launch(places, division, division.matrices(addresses), len(jobs) == len(places))
+        windows = [self._memory.window(jobs[place].weight) for place in places]
+        matrices = division.matrices(addresses, windows)
+        return _Launch(places, division, matrices, len(jobs) == len(places))
 
     def _kind(self, job: Job) -> str | None:
         """Return the name of the job's dtype, or None for a job that the engine cannot run."""
         weight, grad, memory = job.weight, job.grad, self._memory
         kind = memory.dtypes.get(weight.dtype)
-        if kind is None or not job.plan.reshapes or not memory.plain(weight):
+        if kind is None or not job.plan.reshapes:
             return None
-        if not (grad is None or (grad.dtype == weight.dtype and memory.plain(grad))):
+        window = memory.window(weight)
+        if window != 1:  # one vector, and rows that are whole in memory
+            rows = prod(job.plan.matrix[:-1])
+            if window == 0 or job.V.shape[-2] > 1 or rows != weight.shape[0]:
+                return None
+        if not (grad is None or (grad.dtype == weight.dtype and memory.window(grad) == window)):
             return None
         vectors = (job.V,) if job.last is None else (job.V, job.last.u, job.last.sigma)
         for x in vectors:
             if memory.dtypes.get(x.dtype) != _VECTORS[kind]:
                 return None
-            if self._owned and not memory.plain(x):
+            if self._owned and memory.window(x) != 1:
                 return None
         written = vectors if self._owned else ()
         if not all(map(memory.writeable, written if grad is None else (grad, *written))):
@@ -289,7 +308,7 @@ class Division:
         self.scratch = np.empty(int(columns.sum()), _VECTORS[kind])
         self.starts = np.empty(room * int(n.sum()), _VECTORS[kind])
         self.like = np.empty(0, kind)
-        self._table = np.zeros((len(m) + 1, 9), np.int64)
+        self._table = np.zeros((len(m) + 1, 10), np.int64)
         self._table[:-1, 0], self._table[:-1, 1] = m, n
         self._table[:-1, 8] = room * (np.cumsum(n) - n)
         self._table[:, 7] = np.searchsorted(self.chunks[:, 0], np.arange(len(m) + 1))
@@ -308,13 +327,15 @@ class Division:
         """Return the value of each job for each of its matrices."""
         return values[self._job] if self._stacked else values
 
-    def matrices(self, addresses: Sequence[tuple[int, ...]]) -> np.ndarray[Any, Any]:
+    def matrices(
+        self, addresses: Sequence[tuple[int, ...]], windows: Sequence[int]
+    ) -> np.ndarray[Any, Any]:
         """Return the kernel's table for jobs whose arrays are at these addresses."""
         start = self.of_each(np.asarray(addresses, np.int64))
         if self._stacked:
             start = np.where(start > 0, start + self._offsets, 0)
         table = self._table.copy()
-        table[:-1, 2:7] = start
+        table[:-1, 2:7], table[:-1, 9] = start, self.of_each(np.asarray(windows))
         return table
 
     def place_grads(self, matrices: np.ndarray[Any, Any], addresses: Sequence[int]) -> None:
@@ -356,4 +377,4 @@ def _with_own_vectors(job: Job, memory: Memory) -> Job:
 def _own(x: Array, memory: Memory, xp: Namespace) -> Array:
     """Return a contiguous copy: the u of a stack may be a view of several vectors."""
     copy = xp.asarray(x, copy=True)
-    return copy if memory.plain(copy) else xp.reshape(xp.reshape(copy, (-1,)), copy.shape)
+    return copy if memory.window(copy) == 1 else xp.reshape(xp.reshape(copy, (-1,)), copy.shape)

@@ -226,15 +226,16 @@ def _inverse(length):
 
 
 @_compiled
-def _normalize(parts, n, v, u):
+def _normalize(parts, n, v, start, window, u):
     """Normalize u = Wv and the sum of the ``parts`` of Wᵀu, and return σ.
 
-    v does not change where σ is zero or not finite.
+    v, and the same vector in the order of memory, ``start``, do not change where σ is zero or not
+    finite.
     """
     w = parts[:n]
-    for start in range(n, parts.size, n):
+    for other in range(n, parts.size, n):
         for j in range(n):
-            w[j] += parts[start + j]
+            w[j] += parts[other + j]
     inverse = _inverse(_length(u))
     for i in range(u.size):
         u[i] *= inverse
@@ -244,7 +245,14 @@ def _normalize(parts, n, v, u):
     inverse = _inverse(sigma)
     if inverse > 0.0:
         for j in range(n):
-            v[j] = w[j] * inverse
+            start[j] = w[j] * inverse
+        if window == 1:
+            v[:] = start
+        else:
+            channels = n // window
+            for c in range(channels):
+                for i in range(window):
+                    v[c * window + i] = start[i * channels + c]
     return sigma
 
 
@@ -260,30 +268,43 @@ def _add(G, u, v, weight, lo, hi):
 
 
 @_compiled
-def _start(k, matrices, starts):
-    """Store v plus the core's `fresh_direction`, from which the step starts."""
-    n = matrices[k, 1]
+def _fraction(j):
+    """Return an element of the core's `fresh_direction`, without its scale."""
+    place = np.uint32(j + 1)
+    return np.int32(np.uint32(np.uint32(place * place) * np.uint32(_GOLDEN)))
+
+
+@_compiled
+def _start(k, matrices, starts, length):
+    """Store v in the order of memory, plus the core's `fresh_direction` of this length.
+
+    A channels-last convolution has the columns of its matrix in another order in memory: kernel
+    positions first. To permute v costs nothing; to permute W would be a copy of it.
+    """
+    n, window = matrices[k, 1], matrices[k, 9]
     v = carray(_pointer(matrices[k, 4]), (n,), starts.dtype)
     start = starts[matrices[k, 8] : matrices[k, 8] + n]
-    scale = starts.dtype.type(FRESH * np.sqrt(3 / n) / 2**31)
-    for j in range(n):
-        place = np.uint32(j + 1)
-        fraction = np.int32(np.uint32(np.uint32(place * place) * np.uint32(_GOLDEN)))
-        start[j] = v[j] + starts.dtype.type(fraction) * scale
+    scale = starts.dtype.type(length * np.sqrt(3 / n) / 2**31)
+    if window == 1:
+        for j in range(n):
+            start[j] = v[j] + starts.dtype.type(_fraction(j)) * scale
+        return
+    channels = n // window
+    for i in range(window):
+        for c in range(channels):
+            j = c * window + i
+            start[i * channels + c] = v[j] + starts.dtype.type(_fraction(j)) * scale
 
 
 @_compiled
 def _read_part(t, parts, chunks, matrices, like, scratch, starts):
-    """Compute both products of the chunks of thread t, from v or, if there are any, ``starts``."""
+    """Compute both products of the chunks of thread t."""
     for p in range(parts[t], parts[t + 1]):
         k, lo, hi, place = chunks[p, 0], chunks[p, 1], chunks[p, 2], chunks[p, 3]
         m, n = matrices[k, 0], matrices[k, 1]
-        v = carray(_pointer(matrices[k, 4]), (n,), scratch.dtype)
-        if starts.size > 0:
-            v = starts[matrices[k, 8] : matrices[k, 8] + n]
         _read(
             carray(_pointer(matrices[k, 2]), (m, n), like.dtype),
-            v,
+            starts[matrices[k, 8] : matrices[k, 8] + n],
             carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
             scratch[place : place + n],
             lo,
@@ -320,7 +341,7 @@ def _multiply(G, factor, lo, hi):
 
 
 @_compiled
-def _change_part(t, parts, chunks, matrices, numbers, like, scratch):
+def _change_part(t, parts, chunks, matrices, numbers, like, scratch, starts):
     """Add the terms to the gradients, or scale the weights, in the chunks of thread t."""
     for p in range(parts[t], parts[t + 1]):
         k, lo, hi = chunks[p, 0], chunks[p, 1], chunks[p, 2]
@@ -336,7 +357,7 @@ def _change_part(t, parts, chunks, matrices, numbers, like, scratch):
             _add(
                 carray(_pointer(matrices[k, 3]), (m, n), like.dtype),
                 carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
-                carray(_pointer(matrices[k, 4]), (n,), scratch.dtype),
+                starts[matrices[k, 8] : matrices[k, 8] + n],
                 numbers[k, 0] * _force(sigma, scratch.dtype.type(numbers[k, 1]), numbers[k, 2]),
                 lo,
                 hi,
@@ -353,7 +374,7 @@ def _scale_sigmas(matrices, numbers, scratch):
 
 
 @_compiled
-def _finish(k, matrices, chunks, scratch):
+def _finish(k, matrices, chunks, scratch, starts):
     """Normalize the vectors of one matrix, all of whose chunks are read."""
     m, n, first, end = matrices[k, 0], matrices[k, 1], matrices[k, 7], matrices[k + 1, 7]
     place = chunks[first, 3]
@@ -362,6 +383,8 @@ def _finish(k, matrices, chunks, scratch):
         scratch[place : place + (end - first) * n],
         n,
         carray(_pointer(matrices[k, 4]), (n,), scratch.dtype),
+        starts[matrices[k, 8] : matrices[k, 8] + n],
+        matrices[k, 9],
         carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
     )
 
@@ -369,14 +392,13 @@ def _finish(k, matrices, chunks, scratch):
 @_compiled
 def _alone(matrices, chunks, parts, numbers, like, scratch, starts, n_iter):
     """Run `_together` in this thread alone, without starting others."""
-    for i in range(n_iter):
-        if i == 0:
-            for k in range(numbers.shape[0]):
-                _start(k, matrices, starts)
-        _read_part(0, parts, chunks, matrices, like, scratch, starts if i == 0 else starts[:0])
+    for k in range(numbers.shape[0]):
+        _start(k, matrices, starts, FRESH if n_iter > 0 else 0.0)
+    for _ in range(n_iter):
+        _read_part(0, parts, chunks, matrices, like, scratch, starts)
         for k in range(numbers.shape[0]):
-            _finish(k, matrices, chunks, scratch)
-    _change_part(0, parts, chunks, matrices, numbers, like, scratch)
+            _finish(k, matrices, chunks, scratch, starts)
+    _change_part(0, parts, chunks, matrices, numbers, like, scratch, starts)
     _scale_sigmas(matrices, numbers, scratch)
 
 
@@ -386,9 +408,10 @@ def _together(matrices, chunks, parts, numbers, like, scratch, starts, n_iter):
 
     Parameters
     ----------
-    matrices : int64, (K + 1, 9)
-        m, n; addresses of W, G, v, u, σ; the first of the matrix's chunks; its place in starts. The
-        last row ends the chunks of the row before.
+    matrices : int64, (K + 1, 10)
+        m, n; addresses of W, G, v, u, σ; the first of the matrix's chunks; its place in starts; the
+        kernel positions of a channels-last convolution, and otherwise 1. The last row ends the
+        chunks of the row before.
     chunks : int64, (P, 4)
         Rows of one matrix for one thread: matrix, first row, end, place in scratch.
     parts : int64, (T + 1,)
@@ -401,26 +424,24 @@ def _together(matrices, chunks, parts, numbers, like, scratch, starts, n_iter):
     scratch : array
         Room for Wᵀu of each chunk, in the dtype of the vectors.
     starts : array
-        Room for a vector v of each matrix.
+        Room for the v of each matrix in the order of memory.
     n_iter : int
         Power iterations. The update follows them, where G has an address.
     """
     count, threads = numbers.shape[0], parts.size - 1
-    for i in range(n_iter):
-        if i == 0:
-            for k in range(count):
-                _start(k, matrices, starts)
-        now = starts if i == 0 else starts[:0]
+    for k in range(count):
+        _start(k, matrices, starts, FRESH if n_iter > 0 else 0.0)
+    for _ in range(n_iter):
         for t in prange(threads):
-            _read_part(t, parts, chunks, matrices, like, scratch, now)
+            _read_part(t, parts, chunks, matrices, like, scratch, starts)
         if scratch.size < _WORTH_THREADS:
             for k in range(count):
-                _finish(k, matrices, chunks, scratch)
+                _finish(k, matrices, chunks, scratch, starts)
         else:
             for k in prange(count):
-                _finish(k, matrices, chunks, scratch)
+                _finish(k, matrices, chunks, scratch, starts)
     for t in prange(threads):
-        _change_part(t, parts, chunks, matrices, numbers, like, scratch)
+        _change_part(t, parts, chunks, matrices, numbers, like, scratch, starts)
     _scale_sigmas(matrices, numbers, scratch)
 
 

@@ -54,7 +54,7 @@ def model(dtype, shapes=SHAPES, seed=0):
 
 def assert_same_step(weights, grads, state, engine=None, rtol=1e-12, **options):
     """Run both engines from the same state; return the state after the step."""
-    mine, theirs = ({name: grad.copy() for name, grad in grads.items()} for _ in range(2))
+    mine, theirs = ({name: grad.copy("K") for name, grad in grads.items()} for _ in range(2))
     before = {field: {k: x.copy() for k, x in getattr(state, field).items()} for field in VECTORS}
     found = sc.add_gradient_(weights, mine, state, engines=[engine or NumbaEngine()], **options)
     expected = sc.add_gradient_(weights, theirs, state, engines=(), **options)
@@ -402,6 +402,70 @@ def test_bounds_equal_the_reference(dtype, bound, normalize, n_iter, seed):
             np.testing.assert_allclose(*pair, rtol=rtol, atol=rtol, err_msg=f"{field} of {name}")
         if (bound == 1e6 and not normalize) or name in ("zero", "nan"):
             np.testing.assert_array_equal(found[name], weights[name])
+
+
+def in_channels_last(x):
+    """Return the same array with axis 1 last in memory."""
+    return np.moveaxis(np.moveaxis(x, 1, -1).copy(), -1, 1)
+
+
+@pytest.mark.parametrize("n_iter", [0, 1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_channels_last_equals_the_reference(dtype, n_iter):
+    """A permutation of v in place of a copy of W: convolutions, in groups, zero, bounded."""
+    shapes = {
+        "conv": (6, 4, 3, 2),
+        "cube": (5, 3, 2, 2, 3),
+        "grouped": (8, 2, 3, 3),
+        "big": (64, 64, 3, 3),
+    }
+    weights, grads = model(dtype, shapes)
+    weights["zero"], grads["zero"] = np.zeros((2, 3, 4, 4), dtype), np.ones((2, 3, 4, 4), dtype)
+    weights, grads = ({k: in_channels_last(x) for k, x in xs.items()} for xs in (weights, grads))
+    assert not any(x.flags.c_contiguous for x in (*weights.values(), *grads.values()))
+    layouts = {"grouped": LAYOUTS["grouped"]}
+    state = sc.iterate(weights, sc.init(weights, layouts=layouts))
+    engine = NumbaEngine()
+    seen = Seen(engine)
+    rtol = {"float32": 1e-5, "float64": 1e-12, "float16": 1e-3}[dtype]
+    assert_same_step(weights, grads, state, seen, rtol=rtol, n_iter=n_iter, factor=0.3)
+    assert seen.names == list(weights)
+    if n_iter:
+        mine, theirs = ({k: x.copy("K") for k, x in weights.items()} for _ in range(2))
+        found = sc.constrain_(mine, state, bound=0.5, n_iter=n_iter, engines=[engine])
+        expected = sc.constrain_(theirs, state, bound=0.5, n_iter=n_iter, engines=())
+        for name in weights:
+            np.testing.assert_allclose(mine[name], theirs[name], rtol=rtol, atol=rtol)
+            np.testing.assert_allclose(found.v[name], expected.v[name], rtol=rtol, atol=rtol)
+
+
+def test_channels_last_of_one_alone_goes_to_the_reference():
+    weights, grads = model("float32", {"conv": (6, 4, 3, 2)})
+    state = sc.init(weights)
+    for changed in (weights, grads):
+        before = changed["conv"]
+        changed["conv"] = in_channels_last(before)
+        seen = Seen(NumbaEngine())
+        assert_same_step(weights, grads, state, seen, rtol=1e-5)
+        assert seen.names == []
+        changed["conv"] = before
+
+
+class Seen:
+    """An engine that notes which weights it accepted."""
+
+    in_place = True
+
+    def __init__(self, engine):
+        self.engine, self.names = engine, []
+
+    def accepts(self, job):
+        accepted = self.engine.accepts(job)
+        self.names += [job.name] * accepted
+        return accepted
+
+    def run(self, jobs, n_iter):
+        return self.engine.run(jobs, n_iter)
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -13,6 +13,7 @@ from spectral_core.numba import Memory, NumbaEngine
 
 from .dtensor import DTensorEngine
 from .foreach import ForeachEngine
+from .memory_format import window
 from .precision import in_full_float32
 from .triton import TritonEngine
 
@@ -29,8 +30,8 @@ __all__ = [
 MEMORY = Memory(
     address=Tensor.data_ptr,
     # A subclass of Tensor may have no memory of its own.
-    plain=lambda x: (
-        type(x) in (Tensor, Parameter) and x.is_cpu and x.is_contiguous() and not x.is_neg()
+    window=lambda x: (
+        window(x) if type(x) in (Tensor, Parameter) and x.is_cpu and not x.is_neg() else 0
     ),
     dtypes={
         torch.float32: "float32",
@@ -49,7 +50,7 @@ class CpuEngine(NumbaEngine):
         super().__init__(MEMORY, owned=True)
 
     def accepts(self, job: Job) -> bool:
-        """Return True for a job of contiguous CPU tensors whose gradient needs no graph."""
+        """Return True for a job of CPU tensors whose gradient needs no graph."""
         # Autograd must see what is written into a gradient that requires a gradient itself.
         return not (job.grad is not None and job.grad.requires_grad) and super().accepts(job)
 

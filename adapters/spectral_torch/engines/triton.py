@@ -42,6 +42,7 @@ from spectral_core.engine import (
 
 from .foreach import write_into
 from .graph_tables import GraphTable, capturing, current
+from .memory_format import window
 
 # Largest number of columns: a program holds a row of W, v and a sum of rows in registers. 16384
 # float32 are 32 of each in the 512 threads that 128 registers allow. float64 needs twice as many.
@@ -76,7 +77,6 @@ _ROWS_WORTH_A_SUM = 32
 _TILES_A_PROGRAM = 4
 # Triton 3.9 warns where this is left open, and a later version may choose otherwise: other bits.
 _OPTIONS = {"enable_fp_fusion": True}
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _SETS = 64  # sets of jobs whose tables and scratch memory are kept: optimizers take turns
 
 _REFERENCE = ReferenceEngine(in_place=True)
@@ -214,8 +214,9 @@ class TritonEngine:
             type(weight) in _PLAIN_TENSORS
             and plan.reshapes
             and plan.matrix[-1] <= _most_columns(weight.dtype, weight.device)
-            and _fits(weight, weight.shape, weight.dtype, device, channels_last=_window(job) > 1)
-            and _fits_grad(job.grad, weight.shape, device, channels_last=_window(job) > 1)
+            and (positions := _window(job)) > 0
+            and _fits(weight, weight.shape, weight.dtype, device, positions=positions)
+            and _fits_grad(job.grad, weight.shape, device, positions)
             and job.V.shape[-2] == 1
             and _fits(job.V, plan.rows(1), dtype, device)
             and (job.last is None or _fits_last(job, dtype, device))
@@ -350,19 +351,9 @@ def _stages(dtype: torch.dtype) -> int:
 
 
 def _window(job: Job) -> int:
-    """Return the number of kernel positions of a channels-last convolution, and otherwise 1."""
-    weight = job.weight
-    if weight.is_contiguous() or not _is_contiguous(weight, channels_last=True):
-        return 1
-    rows = prod(job.plan.matrix[:-1])  # axis 0 alone, whose rows stay whole in memory
-    return prod(weight.shape[2:]) if rows == len(weight) else 1
-
-
-def _is_contiguous(x: Tensor, *, channels_last: bool) -> bool:
-    if not channels_last:
-        return x.is_contiguous()
-    dim = x.dim()
-    return dim in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[dim])
+    """Return the `window` of a job's weight, or 0 where its rows are not whole in memory."""
+    found = window(job.weight)
+    return found if found == 1 or prod(job.plan.matrix[:-1]) == len(job.weight) else 0
 
 
 def _fits(
@@ -371,26 +362,24 @@ def _fits(
     dtype: torch.dtype,
     device: int,
     *,
-    channels_last: bool = False,
+    positions: int = 1,
 ) -> bool:
     return (
         x.dtype is dtype
         and x.get_device() == device
         and x.shape == shape
         and x.layout is torch.strided
-        and _is_contiguous(x, channels_last=channels_last)
+        and window(x) == positions
         and not x.is_neg()
     )
 
 
-def _fits_grad(
-    grad: Tensor | None, shape: Sequence[int], device: int, *, channels_last: bool
-) -> bool:
+def _fits_grad(grad: Tensor | None, shape: Sequence[int], device: int, positions: int) -> bool:
     return grad is None or (
         type(grad) in _PLAIN_TENSORS
         and grad.dtype in _ITERATED
         and not grad.requires_grad  # autograd must see what is written
-        and _fits(grad, shape, grad.dtype, device, channels_last=channels_last)
+        and _fits(grad, shape, grad.dtype, device, positions=positions)
     )
 
 
