@@ -68,9 +68,8 @@ NUMPY = Memory(
 class NumbaEngine:
     """Run jobs in place, in one compiled call for all weights of a dtype and number of vectors.
 
-    The engine accepts real weights and gradients that are contiguous, or both in the channels-last
-    order of convolutions with one vector for each matrix, and whose matrix is the tensor
-    reshaped, with any number of vectors for each matrix.
+    The engine accepts real weights whose matrix is the tensor reshaped. Weight and gradient are
+    both contiguous, with any number of vectors for each matrix, or both channels-last, with one.
 
     Parameters
     ----------
