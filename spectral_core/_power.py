@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from math import log2, sqrt
+from math import log2
 from operator import index
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from ._arrays import (
     plain,
     squared,
     traits,
+    traits_of,
 )
 from ._validate import check_matrix, check_number
 from .errors import ArgumentError, check_int, shown
@@ -408,8 +409,12 @@ def start_vector(shape: tuple[int, ...], like: Array, *, seed: int = 0, name: st
     return xp.asarray(v, dtype=kind.iteration_dtype, device=device_of(like, xp))
 
 
-FRESH = 2.0**-24
-"""Length of `fresh_direction`: a rounding of float32. It changes sigma by less than 1e-14."""
+FRESH, FRESH_64 = 2.0**-20, 2.0**-27
+"""Largest element of `fresh_direction` in float32, and in float64.
+
+In float32 it is eight roundings of 1: with less, v + r is sometimes rounded back to v, and v stays
+where it is for ever. In float64, where rounding is no obstacle, less suffices.
+"""
 
 # The golden ratio as a fraction of 2³², as a signed number of 32 bits.
 _GOLDEN = 0x9E3779B1 - 2**32
@@ -418,11 +423,11 @@ _GOLDEN = 0x9E3779B1 - 2**32
 def fresh_direction(V: Array, xp: Namespace) -> Array:
     r"""Return the little that a step adds to each row of V before it iterates.
 
-    .. math:: r_j = ε \sqrt{3/n} · \mathrm{frac}_{±1}(φ j²), \quad j = 1 … n, \quad ε = 2^{-24}
+    .. math:: r_j = ε · \mathrm{frac}_{±1}(φ j²), \quad j = 1 … n
 
-    The component of r along any fixed unit vector is of the order of ε/√n. In a subspace where
-    singular values are larger, it grows by their squared ratio in each step. From 5 % larger on,
-    sigma is there within 200 steps.
+    ε is `FRESH` or `FRESH_64`. The component of r along any fixed unit vector is of that order. In
+    a subspace where singular values are larger, it grows by their squared ratio in each step. From
+    5.5 % larger on, sigma is there within 200 steps.
 
     Why this sequence: it needs no state, no seed and no memory, so that a step can be resumed bit
     for bit and kernels compute it in registers. All backends compute it in integers of 32 bits that
@@ -454,7 +459,9 @@ def _kept(n: int, dtype: Any, device: Any, xp: Namespace) -> Array:
 def _fresh(n: int, dtype: Any, device: Any, xp: Namespace) -> Array:
     places = xp.arange(1, n + 1, dtype=xp.int32, device=device)
     fractions = places * places * _GOLDEN  # modulo 2³², between −2³¹ and 2³¹
-    return xp.astype(fractions, dtype) * (FRESH * sqrt(3 / n) / 2**31)
+    kind = traits_of(dtype, xp)
+    largest = FRESH if kind is None or kind.eps > 1e-9 else FRESH_64
+    return xp.astype(fractions, dtype) * (largest / 2**31)
 
 
 def _entropy(seed: int, name: str) -> np.random.SeedSequence:

@@ -45,6 +45,7 @@ from ._plan import (
 )
 from ._power import (
     FRESH,
+    FRESH_64,
     Triplet,
     adjoint_times_rows,
     fresh_direction,
@@ -75,6 +76,7 @@ __all__ = [
     "AT_MOST",
     "EXACTLY",
     "FRESH",
+    "FRESH_64",
     "Add",
     "Array",
     "AsyncCopy",

@@ -33,8 +33,8 @@ typedef SPECTRAL_SUM Sum;
 #define MAX_TILE 256  // rows
 #define BATCH 4       // loads of a gradient that are issued before the first is used
 
-// The length of the core's `fresh_direction`, 2^-24, over 2^31.
-#define FRESH_SCALE static_cast<Real>(2.7755575615628914e-17)
+// The largest element of the core's `fresh_direction`, 2^-20 or in float64 2^-27, over 2^31.
+#define FRESH_SCALE static_cast<Real>(sizeof(Real) == 4 ? 4.440892098500626e-16 : 3.469446951953614e-18)
 
 // Codes of a bound in a row of the table of jobs.
 #define AT_MOST 3
@@ -196,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) spectral_rows(PARA
     const Weight *W = reinterpret_cast<const Weight *>(job.weight) + (M.entry * M.rows + first) * n;
     const Real *v = flags & FIRST ? came_vector(came, job.v, M.entry * n) : out + M.out_v;
     Real *partial = scratch + M.partial + static_cast<Int>(block) * n;
-    const Real of_fresh = flags & FIRST ? sqrt(3 / static_cast<Real>(n)) * FRESH_SCALE : 0;
+    const Real of_fresh = flags & FIRST ? FRESH_SCALE : 0;
     Real square = 0, scale = 0;
 #pragma unroll 1
     for (int top = first; top < end; top += M.tile_rows, W += M.tile_rows * n) {

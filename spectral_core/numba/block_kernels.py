@@ -29,7 +29,7 @@ from . import kernels
 from .kernels import _compiled, _inverse, _pointer, _wide
 
 # As in the core's `fresh_direction`: see FRESH in kernels.py.
-FRESH = 2.0**-24
+FRESH, FRESH_64 = 2.0**-20, 2.0**-27
 _GOLDEN = 0x9E3779B1
 
 # The rounding errors of Z = L⁻¹(YW) are at most those of QW times this number. Otherwise W is read
@@ -515,7 +515,8 @@ def _start(k, table, arrays):
     """Store V plus the core's `fresh_direction`, from which the step starts."""
     V, S, _ = _rows_of(k, table, arrays)
     fresh, v = S[0], V[0]
-    scale = fresh.dtype.type(FRESH * np.sqrt(3 / v.size) / 2**31)
+    largest = FRESH if fresh.itemsize == 4 else FRESH_64
+    scale = fresh.dtype.type(largest / 2**31)
     for j in range(v.size):
         place = np.uint32(j + 1)
         fraction = np.int32(np.uint32(np.uint32(place * place) * np.uint32(_GOLDEN)))

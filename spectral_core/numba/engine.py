@@ -127,20 +127,16 @@ class NumbaEngine:
         with self._locks.setdefault(getpid(), Lock()):
             for launch in self._launches(jobs):
                 launch.place_grads(jobs, self._memory)
-                self._run(launch, launch.numbers(jobs), n_iter)
+                division, numbers = launch.division, launch.numbers(jobs)
+                tables = launch.matrices, division.chunks, division.parts
+                room = division.like, division.scratch, division.starts
+                if division.block:
+                    block = division.block
+                    _block_kernels().run(division.threads, tables, numbers, room, block, n_iter)
+                else:
+                    self._kernels.run(division.threads, *tables, numbers, *room, n_iter)
         lasts: Any = jobs.lasts if isinstance(jobs, JobList) else [job.last for job in jobs]
         return Result([job.grad for job in jobs], lasts)
-
-    def _run(self, launch: _Launch, numbers: np.ndarray[Any, Any], n_iter: int) -> None:
-        division = launch.division
-        tables = launch.matrices, division.chunks, division.parts
-        room = division.like, division.scratch, division.starts
-        if division.block:
-            from . import block_kernels  # whoever has one vector never loads them
-
-            block_kernels.run(division.threads, tables, numbers, room, division.block, n_iter)
-        else:
-            self._kernels.run(division.threads, *tables, numbers, *room, n_iter)
 
     def _launches(self, jobs: Sequence[Job]) -> list[_Launch]:
         """Return the launches of these jobs: of a `JobList`, those of the step before."""
@@ -214,6 +210,13 @@ def _kernels() -> Any:
     except ImportError as error:
         raise ImportError("NumbaEngine needs Numba: pip install spectral-core[numba]") from error
     return kernels
+
+
+def _block_kernels() -> Any:
+    """Return the compiled kernels for several vectors: whoever has one vector never loads them."""
+    from . import block_kernels
+
+    return block_kernels
 
 
 class _Launch:

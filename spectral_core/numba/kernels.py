@@ -17,7 +17,7 @@ _FAST = {"reassoc", "contract", "nsz"}
 _WORTH_THREADS = 65536
 # As in the core's `fresh_direction`. Not imported: what is kept on disk is compiled anew only where
 # this file has changed.
-FRESH = 2.0**-24
+FRESH, FRESH_64 = 2.0**-20, 2.0**-27
 _GOLDEN = 0x9E3779B1
 AT_MOST, EXACTLY = 3, 4  # as in the core's `Bound`
 
@@ -275,8 +275,8 @@ def _fraction(j):
 
 
 @_compiled
-def _start(k, matrices, starts, length):
-    """Store v in the order of memory, plus the core's `fresh_direction` of this length.
+def _start(k, matrices, starts, fresh):
+    """Store v in the order of memory, plus the core's `fresh_direction` if ``fresh`` is 1.0.
 
     A channels-last convolution has the columns of its matrix in another order in memory: kernel
     positions first. To permute v costs nothing; to permute W would be a copy of it.
@@ -284,7 +284,8 @@ def _start(k, matrices, starts, length):
     n, window = matrices[k, 1], matrices[k, 9]
     v = carray(_pointer(matrices[k, 4]), (n,), starts.dtype)
     start = starts[matrices[k, 8] : matrices[k, 8] + n]
-    scale = starts.dtype.type(length * np.sqrt(3 / n) / 2**31)
+    largest = FRESH if starts.itemsize == 4 else FRESH_64
+    scale = starts.dtype.type(fresh * largest / 2**31)
     if window == 1:
         for j in range(n):
             start[j] = v[j] + starts.dtype.type(_fraction(j)) * scale
@@ -393,7 +394,7 @@ def _finish(k, matrices, chunks, scratch, starts):
 def _alone(matrices, chunks, parts, numbers, like, scratch, starts, n_iter):
     """Run `_together` in this thread alone, without starting others."""
     for k in range(numbers.shape[0]):
-        _start(k, matrices, starts, FRESH if n_iter > 0 else 0.0)
+        _start(k, matrices, starts, 1.0 if n_iter > 0 else 0.0)
     for _ in range(n_iter):
         _read_part(0, parts, chunks, matrices, like, scratch, starts)
         for k in range(numbers.shape[0]):
@@ -430,7 +431,7 @@ def _together(matrices, chunks, parts, numbers, like, scratch, starts, n_iter):
     """
     count, threads = numbers.shape[0], parts.size - 1
     for k in range(count):
-        _start(k, matrices, starts, FRESH if n_iter > 0 else 0.0)
+        _start(k, matrices, starts, 1.0 if n_iter > 0 else 0.0)
     for _ in range(n_iter):
         for t in prange(threads):
             _read_part(t, parts, chunks, matrices, like, scratch, starts)

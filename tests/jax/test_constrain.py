@@ -84,7 +84,7 @@ def test_normalized_weights_are_those_of_flaxs_spectral_norm():
         params = optax.apply_updates(params, updates)
         layer.kernel[...] = layer.kernel[...] + grad["kernel"]
         norm(jnp.ones((1, 4, 4, 3)), update_stats=True)
-        np.testing.assert_allclose(params["kernel"], layer.kernel[...], rtol=1e-9)  # its epsilon
+        np.testing.assert_allclose(params["kernel"], layer.kernel[...], rtol=1e-5)  # its epsilon
 
 
 @pytest.mark.filterwarnings("ignore::spectral_core.SpectralWarning")

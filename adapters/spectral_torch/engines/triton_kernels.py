@@ -26,7 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spectral_core.engine import FRESH
+from spectral_core.engine import FRESH, FRESH_64
 
 # The columns of the tables `pointers`, `shapes` and `penalties`.
 N_POINTERS = tl.constexpr(7)
@@ -43,8 +43,8 @@ FACTOR, FACTOR_SLOT, TARGET, TARGET_SLOT, CODE = (tl.constexpr(i) for i in range
 # Codes of a bound, as in the core's `Bound`. Below them are 0, the paper's penalty, and the powers.
 AT_MOST, EXACTLY = tl.constexpr(3), tl.constexpr(4)
 
-# As in the core's `fresh_direction`: its length over 2³¹, and the golden ratio in 32 bits, signed.
-FRESH_SCALE = tl.constexpr(FRESH / 2**31)
+# As in the core's `fresh_direction`: its largest element over 2³¹, and the golden ratio, signed.
+FRESH_SCALE, FRESH_SCALE_64 = tl.constexpr(FRESH / 2**31), tl.constexpr(FRESH_64 / 2**31)
 GOLDEN = tl.constexpr(0x9E3779B1 - 2**32)
 
 BLOCK = tl.constexpr(64)  # columns of a program of `columns` and `directions`
@@ -93,10 +93,11 @@ def _length_and_inverse(square, TINY: tl.constexpr):
 
 
 @triton.jit
-def _fresh_direction(cols, n, ACC: tl.constexpr):
+def _fresh_direction(cols, ACC: tl.constexpr):
     """Return these elements of the core's `fresh_direction`: computed, so that nothing is read."""
     places = (cols + 1).to(tl.int32)
-    scale = tl.sqrt(3.0 / n.to(ACC)) * FRESH_SCALE
+    is_double: tl.constexpr = ACC == tl.float64  # noqa: SIM300
+    scale: tl.constexpr = FRESH_SCALE_64 if is_double else FRESH_SCALE
     return (places * places * GOLDEN).to(ACC) * scale
 
 
@@ -124,7 +125,7 @@ def _rows_of_products(
             v_places = tl.multiple_of(v_places, 16)
     v = tl.load(v_places, mask=cols < n, other=0.0)
     if FIRST:
-        v += _fresh_direction(in_v, n, ACC)  # past the n columns it meets the zeros of a tile
+        v += _fresh_direction(in_v, ACC)  # past the n columns it meets the zeros of a tile
     v = v[None, :]
     total = tl.zeros((HEIGHT, WIDTH), ACC)
     square = tl.zeros((HEIGHT,), ACC)
