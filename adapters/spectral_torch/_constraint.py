@@ -14,7 +14,7 @@ import spectral_core as sc
 from spectral_core.engine import Choice, Schedule, at_step, check_factors, dispatch, select
 from spectral_core.errors import listed
 
-from ._hook import AS_IT_IS, OptimizerHook
+from ._hook import OptimizerHook
 from ._jobs import Limit, release, write_back
 from ._select import Model
 
@@ -140,12 +140,7 @@ class SpectralNormConstraint(OptimizerHook):
         if self._masks:
             self._constrain_masked_([name for name in names if name in self._masks], limit)
             names = [name for name in names if name not in self._masks]
-        arguments = (owner, names, self._parameters, limit, None, self.n_iter)
-        jobs, context = self._jobs.current(*arguments), AS_IT_IS
-        if jobs is None:
-            self._follow()
-            jobs = self._jobs.build(*arguments, self._state)
-            context = self._full_precision()
+        jobs, context = self._jobs_of(owner, names, limit, None, self.n_iter)
         try:
             with context:
                 write_back(jobs, dispatch(jobs, self.n_iter, self._jobs.engines).triplets)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -22,6 +22,8 @@ import spectral_core as sc
 from spectral_core.engine import (
     Choice,
     Factor,
+    JobList,
+    Number,
     Row,
     Schedule,
     array_namespace,
@@ -34,7 +36,7 @@ from spectral_core.engine import (
 from spectral_core.errors import check_int, listed
 
 from ._attach import unwrapped
-from ._jobs import JobCache
+from ._jobs import JobCache, Limit, Penalty
 from ._parametrized import masks, remarks
 from ._select import Model, choose_parameters
 from .engines import DTensorEngine, TensorEngine, Unmeasured, engines
@@ -44,7 +46,7 @@ _OURS = tuple(str(Path(getfile(thing)).parent) for thing in (torch, sc.Watch, Jo
 
 _Self = TypeVar("_Self", bound="OptimizerHook")
 
-AS_IT_IS: AbstractContextManager[object] = nullcontext()
+_AS_IT_IS: AbstractContextManager[object] = nullcontext()
 
 # They leave the state's tensors alone: sigma and the vectors are new tensors.
 PURE_ENGINES = (DTensorEngine(), TensorEngine())
@@ -446,6 +448,22 @@ class OptimizerHook:
     def _held_by(self, optimizer: Optimizer) -> list[str]:
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return [name for name, parameter in self._parameters.items() if id(parameter) in ids]
+
+    def _jobs_of(
+        self,
+        owner: object,
+        names: Collection[str],
+        penalty: Penalty | Limit,
+        scaled: Mapping[str, Number] | None,
+        n_iter: int,
+    ) -> tuple[JobList, AbstractContextManager[object]]:
+        """Return the jobs of a step, those of the step before where they fit, and its context."""
+        arguments = (owner, names, self._parameters, penalty, scaled, n_iter)
+        jobs = self._jobs.current(*arguments)
+        if jobs is not None:
+            return jobs, _AS_IT_IS
+        self._follow()
+        return self._jobs.build(*arguments, self._state), self._full_precision()
 
     def _full_precision(self) -> AbstractContextManager[object]:
         """Disable an autocast around the training step: it would round the products."""

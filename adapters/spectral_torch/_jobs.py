@@ -43,6 +43,11 @@ class Penalty:
     target: Factor
     power: int
 
+    @property
+    def code(self) -> int:
+        """The code of the slopes."""
+        return self.power
+
     def slopes(self, names: Mapping[str, Any]) -> Mapping[str, Slope | Bound | None]:
         """Return what a step does with each weight's sigma."""
         return slope_of(self.target, self.power, names)
@@ -61,8 +66,8 @@ class Limit:
     factor: Factor = 0.0
 
     @property
-    def power(self) -> int:
-        """The code of the bounds, which stands where a penalty has its power."""
+    def code(self) -> int:
+        """The code of the bounds."""
         return EXACTLY if self.normalize else AT_MOST
 
     def slopes(self, names: Mapping[str, Any]) -> Mapping[str, Slope | Bound | None]:
@@ -199,7 +204,7 @@ class _Kept:
         self._state_addresses = [address() for address in self._state_pointers]
         self._lazy = any(job.weight.is_complex() for job in by_name.values())
         self._factor: Any = None  # the number that the jobs' factors are; None: ask again
-        self._slope = penalty.target, penalty.power
+        self._slope = penalty.target, penalty.code
 
     def state_has_moved(self) -> bool:
         """Return True if V, sigma or u of a job is at another address."""
@@ -265,11 +270,11 @@ class _Kept:
 
     def has_slopes(self, penalty: Penalty | Limit, names: Mapping[str, Any]) -> bool:
         """Give each job its target and power; return False if one is another kind of number."""
-        target, power = self._slope
-        if penalty.target is target and penalty.power == power and _is_constant(target):
+        target, code = self._slope
+        if penalty.target is target and penalty.code == code and _is_constant(target):
             return True
         slopes = penalty.slopes(names)
-        self._slope = penalty.target, penalty.power
+        self._slope = penalty.target, penalty.code
         changed = [job for job in self.jobs if not same_slope(job.slope, slopes[job.name])]
         for job in changed:
             before, slope = job.slope, slopes[job.name]

@@ -33,7 +33,7 @@ from spectral_core.errors import check_int, listed
 
 from . import _compile
 from ._attach import is_nested
-from ._hook import AS_IT_IS, PURE_ENGINES, OptimizerHook
+from ._hook import PURE_ENGINES, OptimizerHook
 from ._jobs import Penalty, release, write_back
 from ._select import Model
 from ._terms import Added, AddedTensors, OpenStep, take_out
@@ -462,12 +462,7 @@ class SpectralNormRegularizer(OptimizerHook):
                     pruned = [name for name in due if name in self._masks]
                     due = [name for name in due if name not in self._masks]
                     added += self._add_masked_(pruned, penalty, scaled, n_iter)
-                arguments = (owner, due, self._parameters, penalty, scaled, n_iter)
-                jobs, context = self._jobs.current(*arguments), AS_IT_IS
-                if jobs is None:
-                    self._follow()
-                    jobs = self._jobs.build(*arguments, self._state)
-                    context = self._full_precision()
+                jobs, context = self._jobs_of(owner, due, penalty, scaled, n_iter)
                 try:
                     with context:
                         write_back(jobs, dispatch(jobs, n_iter, self._jobs.engines).triplets)
