@@ -8,11 +8,11 @@ the weights themselves: no layer is wrapped, and no gradient passes through the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ._algorithm import advanced, fitting_engines, plain_arrays, with_reference
 from ._arrays import Array, constant
-from ._bound import bounds_of
+from ._bound import Bound, bounds_of
 from ._state_dict import Arrays, SpectralState
 from ._validate import Factor, check_weights, check_writeable
 from .engine import Engine, dispatch, make_jobs
@@ -80,7 +80,9 @@ def constrain(
     """
     if any(engine.in_place for engine in engines):
         raise ArgumentError("an engine writes into the weights: pass it to constrain_")
-    return _constrained(weights, state, bound, normalize, n_iter, with_reference(engines))
+    bounds = bounds_of(bound, normalize, state.v)
+    check_weights(weights, state.v)
+    return _constrained(weights, state, bounds, n_iter, with_reference(engines))
 
 
 def constrain_(
@@ -125,20 +127,18 @@ def constrain_(
     check_weights(weights, state.v)
     for name, weight in weights.items():
         check_writeable(weight, f"weight {name!r}", "constrain")
+    bounds = bounds_of(bound, normalize, state.v)
     engines = fitting_engines(engines, weights.values())
-    return _constrained(weights, state, bound, normalize, n_iter, engines)[1]
+    return _constrained(weights, state, bounds, n_iter, engines)[1]
 
 
 def _constrained(
     weights: Arrays,
     state: SpectralState,
-    bound: Factor,
-    normalize: bool,
+    bounds: Mapping[str, Bound],
     n_iter: int,
     engines: Sequence[Engine],
 ) -> tuple[dict[str, Array], SpectralState]:
-    bounds = bounds_of(bound, normalize, state.v)
-    check_weights(weights, state.v)
     weights = plain_arrays(weights, "weight")
     # What a step changes is its job's gradient; here that is the weight itself.
     jobs = make_jobs(

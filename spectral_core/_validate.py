@@ -301,7 +301,7 @@ def _kinds(*things: Any) -> tuple[Any, ...]:
 def _check_fit(
     name: str, weight: Array, layout: Layout, V: Array, grad: Array | None, factor: Number
 ) -> tuple[Plan, Namespace]:
-    arrays = [V, *(x for x in (grad,) if x is not None)]
+    arrays = [V] if grad is None else [V, grad]
     if not isinstance(factor, float):
         arrays.append(factor)
     xp = array_namespace(weight, *arrays, name=_together(name))

@@ -114,7 +114,6 @@ __all__ = [
     "at_step",
     "bounds_of",
     "broadcast_outer",
-    "broadcast_stack",
     "by_name",
     "cast",
     "check_factor",

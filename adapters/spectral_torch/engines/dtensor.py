@@ -26,10 +26,10 @@ from spectral_core.engine import (
     Traits,
     Triplet,
     add_outer_,
-    broadcast_stack,
     cast,
     clipped,
     conj,
+    finish,
     fresh_direction,
     from_memory_order,
     last_of,
@@ -82,9 +82,7 @@ class DTensorEngine:
         triplets = _iterate(jobs, n_iter) if n_iter else [last_of(job) for job in jobs]
         for i, (job, here) in enumerate(zip(jobs, adds, strict=True)):
             if isinstance(job.slope, Bound):
-                s = job.slope.scale(triplets[i].sigma)
-                _scale_(job.grad, broadcast_stack(s, job.plan, job.xp), job.plan, job.xp)
-                triplets[i] = triplets[i]._replace(sigma=s * triplets[i].sigma)
+                _, (triplets[i],) = finish([job], [triplets[i]], add_outer_, _scale_)
             elif here:
                 _add_(job, triplets[i])
         return Result([job.grad for job in jobs], triplets)
@@ -244,12 +242,13 @@ def _add_(job: Job, triplet: Triplet) -> None:
         add_outer_(here, u_here, v_here)
 
 
-def _scale_(weight: Any, scale: Tensor, plan: Plan, xp: Any) -> None:
-    """Scale a DTensor in place: each process scales its local part."""
+def _scale_(weight: Any, scale: Tensor, plan: Plan, xp: Any) -> Any:
+    """Scale a DTensor in place, each process its local part, and return it."""
     local = weight.to_local()
     for shard in _shards_of(weight, plan):
         s = scale[clipped(shard.ranges, tuple(scale.shape))] if scale.ndim else scale
         scale_(local[shard.inside], s, shard.plan, xp)
+    return weight
 
 
 def _adds_here(grad: Any, name: str) -> bool:
