@@ -79,13 +79,16 @@ class ForeachEngine:
         for place, job in enumerate(jobs):
             key = job.weight.device, job.weight.dtype, isinstance(job.slope, Bound)
             places.setdefault(key, []).append(place)
+        fresh = fresh_directions(jobs) if n_iter else []
         triplets: dict[int, Triplet] = {}
         for (device, dtype, bounded), mine in places.items():
             group = [jobs[place] for place in mine] if len(places) > 1 else jobs
             owners = self._owners(tuple(job.plan.matrix for job in group), device)
             m, n = ([job.plan.matrix[axis] for job in group] for axis in (0, 1))
             if n_iter:
-                sigma, u, v = _iterate(group, n_iter, owners, (m, n), torch.finfo(dtype).tiny)
+                mixed_in = torch.cat([fresh[place].view(-1) for place in mine])
+                tiny = torch.finfo(dtype).tiny
+                sigma, u, v = _iterate(group, n_iter, owners, (m, n), tiny, mixed_in)
                 if bounded:
                     sigma = _scale_(group, sigma)
                 Vs: Sequence[Tensor] = torch.split_with_sizes(v.view(1, -1), n, dim=1)
@@ -166,12 +169,13 @@ def _iterate(
     owners: _Owners,
     sizes: tuple[list[int], list[int]],
     tiny: float,
+    fresh: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return all sigma, all u and all v, each in one tensor; v in the order of `as_matrix`."""
     Ws = [matrix_in_memory_order(job.weight, job.plan, job.xp) for job in jobs]
     adjoints = [W.t() for W in Ws]
     v = torch.cat([to_memory_order(job.V, job.plan, job.xp) for job in jobs], dim=1).view(-1)
-    start = v + torch.cat([fresh.view(-1) for fresh in fresh_directions(jobs)])
+    start = v + fresh
     for _ in range(n_iter):
         u, _, _ = _normalized(_products(Ws, start, sizes[1], sizes[0]), owners.u, sizes[0], tiny)
         w = _products(adjoints, u, sizes[0], sizes[1])

@@ -508,10 +508,10 @@ class _Group:
 
         A capture needs no such note: the engine keeps what a graph reads.
         """
-        if self.device.type != "cuda" or capturing(self.device):
+        if self.device.type != "cuda":
             return
         stream = torch.cuda.current_stream()
-        if stream != self._stream:
+        if stream != self._stream and not capturing(self.device):
             for tensor in (*self.work, *self.addresses.tensors, *self.penalties.tensors):
                 tensor.record_stream(stream)
             self._stream = stream
