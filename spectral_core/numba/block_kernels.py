@@ -25,12 +25,8 @@ from numba import carray, prange
 from . import kernels
 
 # What is kept on disk is compiled anew only where this file has changed: who changes one of these
-# functions touches this file too.
-from .kernels import _compiled, _inverse, _pointer, _wide
-
-# As in the core's `fresh_direction`: see FRESH in kernels.py.
-FRESH, FRESH_64 = 2.0**-20, 2.0**-27
-_GOLDEN = 0x9E3779B1
+# touches this file too.
+from .kernels import FRESH, FRESH_64, _compiled, _fraction, _inverse, _pointer, _wide
 
 # The rounding errors of Z = L⁻¹(YW) are at most those of QW times this number. Otherwise W is read
 # again.
@@ -518,9 +514,7 @@ def _start(k, table, arrays):
     largest = FRESH if fresh.itemsize == 4 else FRESH_64
     scale = fresh.dtype.type(largest / 2**31)
     for j in range(v.size):
-        place = np.uint32(j + 1)
-        fraction = np.int32(np.uint32(np.uint32(place * place) * np.uint32(_GOLDEN)))
-        fresh[j] = fresh.dtype.type(fraction) * scale
+        fresh[j] = fresh.dtype.type(_fraction(j)) * scale
     for a in range(1, V.shape[0]):
         start, v = S[a], V[a]
         for j in range(v.size):
