@@ -33,6 +33,7 @@ def blocks() -> dict[str, str]:
     }
     if (path := RESULTS / "digits.json").exists():
         found["digits"] = digits(read_json(path))
+        found["vectors"] = vectors(read_json(path))
     return found
 
 
@@ -71,6 +72,18 @@ def digits(result: dict[str, Any]) -> str:
             f"{mean(row[key]):.1f} ± {stdev(row[key]):.1f}" for key in ("test", "gap", "noise")
         ]
         rows.append(f"| {row['batch']} | {row['method']} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def vectors(result: dict[str, Any]) -> str:
+    """Return the demonstration's table of one, two and four vectors, over the same seeds."""
+    rows = ["| λ | batch | `n_vectors` | test accuracy | accuracy under noise | largest σ |"]
+    rows.append("|---:|---:|---:|---:|---:|---:|")
+    for row in sorted(result["n_vectors"], key=lambda row: (row["strength"], row["batch"])):
+        cells = [f"{mean(row[key]):.1f} ± {stdev(row[key]):.1f}" for key in ("test", "noise")]
+        largest = f"{mean(map(max, row['sigma'])):.2f}"
+        about = f"{row['strength']:g} | {row['batch']} | {row['n_vectors']}"
+        rows.append(f"| {about} | {' | '.join(cells)} | {largest} |")
     return "\n".join(rows)
 
 

@@ -39,6 +39,7 @@ BATCHES = (64, TRAIN)
 STEPS = 800
 NOISE, DRAWS = 0.3, 4  # standard deviation on pixels in [0, 1], and noisy copies of each image
 SEARCH_SEEDS, FIRST_SEED = range(4), 4
+VECTORS = (1, 2, 4)
 
 GRID = {
     "vanilla": (0.0,),
@@ -61,6 +62,7 @@ class Job(NamedTuple):
     backend: str = "torch"
     steps: int = STEPS
     batch_norm: bool = False
+    n_vectors: int = 1
     validate: bool = False  # measure on the validation images instead of the test images
 
 
@@ -115,6 +117,8 @@ def build(job: Job, rng: np.random.Generator) -> Net:
         options["factor" if job.method == "spectral" else "decay"] = job.strength
     if job.batch_norm:
         options["batch_norm"] = True
+    if job.n_vectors > 1:
+        options["n_vectors"] = job.n_vectors
     return NETS[job.backend](initial_layers(rng), **options)
 
 
@@ -196,6 +200,20 @@ def compare(seeds: int, console: Console, **options: Any) -> list[Row]:
     return rows
 
 
+def compare_vectors(seeds: int, console: Console) -> list[Row]:
+    """Train with one, two and four vectors a matrix, at the chosen λ and at the grid's largest."""
+    strengths = {"spectral": (CHOSEN["spectral"], max(GRID["spectral"]))}
+    rows: list[Row] = []
+    for k in VECTORS:
+        title = f"n_vectors={k}"
+        found = experiment(
+            strengths, range(FIRST_SEED, FIRST_SEED + seeds), title, console, n_vectors=k
+        )
+        console.print(table(found, title))
+        rows += [{"n_vectors": k, **row} for row in found]
+    return rows
+
+
 def picture(rows: Sequence[Row], path: Path) -> None:
     title = (
         f"Digits: {'-'.join(map(str, WIDTHS))} network, {TRAIN} training images, "
@@ -205,7 +223,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
 
 
 def save(seeds: int, console: Console) -> None:
-    """Search, train with and without batch normalization, and write the committed files."""
+    """Search, train all that the documentation cites, and write the committed files."""
     rows = compare(seeds, console, batch_norm=False)
     content = {
         "command": f"python examples/digits.py --save --seeds {seeds}",
@@ -213,6 +231,7 @@ def save(seeds: int, console: Console) -> None:
         "settings": settings(seeds),
         "rows": rows,
         "batch_norm": compare(seeds, console, batch_norm=True),
+        "n_vectors": compare_vectors(seeds, console),
         "search": search(console),
     }
     write_json(ROOT / "benchmarks" / "results" / "digits.json", content)

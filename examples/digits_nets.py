@@ -34,7 +34,14 @@ class Net(NamedTuple):
     matrices: Callable[[], list[Array]]  # W of each layer
 
 
-def torch_net(layers: list[Layer], *, factor: float, decay: float, batch_norm: bool = False) -> Net:
+def torch_net(
+    layers: list[Layer],
+    *,
+    factor: float,
+    decay: float,
+    batch_norm: bool = False,
+    n_vectors: int = 1,
+) -> Net:
     """Build the network in PyTorch: the regularizer is one line, the loop does not change."""
     import torch
     from torch import nn
@@ -55,7 +62,7 @@ def torch_net(layers: list[Layer], *, factor: float, decay: float, batch_norm: b
         model.parameters(), lr=RATE, momentum=MOMENTUM, nesterov=True, weight_decay=decay
     )
     if factor:
-        SpectralNormRegularizer(model, factor=factor).attach(optimizer)
+        SpectralNormRegularizer(model, factor=factor, n_vectors=n_vectors).attach(optimizer)
 
     def step(images: Array, labels: Array) -> None:
         model.train()
