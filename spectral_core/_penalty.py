@@ -288,13 +288,17 @@ def add_outer(grad: Array, u: Array, v: Array) -> Array:
 def add_outer_(grad: Array, u: Array, v: Array) -> Array:
     """Add ``u * v`` to ``grad`` in place, and return ``grad``."""
     addcmul_ = getattr(grad, "addcmul_", None)
-    if addcmul_ is not None:  # PyTorch: one pass over grad, and no temporary of its size
+    # PyTorch: one pass over grad, and no temporary of its size. But on a CPU, it casts a whole
+    # gradient in half precision to the dtype of u first.
+    if addcmul_ is not None and (grad.dtype == u.dtype or not grad.is_cpu):
         return addcmul_(u, v)
     axis = max(range(grad.ndim), key=grad.shape.__getitem__)
     for here in _chunks(tuple(grad.shape), axis):
         a, b = (x[here] if x.shape[axis] > 1 else x for x in (u, v))
         if grad.dtype == u.dtype:
             grad[here] += a * b
+        elif addcmul_ is not None:
+            grad[here] = grad[here].to(u.dtype).addcmul_(a, b)
         else:
             grad[here] = add_outer(grad[here], a, b)
     return grad

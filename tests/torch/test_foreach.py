@@ -20,6 +20,10 @@ from spectral_core.engine import (
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
+from torch import is_tensor  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
 from spectral_torch.engines import ForeachEngine  # noqa: E402
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -169,3 +173,63 @@ def test_the_cache_of_index_tensors_is_bounded():
     for i in range(40):
         engine.run([replace(first, name=str(k)) for k in range(i + 1)], 1)
     assert engine._owners.cache_info().currsize <= 16
+
+
+# Half precision
+
+
+HALF = [
+    (weight(300, 700), "oi"),  # more than one block
+    (weight(700, 300), "io"),
+    (weight(3, 3, 40, 400), "hwio"),
+    (weight(6, 5), "oi"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chosen", [slice(0, 4), slice(0, 1), slice(1, 2)])
+@pytest.mark.parametrize("bound", [None, Bound(0.5, EXACTLY)])
+def test_half_precision_equals_the_reference(dtype, chosen, bound):
+    found, engine = [], ForeachEngine()
+    for run in (engine.run, REFERENCE.run):
+        jobs = []
+        for i, (W, layout) in enumerate(HALF[chosen]):
+            W = W.to(dtype)
+            plan = plan_of(layout, W.shape, "w")
+            V = start_vector(plan.rows(1), W, name=str(i))
+            grad = W if bound else torch.ones_like(W)
+            jobs.append(Job(str(i), W, grad, V, 0.3, bound, plan, array_namespace(W), None))
+        assert all(map(engine.accepts, jobs))
+        found.append(run(jobs, 2))
+    for grad, other in zip(found[0].grads, found[1].grads, strict=True):
+        torch.testing.assert_close(grad, other, rtol=2**-7, atol=1e-3)
+        assert (grad == other).float().mean() > 0.99  # rounded once, from float32
+    for triplet, other in zip(found[0].triplets, found[1].triplets, strict=True):
+        torch.testing.assert_close(tuple(triplet), tuple(other), rtol=1e-4, atol=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """Record the bytes of the largest new tensor."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        old = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if is_tensor(x)}
+        for x in filter(is_tensor, tree_leaves(result)):
+            if x.untyped_storage().data_ptr() not in old:
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("layout", ["oi", "io"])
+@pytest.mark.parametrize("slope", [None, Bound(0.5, EXACTLY)])
+def test_half_precision_makes_no_copy_of_a_weight(layout, slope):
+    W = weight(2048, 1024, dtype=torch.bfloat16)
+    plan = plan_of(layout, W.shape, "w")
+    V = start_vector(plan.rows(1), W)
+    grad = W if slope else torch.zeros_like(W)
+    job = Job("w", W, grad, V, 0.3, slope, plan, array_namespace(W), None)
+    with Largest() as seen:
+        ForeachEngine().run([job], 1)
+    assert 0 < seen.bytes < W.nbytes / 2

@@ -26,7 +26,6 @@ from spectral_core.engine import (
     Traits,
     Triplet,
     add_outer_,
-    cast,
     clipped,
     conj,
     finish,
@@ -45,6 +44,7 @@ from spectral_core.engine import (
     traits,
 )
 
+from . import blocks
 from .precision import in_full_float32
 
 
@@ -135,7 +135,7 @@ class _LocalWeight(NamedTuple):
         found = V.new_zeros((V.shape[-2], *plan.left_broadcast))
         for shard in self.shards:
             v = _rows(rows[_at(shard, plan, plan.right_broadcast)], shard.plan.right)
-            y = to_memory_order(v, shard.plan, self.xp) @ self._matrix(shard).mT
+            y = blocks.times(self._matrix(shard), to_memory_order(v, shard.plan, self.xp))
             found[_at(shard, plan, plan.left_broadcast)] += _spread(y, shard.plan.left_broadcast)
         return _rows(found, plan.matrix[:-1])
 
@@ -146,13 +146,13 @@ class _LocalWeight(NamedTuple):
         found = U.new_zeros((U.shape[-2], *plan.right_broadcast))
         for shard in self.shards:
             u = _rows(rows[_at(shard, plan, plan.left_broadcast)], shard.plan.matrix[:-1])
-            z = from_memory_order(u @ self._matrix(shard), shard.plan, self.xp)
+            z = blocks.adjoint_times(self._matrix(shard), u)
+            z = from_memory_order(z, shard.plan, self.xp)
             found[_at(shard, plan, plan.right_broadcast)] += _spread(z, shard.plan.right_broadcast)
         return conj(_rows(found, plan.right), self.xp)
 
     def _matrix(self, shard: Shard) -> Tensor:
-        W = matrix_in_memory_order(self.tensor[shard.inside], shard.plan, self.xp)
-        return cast(W, self.kind.iteration_dtype, self.xp)
+        return matrix_in_memory_order(self.tensor[shard.inside], shard.plan, self.xp)
 
 
 def _spread(rows: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -3,6 +3,9 @@
 A step on the small matrices of most networks is bound by the number of operations, not by their
 size. Three operations remain for each matrix: its two products and the update of its gradient. The
 vectors of all matrices are concatenated in one tensor, and every other operation runs once on that.
+
+One or two matrices have nothing to share: to concatenate and to split costs more than it saves.
+They run one after the other, in as few operations as the arithmetic allows.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from spectral_core.engine import (
     Bound,
@@ -30,8 +34,18 @@ from spectral_core.engine import (
     to_memory_order,
 )
 
-_PLAIN = (torch.float32, torch.float64)
+from . import blocks
+
+# The dtype of the vectors of each dtype of weights.
+_VECTORS = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
 _SETS = 16
+# With more matrices than this, concatenated vectors need fewer operations.
+_FEW = 2
 
 
 class _Owners(NamedTuple):
@@ -44,7 +58,8 @@ class _Owners(NamedTuple):
 class ForeachEngine:
     """Run real matrices of one device and dtype together, with one vector each.
 
-    Stacks, several vectors for a matrix, half precision and complex numbers are not accepted.
+    Stacks, several vectors for a matrix and complex numbers are not accepted. A matrix in half
+    precision is multiplied by blocks in float32.
 
     Examples
     --------
@@ -63,43 +78,101 @@ class ForeachEngine:
         return ForeachEngine, ()
 
     def accepts(self, job: Job) -> bool:
-        """Return True for one real matrix with one vector, in float32 or float64."""
-        dtype = job.weight.dtype
+        """Return True for one real matrix with one vector."""
+        dtype = _VECTORS.get(job.weight.dtype)
         return (
-            dtype in _PLAIN
+            dtype is not None
+            and job.V.dtype is dtype
             and len(job.plan.matrix) == 2
             and tuple(job.V.shape) == job.plan.rows(1)
-            and job.V.dtype is dtype
+            # Other kinds of tensors may refuse a part of themselves in another dtype.
+            and (dtype is job.weight.dtype or type(job.weight) in (Tensor, Parameter))
         )
 
     @torch.no_grad()
     def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
         """Run all jobs, those of one device and dtype together."""
+        fresh = fresh_directions(jobs) if n_iter else [None] * len(jobs)
+        if len(jobs) <= _FEW:
+            few = [_run_alone(job, each, n_iter) for job, each in zip(jobs, fresh, strict=True)]
+            return Result([job.grad for job in jobs], few)
         places: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
         for place, job in enumerate(jobs):
             key = job.weight.device, job.weight.dtype, isinstance(job.slope, Bound)
             places.setdefault(key, []).append(place)
-        fresh = fresh_directions(jobs) if n_iter else []
         triplets: dict[int, Triplet] = {}
-        for (device, dtype, bounded), mine in places.items():
+        for (*_, bounded), mine in places.items():
             group = [jobs[place] for place in mine] if len(places) > 1 else jobs
-            owners = self._owners(tuple(job.plan.matrix for job in group), device)
-            m, n = ([job.plan.matrix[axis] for job in group] for axis in (0, 1))
-            if n_iter:
-                mixed_in = torch.cat([fresh[place].view(-1) for place in mine])
-                tiny = torch.finfo(dtype).tiny
-                sigma, u, v = _iterate(group, n_iter, owners, (m, n), tiny, mixed_in)
-                if bounded:
-                    sigma = _scale_(group, sigma)
-                Vs: Sequence[Tensor] = torch.split_with_sizes(v.view(1, -1), n, dim=1)
-                found = [*zip(sigma.unbind(), torch.split_with_sizes(u, m), Vs, strict=True)]
+            directions: list[Any] = [fresh[place] for place in mine]
+            if len(mine) <= _FEW:
+                found = list(map(_run_alone, group, directions, [n_iter] * len(mine)))
             else:
-                found = [last_of(job) for job in group]
-                sigma, u = torch.stack([t[0] for t in found]), torch.cat([t[1] for t in found])
-            if not bounded:
-                _add_terms_(group, [t[2] for t in found], sigma, u, owners, m)
-            triplets.update(zip(mine, (Triplet(*t) for t in found), strict=True))
+                found = self._run_together(group, directions, n_iter, bounded)
+            triplets.update(zip(mine, found, strict=True))
         return Result([job.grad for job in jobs], [triplets[i] for i in range(len(jobs))])
+
+    def _run_together(
+        self, jobs: Sequence[Job], fresh: Sequence[Tensor], n_iter: int, bounded: bool
+    ) -> list[Triplet]:
+        """Run jobs of one device and dtype, and of one kind of change."""
+        owners = self._owners(tuple(job.plan.matrix for job in jobs), jobs[0].weight.device)
+        m, n = ([job.plan.matrix[axis] for job in jobs] for axis in (0, 1))
+        if n_iter:
+            mixed_in = torch.cat([direction.view(-1) for direction in fresh])
+            sigma, u, v = _iterate(jobs, n_iter, owners, (m, n), mixed_in)
+            if bounded:
+                sigma = _scale_(jobs, sigma)
+            Vs: Sequence[Tensor] = torch.split_with_sizes(v.view(1, -1), n, dim=1)
+            found = [*zip(sigma.unbind(), torch.split_with_sizes(u, m), Vs, strict=True)]
+        else:
+            found = [last_of(job) for job in jobs]
+            sigma, u = torch.stack([t[0] for t in found]), torch.cat([t[1] for t in found])
+        if not bounded:
+            _add_terms_(jobs, [t[2] for t in found], sigma, u, owners, m)
+        return [Triplet(*t) for t in found]
+
+
+def _run_alone(job: Job, fresh: Tensor | None, n_iter: int) -> Triplet:
+    """Run one job, in fewer operations than any that share."""
+    triplet = last_of(job) if fresh is None else _iterate_alone(job, fresh, n_iter)
+    if isinstance(job.slope, Bound):
+        scale = job.slope.scale(triplet.sigma)
+        _multiply_([job.grad], [scale])
+        return triplet._replace(sigma=scale * triplet.sigma)
+    if job.grad is not None:
+        force = triplet.sigma if job.slope is None else job.slope.of(triplet.sigma)
+        factor = job.factor
+        if isinstance(factor, Tensor):
+            force, factor = force * factor, 1.0
+        _add_(job, triplet.u * force, triplet.V[0], factor)
+    return triplet
+
+
+def _iterate_alone(job: Job, fresh: Tensor, n_iter: int) -> Triplet:
+    W = _matrix(job)
+    V = to_memory_order(job.V, job.plan, job.xp)
+    start, tiny = (V + fresh)[0], torch.finfo(V.dtype).tiny
+    for _ in range(n_iter):
+        if W.dtype is V.dtype:
+            u, _ = _unit(torch.mv(W, start), tiny)
+            w = torch.mv(W.t(), u)
+        else:
+            y, w = blocks.both_products(W, start)
+            u, inverse = _unit(y, tiny)
+            w *= inverse
+        sigma = torch.linalg.vector_norm(w)
+        inverse = sigma / (sigma * sigma + tiny)
+        # As in the core, v stays where sigma is zero or not finite.
+        V = torch.where(inverse > 0, w * inverse, V)
+        start = V[0]
+    return Triplet(sigma, u, from_memory_order(V, job.plan, job.xp))
+
+
+def _unit(y: Tensor, tiny: float) -> tuple[Tensor, Tensor]:
+    """Return y as a unit vector, in its own memory, and its inverse length."""
+    length = torch.linalg.vector_norm(y)
+    inverse = length / (length * length + tiny)
+    return y.mul_(inverse), inverse
 
 
 def write_into(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -126,8 +199,26 @@ def _add_terms_(
     terms = torch.split_with_sizes(u * scaled.index_select(0, owners.u), m)
     for job, term, V in zip(jobs, terms, Vs, strict=True):
         if job.grad is not None:
-            grad = reshaped(job.grad, job.plan.split, job.xp)
-            add_outer_(grad, *broadcast_outer(term, V[0], job.plan, job.xp))
+            _add_(job, term, V[0])
+
+
+def _add_(job: Job, u: Tensor, v: Tensor, factor: float = 1.0) -> None:
+    """Add a factor times the outer product to the gradient of a job."""
+    grad, plan = job.grad, job.plan
+    if (
+        plan.reshapes and grad.dtype is u.dtype and grad.is_contiguous()
+    ):  # the usual one, in 2 calls
+        grad.view(plan.matrix).addr_(u, v, alpha=factor)
+    else:
+        u, v = broadcast_outer(u * factor, v, plan, job.xp)
+        add_outer_(reshaped(grad, plan.split, job.xp), u, v)
+
+
+def _matrix(job: Job) -> Tensor:
+    weight, plan = job.weight, job.plan
+    if plan.reshapes and weight.is_contiguous():  # the usual one, in 1 call
+        return weight.view(plan.matrix)
+    return matrix_in_memory_order(weight, plan, job.xp)
 
 
 def _scale_(jobs: Sequence[Job], sigma: Tensor) -> Tensor:
@@ -138,8 +229,17 @@ def _scale_(jobs: Sequence[Job], sigma: Tensor) -> Tensor:
     else:
         pairs = zip(bounds, sigma.unbind(), strict=True)
         scales = torch.stack([bound.scale(value) for bound, value in pairs])
-    torch._foreach_mul_([job.grad for job in jobs], scales.unbind())
+    _multiply_([job.grad for job in jobs], scales.unbind())
     return scales * sigma
+
+
+def _multiply_(weights: list[Tensor], scales: Sequence[Tensor]) -> None:
+    """Multiply each weight by its number."""
+    if weights[0].dtype is scales[0].dtype:
+        torch._foreach_mul_(weights, list(scales))
+        return
+    for weight, scale in zip(weights, scales, strict=True):
+        blocks.scale_(weight.view(weight.shape[0], -1), scale)
 
 
 def _forces(jobs: Sequence[Job], sigma: Tensor) -> Tensor:
@@ -168,22 +268,27 @@ def _iterate(
     n_iter: int,
     owners: _Owners,
     sizes: tuple[list[int], list[int]],
-    tiny: float,
     fresh: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return all sigma, all u and all v, each in one tensor; v in the order of `as_matrix`."""
-    Ws = [matrix_in_memory_order(job.weight, job.plan, job.xp) for job in jobs]
+    Ws = list(map(_matrix, jobs))
     adjoints = [W.t() for W in Ws]
     v = torch.cat([to_memory_order(job.V, job.plan, job.xp) for job in jobs], dim=1).view(-1)
-    start = v + fresh
+    start, tiny, (m, n) = v + fresh, torch.finfo(v.dtype).tiny, sizes
     for _ in range(n_iter):
-        u, _, _ = _normalized(_products(Ws, start, sizes[1], sizes[0]), owners.u, sizes[0], tiny)
-        w = _products(adjoints, u, sizes[0], sizes[1])
-        unit, inverse, sigma = _normalized(w, owners.v, sizes[1], tiny)
+        if Ws[0].dtype is v.dtype:
+            u, _, _ = _normalized(_products(Ws, start, n, m), owners.u, m, tiny)
+            w = _products(adjoints, u, m, n)
+        else:
+            pairs = map(blocks.both_products, Ws, torch.split_with_sizes(start, n))
+            y, w = map(torch.cat, zip(*pairs, strict=True))
+            u, inverse, _ = _normalized(y, owners.u, m, tiny)
+            w *= inverse.index_select(0, owners.v)
+        unit, inverse, sigma = _normalized(w, owners.v, n, tiny)
         # As in the core, v stays where sigma is zero or not finite.
         start = v = torch.where((inverse > 0).index_select(0, owners.v), unit, v)
     if any(job.plan.order != job.plan.memory_order for job in jobs):
-        pieces = torch.split_with_sizes(v.view(1, -1), sizes[1], dim=1)
+        pieces = torch.split_with_sizes(v.view(1, -1), n, dim=1)
         ordered = [from_memory_order(V, j.plan, j.xp) for V, j in zip(pieces, jobs, strict=True)]
         v = torch.cat(ordered, dim=1).view(-1)
     return sigma, u, v
