@@ -11,6 +11,7 @@ from warnings import warn
 import numpy as np
 
 from ._arrays import Array, array_namespace, plain
+from ._host import HostEngine
 from ._layout import plan_of
 from ._penalty import slope_of
 from ._power import Triplet, start_vector
@@ -234,8 +235,8 @@ def add_gradient_(
         See `add_gradient`. The gradients must be writeable.
     engines : sequence of Engine, optional
         Faster ways to run a step, in order of preference. The default for NumPy arrays is
-        `spectral_core.numba.NumbaEngine` where Numba is installed. With ``()`` the reference runs
-        every weight.
+        `spectral_core.numba.NumbaEngine` where Numba is installed, then NumPy's operations on all
+        matrices together. With ``()`` the reference runs every weight.
 
     Returns
     -------
@@ -270,25 +271,26 @@ def fitting_engines(engines: Sequence[Engine] | None, changed: Iterable[Array]) 
     """Return the engines for a step in place, by default those that fit the changed arrays."""
     if engines is None:
         on_host = any(isinstance(x, np.ndarray) for x in changed)
-        engines = _compiled_engines() if on_host else ()
+        engines = _host_engines() if on_host else ()
     return with_reference(engines, in_place=True)
 
 
 @cache
-def _compiled_engines() -> tuple[Engine, ...]:
-    """Return the engine for NumPy arrays, made at the first step, or nothing without Numba.
+def _host_engines() -> tuple[Engine, ...]:
+    """Return the engines for NumPy arrays, made at the first step: Numba's first, if there is one.
 
-    It may be shared: it keeps nothing but tables of shapes and a lock.
+    They may be shared: they keep nothing but tables of shapes and a lock.
     """
+    plain = HostEngine()
     if find_spec("numba") is None:
-        return ()
+        return (plain,)
     try:
         from .numba import NumbaEngine
 
-        return (NumbaEngine(),)
+        return NumbaEngine(), plain
     except Exception as error:  # such as a Numba that does not know this version of NumPy
         warn(f"Numba does not work here, so the step is not compiled: {error}", SpectralWarning, 3)
-        return ()
+        return (plain,)
 
 
 def with_reference(engines: Sequence[Engine], *, in_place: bool = False) -> Sequence[Engine]:
