@@ -92,44 +92,49 @@ class ForeachEngine:
     @torch.no_grad()
     def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
         """Run all jobs, those of one device and dtype together."""
-        fresh = fresh_directions(jobs) if n_iter else [None] * len(jobs)
-        if len(jobs) <= _FEW:
-            few = [_run_alone(job, each, n_iter) for job, each in zip(jobs, fresh, strict=True)]
-            return Result([job.grad for job in jobs], few)
-        places: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
+        fresh: Any = fresh_directions(jobs) if n_iter else [None] * len(jobs)
+        places: dict[Any, list[int]] = {}
         for place, job in enumerate(jobs):
             key = job.weight.device, job.weight.dtype, isinstance(job.slope, Bound)
             places.setdefault(key, []).append(place)
-        triplets: dict[int, Triplet] = {}
-        for (*_, bounded), mine in places.items():
-            group = [jobs[place] for place in mine] if len(places) > 1 else jobs
-            directions: list[Any] = [fresh[place] for place in mine]
+        triplets: list[Any] = [None] * len(jobs)
+        for (device, *_), mine in places.items():
             if len(mine) <= _FEW:
-                found = list(map(_run_alone, group, directions, [n_iter] * len(mine)))
-            else:
-                found = self._run_together(group, directions, n_iter, bounded)
-            triplets.update(zip(mine, found, strict=True))
-        return Result([job.grad for job in jobs], [triplets[i] for i in range(len(jobs))])
+                for place in mine:
+                    triplets[place] = _run_alone(jobs[place], fresh[place], n_iter)
+                continue
+            group = [jobs[place] for place in mine]
+            owners = self._owners(tuple(job.plan.matrix for job in group), device)
+            directions = [fresh[place] for place in mine]
+            found = _iterate(group, directions, n_iter, owners) if n_iter else None
+            for place, triplet in zip(mine, _change_together_(group, found, owners), strict=True):
+                triplets[place] = triplet
+        return Result([job.grad for job in jobs], triplets)
 
-    def _run_together(
-        self, jobs: Sequence[Job], fresh: Sequence[Tensor], n_iter: int, bounded: bool
-    ) -> list[Triplet]:
-        """Run jobs of one device and dtype, and of one kind of change."""
-        owners = self._owners(tuple(job.plan.matrix for job in jobs), jobs[0].weight.device)
-        m, n = ([job.plan.matrix[axis] for job in jobs] for axis in (0, 1))
-        if n_iter:
-            mixed_in = torch.cat([direction.view(-1) for direction in fresh])
-            sigma, u, v = _iterate(jobs, n_iter, owners, (m, n), mixed_in)
-            if bounded:
-                sigma = _scale_(jobs, sigma)
-            Vs: Sequence[Tensor] = torch.split_with_sizes(v.view(1, -1), n, dim=1)
-            found = [*zip(sigma.unbind(), torch.split_with_sizes(u, m), Vs, strict=True)]
-        else:
-            found = [last_of(job) for job in jobs]
-            sigma, u = torch.stack([t[0] for t in found]), torch.cat([t[1] for t in found])
-        if not bounded:
-            _add_terms_(jobs, [t[2] for t in found], sigma, u, owners, m)
-        return [Triplet(*t) for t in found]
+
+def _change_together_(
+    jobs: Sequence[Job], found: tuple[Tensor, Tensor, Tensor] | None, owners: _Owners
+) -> list[Triplet]:
+    """Add all terms or scale all weights, and return the triplets.
+
+    ``found`` is all sigma, all u and all v. None stands for those of the step before.
+    """
+    m, n = ([job.plan.matrix[axis] for job in jobs] for axis in (0, 1))
+    bounded = isinstance(jobs[0].slope, Bound)
+    if found is not None:
+        sigma, u, v = found
+        if bounded:
+            sigma = _scale_(jobs, sigma)
+        Vs: Sequence[Tensor] = torch.split_with_sizes(v.view(1, -1), n, dim=1)
+        parts = zip(sigma.unbind(), torch.split_with_sizes(u, m), Vs, strict=True)
+        triplets = [Triplet(*part) for part in parts]
+    else:
+        triplets = [last_of(job) for job in jobs]
+        sigma = torch.stack([triplet.sigma for triplet in triplets])
+        u = torch.cat([triplet.u for triplet in triplets])
+    if not bounded:
+        _add_terms_(jobs, [triplet.V for triplet in triplets], sigma, u, owners, m)
+    return triplets
 
 
 def _run_alone(job: Job, fresh: Tensor | None, n_iter: int) -> Triplet:
@@ -264,17 +269,14 @@ def _owners(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> _Owner
 
 
 def _iterate(
-    jobs: Sequence[Job],
-    n_iter: int,
-    owners: _Owners,
-    sizes: tuple[list[int], list[int]],
-    fresh: Tensor,
+    jobs: Sequence[Job], fresh: Sequence[Tensor], n_iter: int, owners: _Owners
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return all sigma, all u and all v, each in one tensor; v in the order of `as_matrix`."""
     Ws = list(map(_matrix, jobs))
     adjoints = [W.t() for W in Ws]
     v = torch.cat([to_memory_order(job.V, job.plan, job.xp) for job in jobs], dim=1).view(-1)
-    start, tiny, (m, n) = v + fresh, torch.finfo(v.dtype).tiny, sizes
+    start, tiny = v + torch.cat([each.view(-1) for each in fresh]), torch.finfo(v.dtype).tiny
+    m, n = ([job.plan.matrix[axis] for job in jobs] for axis in (0, 1))
     for _ in range(n_iter):
         if Ws[0].dtype is v.dtype:
             u, _, _ = _normalized(_products(Ws, start, n, m), owners.u, m, tiny)
