@@ -77,7 +77,7 @@ def _iterate(job: Job, fresh: Vector, n_iter: int) -> Triplet:
     W = matrix_in_memory_order(job.weight, plan, xp)
     V = to_memory_order(job.V, plan, xp)
     v, guard = V[0], _GUARDS[V.dtype]
-    start = v + fresh
+    start = (v + fresh).reshape(-1)  # in another order, the fresh direction is a row
     for _ in range(n_iter):
         u = W @ start
         u *= _inverse(u, guard)[0]

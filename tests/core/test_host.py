@@ -58,6 +58,16 @@ def test_equals_the_reference(dtype, n_iter):
     assert_same_step(weights, grads, state, rtol=rtol, n_iter=0, target=0.5)
 
 
+@pytest.mark.parametrize("layouts", [{"a": "io", "b": "hwio"}, {"a": "oi", "b": "iohw"}])
+def test_any_layout_equals_the_reference(layouts):
+    rng = np.random.default_rng(0)
+    weights = {"a": rng.standard_normal((7, 5)), "b": rng.standard_normal((3, 2, 4, 5))}
+    grads = {name: np.zeros_like(w) for name, w in weights.items()}
+    state = sc.init(weights, layouts=layouts)
+    _, ran = assert_same_step(weights, grads, state, rtol=1e-12, n_iter=2)
+    assert ran == 2
+
+
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide) encountered:RuntimeWarning")
 @given(
     st.integers(1, 30),
