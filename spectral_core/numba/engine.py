@@ -7,6 +7,7 @@ speed, and a small layer costs a dozen of their calls.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from math import prod
@@ -18,7 +19,7 @@ import numpy as np
 
 from .._arrays import PROCESS, Array, Namespace
 from .._power import Triplet
-from ..engine import Job, JobList, Result, last_of
+from ..engine import Job, JobList, Plan, Result, last_of
 
 # Waking a thread costs a few microseconds: not worth it for fewer elements than this.
 _GRAIN = 65536
@@ -68,8 +69,9 @@ NUMPY = Memory(
 class NumbaEngine:
     """Run jobs in place, in one compiled call for all weights of a dtype and number of vectors.
 
-    The engine accepts real weights whose matrix is the tensor reshaped. Weight and gradient are
-    both contiguous, with any number of vectors for each matrix, or both channels-last, with one.
+    The engine accepts real weights. Weight and gradient are both contiguous or both channels-last.
+    With several vectors for a matrix, the matrix is the contiguous tensor reshaped. With one, the
+    kernel axes may come before the inputs, and the outputs may come last, as in Flax.
 
     Parameters
     ----------
@@ -114,7 +116,7 @@ class NumbaEngine:
         self._locks: dict[int, Lock] = {}
 
     def accepts(self, job: Job) -> bool:
-        """Return True for a real job, contiguous or channels-last."""
+        """Return True for a real job whose matrix, or its transpose, is in memory as a whole."""
         return self._kernels is not None and self._kind(job) is not None
 
     def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
@@ -162,7 +164,6 @@ class NumbaEngine:
         # Asking Numba for its number of threads starts them: a step for one thread does not ask.
         few = sum(map(prod, shapes)) < 2 * _GRAIN
         threads = 1 if few else self._kernels.threads(most)
-        division = self._division_of(kind, shapes, threads, rows)
         address = self._memory.address
         addresses = []
         for place in places:
@@ -170,22 +171,30 @@ class NumbaEngine:
             last = last_of(job)
             arrays = (job.V, last.u, last.sigma)
             addresses.append((address(job.weight), 0, *map(address, arrays)))
-        windows = [self._memory.window(jobs[place].weight) for place in places]
-        matrices = division.matrices(addresses, windows)
+        forms = [self._form(jobs[place]) or _Form(1, False) for place in places]
+        division = self._division_of(kind, shapes, threads, rows, tuple(f.turned for f in forms))
+        matrices = division.matrices(addresses, [form.window for form in forms])
         return _Launch(places, division, matrices, len(jobs) == len(places))
+
+    def _form(self, job: Job) -> _Form | None:
+        """Return the form of the weight in memory, or None where the kernels do not know it."""
+        window = self._memory.window(job.weight)
+        if window == 1:
+            return _contiguous_form(job.plan)
+        whole_rows = job.plan.reshapes and prod(job.plan.matrix[:-1]) == job.weight.shape[0]
+        return _Form(window, False) if window and whole_rows else None
 
     def _kind(self, job: Job) -> str | None:
         """Return the name of the job's dtype, or None for a job that the engine cannot run."""
         weight, grad, memory = job.weight, job.grad, self._memory
         kind = memory.dtypes.get(weight.dtype)
-        if kind is None or not job.plan.reshapes:
+        form = None if kind is None else self._form(job)
+        if kind is None or form is None or (form != (1, False) and job.V.shape[-2] > 1):
             return None
-        window = memory.window(weight)
-        if window != 1:  # one vector, and rows that are whole in memory
-            rows = prod(job.plan.matrix[:-1])
-            if window == 0 or job.V.shape[-2] > 1 or rows != weight.shape[0]:
-                return None
-        if not (grad is None or (grad.dtype == weight.dtype and memory.window(grad) == window)):
+        same = grad is None or (
+            grad.dtype == weight.dtype and memory.window(grad) == memory.window(weight)
+        )
+        if not same:
             return None
         vectors = (job.V,) if job.last is None else (job.V, job.last.u, job.last.sigma)
         for x in vectors:
@@ -197,6 +206,32 @@ class NumbaEngine:
         if not all(map(memory.writeable, written if grad is None else (grad, *written))):
             return None
         return kind
+
+
+class _Form(NamedTuple):
+    """How the elements of a matrix follow each other in memory."""
+
+    window: int  # kernel positions that come before the inputs; otherwise 1
+    turned: bool  # True if the elements of a column follow each other, not those of a row
+
+
+@lru_cache(maxsize=4096)
+def _contiguous_form(plan: Plan) -> _Form | None:
+    """Return the form of a contiguous tensor, or None where its matrix is neither W nor Wᵀ."""
+    letters = re.sub(r"[()]", "", plan.axes)
+    stack, rows = len(plan.stack), letters.count("o")
+    axes, columns = plan.memory_order, plan.memory_order[stack + rows :]
+    in_order = tuple(range(len(axes)))
+    turned = axes != in_order
+    if turned and axes[:stack] + columns + axes[stack : stack + rows] != in_order:
+        return None
+    if columns == plan.order[stack + rows :]:
+        return _Form(1, turned)
+    inputs = tuple(axis for axis in columns if letters[axis] == "i")
+    kernel = tuple(axis for axis in columns if letters[axis] != "i")
+    return (
+        _Form(prod(plan.split[i] for i in kernel), turned) if columns == kernel + inputs else None
+    )
 
 
 def _kernels() -> Any:
@@ -288,10 +323,17 @@ class Division:
         Largest number of threads.
     rows : int
         Number of vectors of each matrix.
+    turned : sequence of bool, optional
+        True for each job whose Wᵀ is in memory: its rows there are the columns of W.
     """
 
     def __init__(
-        self, kind: str, shapes: Sequence[tuple[int, ...]], threads: int, rows: int = 1
+        self,
+        kind: str,
+        shapes: Sequence[tuple[int, ...]],
+        threads: int,
+        rows: int = 1,
+        turned: Sequence[bool] = (),
     ) -> None:
         counts = [prod(shape[:-2]) for shape in shapes]
         self._job = np.repeat(np.arange(len(shapes)), counts)
@@ -299,9 +341,11 @@ class Division:
         m, n = np.asarray([shape[-2:] for shape in shapes])[self._job].T
         total = int((m * n).sum())
         threads = max(1, min(threads, total // _GRAIN))
-        chunks = list(_chunks(m.tolist(), n.tolist(), -(-total // threads)))
+        swap = np.asarray(turned or [False] * len(shapes))[self._job]
+        height, width = np.where(swap, n, m), np.where(swap, m, n)
+        chunks = list(_chunks(height.tolist(), width.tolist(), -(-total // threads)))
         room = 1 if rows == 1 else rows + rows % 2  # the kernels take rows in pairs
-        columns = room * n[[chunk[1] for chunk in chunks]]
+        columns = room * width[[chunk[1] for chunk in chunks]]
         place = np.cumsum(columns) - columns
         self.chunks = np.asarray([(*chunk[1:], p) for chunk, p in zip(chunks, place, strict=True)])
         thread = [chunk[0] for chunk in chunks]
@@ -310,9 +354,10 @@ class Division:
         self.scratch = np.empty(int(columns.sum()), _VECTORS[kind])
         self.starts = np.empty(room * int(n.sum()), _VECTORS[kind])
         self.like = np.empty(0, kind)
-        self._table = np.zeros((len(m) + 1, 10), np.int64)
+        self._table = np.zeros((len(m) + 1, 11), np.int64)
         self._table[:-1, 0], self._table[:-1, 1] = m, n
         self._table[:-1, 8] = room * (np.cumsum(n) - n)
+        self._table[:-1, 10] = swap
         self._table[:, 7] = np.searchsorted(self.chunks[:, 0], np.arange(len(m) + 1))
         within = np.concatenate([np.arange(count) for count in counts])
         element, vector = self.like.itemsize, self.scratch.itemsize

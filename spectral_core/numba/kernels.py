@@ -226,34 +226,75 @@ def _inverse(length):
 
 
 @_compiled
-def _normalize(parts, n, v, start, window, u):
-    """Normalize u = Wv and the sum of the ``parts`` of Wᵀu, and return σ.
-
-    v, and the same vector in the order of memory, ``start``, do not change where σ is zero or not
-    finite.
-    """
+def _sum_parts(parts, n):
+    """Add all parts of n elements to the first one."""
     w = parts[:n]
     for other in range(n, parts.size, n):
         for j in range(n):
             w[j] += parts[other + j]
-    inverse = _inverse(_length(u))
-    for i in range(u.size):
-        u[i] *= inverse
-    for j in range(n):
-        w[j] *= inverse
+
+
+@_compiled
+def _normalize(w, v, start, window):
+    """Store w as a unit vector in v, and in ``start`` in the order of memory; return its length σ.
+
+    Neither changes where σ is zero or not finite.
+    """
     sigma = _length(w)
     inverse = _inverse(sigma)
     if inverse > 0.0:
-        for j in range(n):
+        for j in range(w.size):
             start[j] = w[j] * inverse
         if window == 1:
             v[:] = start
         else:
-            channels = n // window
+            channels = w.size // window
             for c in range(channels):
                 for i in range(window):
                     v[c * window + i] = start[i * channels + c]
     return sigma
+
+
+@_compiled
+def _times_turned(W, v, u, lo, hi):
+    """Compute the part ``u = W[lo:hi]ᵀ v[lo:hi]`` of Wᵀv."""
+    for j in range(u.size):
+        u[j] = 0
+    i = lo
+    while i + 4 <= hi:
+        a, b, c, d = v[i], v[i + 1], v[i + 2], v[i + 3]
+        W0, W1, W2, W3 = W[i], W[i + 1], W[i + 2], W[i + 3]
+        for j in range(u.size):
+            u[j] += a * _wide(W0[j]) + b * _wide(W1[j]) + c * _wide(W2[j]) + d * _wide(W3[j])
+        i += 4
+    while i < hi:
+        for j in range(u.size):
+            u[j] += v[i] * _wide(W[i, j])
+        i += 1
+
+
+@_compiled
+def _adjoint_times_turned(W, u, w, lo, hi):
+    """Compute ``w[lo:hi] = W[lo:hi] u``."""
+    zero = u.dtype.type(0)
+    i = lo
+    while i + 4 <= hi:
+        p = q = r = s = zero
+        W0, W1, W2, W3 = W[i], W[i + 1], W[i + 2], W[i + 3]
+        for j in range(u.size):
+            x = u[j]
+            p += _wide(W0[j]) * x
+            q += _wide(W1[j]) * x
+            r += _wide(W2[j]) * x
+            s += _wide(W3[j]) * x
+        w[i], w[i + 1], w[i + 2], w[i + 3] = p, q, r, s
+        i += 4
+    while i < hi:
+        p = zero
+        for j in range(u.size):
+            p += _wide(W[i, j]) * u[j]
+        w[i] = p
+        i += 1
 
 
 @_compiled
@@ -278,8 +319,9 @@ def _fraction(j):
 def _start(k, matrices, starts, fresh):
     """Store v in the order of memory, plus the core's `fresh_direction` if ``fresh`` is 1.0.
 
-    A channels-last convolution has the columns of its matrix in another order in memory: kernel
-    positions first. To permute v costs nothing; to permute W would be a copy of it.
+    A convolution may have the columns of its matrix in another order in memory: kernel positions
+    first, as in channels-last and in Flax. To permute v costs nothing; to permute W would be a copy
+    of it.
     """
     n, window = matrices[k, 1], matrices[k, 9]
     v = carray(_pointer(matrices[k, 4]), (n,), starts.dtype)
@@ -298,19 +340,26 @@ def _start(k, matrices, starts, fresh):
 
 
 @_compiled
-def _read_part(t, parts, chunks, matrices, like, scratch, starts):
-    """Compute both products of the chunks of thread t."""
+def _read_part(t, second, parts, chunks, matrices, like, scratch, starts):
+    """Compute both products of the chunks of thread t.
+
+    A turned matrix is Wᵀ in memory. Each row of it is a summand of u = Wv, and an element of Wᵀu.
+    So its second product waits for the whole of the first, and is computed in the second turn.
+    """
     for p in range(parts[t], parts[t + 1]):
         k, lo, hi, place = chunks[p, 0], chunks[p, 1], chunks[p, 2], chunks[p, 3]
         m, n = matrices[k, 0], matrices[k, 1]
-        _read(
-            carray(_pointer(matrices[k, 2]), (m, n), like.dtype),
-            starts[matrices[k, 8] : matrices[k, 8] + n],
-            carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
-            scratch[place : place + n],
-            lo,
-            hi,
-        )
+        start = starts[matrices[k, 8] : matrices[k, 8] + n]
+        u = carray(_pointer(matrices[k, 5]), (m,), scratch.dtype)
+        if matrices[k, 10] == 1:
+            W = carray(_pointer(matrices[k, 2]), (n, m), like.dtype)
+            if second:
+                _adjoint_times_turned(W, u, start, lo, hi)
+            else:
+                _times_turned(W, start, scratch[place : place + m], lo, hi)
+        elif not second:
+            W = carray(_pointer(matrices[k, 2]), (m, n), like.dtype)
+            _read(W, start, u, scratch[place : place + n], lo, hi)
 
 
 @_compiled
@@ -349,20 +398,19 @@ def _change_part(t, parts, chunks, matrices, numbers, like, scratch, starts):
         if matrices[k, 3] == 0:
             continue
         m, n = matrices[k, 0], matrices[k, 1]
+        left = carray(_pointer(matrices[k, 5]), (m,), scratch.dtype)
+        right = starts[matrices[k, 8] : matrices[k, 8] + n]
+        if matrices[k, 10] == 1:
+            m, n, left, right = n, m, right, left
+        G = carray(_pointer(matrices[k, 3]), (m, n), like.dtype)
         sigma = carray(_pointer(matrices[k, 6]), (1,), scratch.dtype)[0]
         if numbers[k, 2] >= AT_MOST:
             factor = _scale(sigma, scratch.dtype.type(numbers[k, 1]), numbers[k, 2])
             if factor != 1:  # a bound that does not act leaves the weight in peace
-                _multiply(carray(_pointer(matrices[k, 3]), (m, n), like.dtype), factor, lo, hi)
+                _multiply(G, factor, lo, hi)
         else:
-            _add(
-                carray(_pointer(matrices[k, 3]), (m, n), like.dtype),
-                carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
-                starts[matrices[k, 8] : matrices[k, 8] + n],
-                numbers[k, 0] * _force(sigma, scratch.dtype.type(numbers[k, 1]), numbers[k, 2]),
-                lo,
-                hi,
-            )
+            force = _force(sigma, scratch.dtype.type(numbers[k, 1]), numbers[k, 2])
+            _add(G, left, right, numbers[k, 0] * force, lo, hi)
 
 
 @_compiled
@@ -375,19 +423,42 @@ def _scale_sigmas(matrices, numbers, scratch):
 
 
 @_compiled
-def _finish(k, matrices, chunks, scratch, starts):
-    """Normalize the vectors of one matrix, all of whose chunks are read."""
+def _finish(k, second, matrices, chunks, scratch, starts):
+    """Normalize the vectors of one matrix, all of whose chunks are read in this turn."""
+    turned = matrices[k, 10] == 1
+    if second and not turned:
+        return
     m, n, first, end = matrices[k, 0], matrices[k, 1], matrices[k, 7], matrices[k + 1, 7]
-    place = chunks[first, 3]
+    u = carray(_pointer(matrices[k, 5]), (m,), scratch.dtype)
+    v = carray(_pointer(matrices[k, 4]), (n,), scratch.dtype)
     sigma = carray(_pointer(matrices[k, 6]), (1,), scratch.dtype)
-    sigma[0] = _normalize(
-        scratch[place : place + (end - first) * n],
-        n,
-        carray(_pointer(matrices[k, 4]), (n,), scratch.dtype),
-        starts[matrices[k, 8] : matrices[k, 8] + n],
-        matrices[k, 9],
-        carray(_pointer(matrices[k, 5]), (m,), scratch.dtype),
-    )
+    start = starts[matrices[k, 8] : matrices[k, 8] + n]
+    width = m if turned else n
+    parts = scratch[chunks[first, 3] : chunks[first, 3] + (end - first) * width]
+    if second:
+        sigma[0] = _normalize(start, v, start, matrices[k, 9])
+        if not _inverse(sigma[0]) > 0.0:
+            _start(k, matrices, starts, 0.0)
+        return
+    _sum_parts(parts, width)
+    if turned:
+        u[:] = parts[:m]
+    inverse = _inverse(_length(u))
+    for i in range(m):
+        u[i] *= inverse
+    if not turned:
+        for j in range(n):
+            parts[j] *= inverse
+        sigma[0] = _normalize(parts[:n], v, start, matrices[k, 9])
+
+
+@_compiled
+def _turns(matrices):
+    """Return 2 if a matrix is turned, and otherwise 1."""
+    for k in range(matrices.shape[0] - 1):
+        if matrices[k, 10] == 1:
+            return 2
+    return 1
 
 
 @_compiled
@@ -395,10 +466,12 @@ def _alone(matrices, chunks, parts, numbers, like, scratch, starts, n_iter):
     """Run `_together` in this thread alone, without starting others."""
     for k in range(numbers.shape[0]):
         _start(k, matrices, starts, 1.0 if n_iter > 0 else 0.0)
-    for _ in range(n_iter):
-        _read_part(0, parts, chunks, matrices, like, scratch, starts)
+    turns = _turns(matrices)
+    for turn in range(n_iter * turns):
+        second = turn % turns == 1
+        _read_part(0, second, parts, chunks, matrices, like, scratch, starts)
         for k in range(numbers.shape[0]):
-            _finish(k, matrices, chunks, scratch, starts)
+            _finish(k, second, matrices, chunks, scratch, starts)
     _change_part(0, parts, chunks, matrices, numbers, like, scratch, starts)
     _scale_sigmas(matrices, numbers, scratch)
 
@@ -409,12 +482,12 @@ def _together(matrices, chunks, parts, numbers, like, scratch, starts, n_iter):
 
     Parameters
     ----------
-    matrices : int64, (K + 1, 10)
+    matrices : int64, (K + 1, 11)
         m, n; addresses of W, G, v, u, σ; the first of the matrix's chunks; its place in starts; the
-        kernel positions of a channels-last convolution, and otherwise 1. The last row ends the
-        chunks of the row before.
+        kernel positions where they come before the inputs in memory, and otherwise 1; 1 where Wᵀ is
+        in memory, and otherwise 0. The last row ends the chunks of the row before.
     chunks : int64, (P, 4)
-        Rows of one matrix for one thread: matrix, first row, end, place in scratch.
+        Rows in memory of one matrix for one thread: matrix, first row, end, place in scratch.
     parts : int64, (T + 1,)
         The first chunk of each thread.
     numbers : float64, (K, 3)
@@ -423,7 +496,7 @@ def _together(matrices, chunks, parts, numbers, like, scratch, starts, n_iter):
     like : array
         An array with the dtype of W and G.
     scratch : array
-        Room for Wᵀu of each chunk, in the dtype of the vectors.
+        Room for a product of each chunk, in the dtype of the vectors.
     starts : array
         Room for the v of each matrix in the order of memory.
     n_iter : int
@@ -432,15 +505,17 @@ def _together(matrices, chunks, parts, numbers, like, scratch, starts, n_iter):
     count, threads = numbers.shape[0], parts.size - 1
     for k in range(count):
         _start(k, matrices, starts, 1.0 if n_iter > 0 else 0.0)
-    for _ in range(n_iter):
+    turns = _turns(matrices)
+    for turn in range(n_iter * turns):
+        second = turn % turns == 1
         for t in prange(threads):
-            _read_part(t, parts, chunks, matrices, like, scratch, starts)
+            _read_part(t, second, parts, chunks, matrices, like, scratch, starts)
         if scratch.size < _WORTH_THREADS:
             for k in range(count):
-                _finish(k, matrices, chunks, scratch, starts)
+                _finish(k, second, matrices, chunks, scratch, starts)
         else:
             for k in prange(count):
-                _finish(k, matrices, chunks, scratch, starts)
+                _finish(k, second, matrices, chunks, scratch, starts)
     for t in prange(threads):
         _change_part(t, parts, chunks, matrices, numbers, like, scratch, starts)
     _scale_sigmas(matrices, numbers, scratch)

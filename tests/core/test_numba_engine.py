@@ -424,6 +424,62 @@ def test_channels_last_of_one_alone_goes_to_the_reference():
         changed["conv"] = before
 
 
+TURNED = {
+    "io": ((7, 5), "io"),
+    "big": ((700, 300), "io"),
+    "flax": ((3, 2, 8, 6), "hwio"),
+    "large flax": ((3, 3, 100, 200), "hwio"),
+    "stack": ((3, 6, 5), "sio"),
+    "rows first": ((4, 3, 2, 5), "ohwi"),
+    "column": ((1, 6), "io"),
+    "row": ((6, 1), "io"),
+}
+
+
+@pytest.mark.parametrize("n_iter", [0, 1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_transposed_matrices_equal_the_reference(dtype, n_iter):
+    """Outputs last in memory, as in Flax: zero, not finite, in several threads, bounded."""
+    shapes = {name: shape for name, (shape, _) in TURNED.items()}
+    layouts = {name: layout for name, (_, layout) in TURNED.items()}
+    weights, grads = model(dtype, shapes)
+    weights["zero"], grads["zero"] = np.zeros((2, 3), dtype), np.ones((2, 3), dtype)
+    layouts["zero"] = "io"
+    state = sc.iterate(weights, sc.init(weights, layouts=layouts))
+    seen = Seen(NumbaEngine())
+    rtol = {"float32": 2e-5, "float64": 1e-11, "float16": 2e-3}[dtype]
+    assert_same_step(weights, grads, state, seen, rtol=rtol, n_iter=n_iter, factor=0.3)
+    assert seen.names == list(weights)
+    if n_iter:
+        mine, theirs = ({k: x.copy() for k, x in weights.items()} for _ in range(2))
+        found = sc.constrain_(mine, state, bound=0.5, n_iter=n_iter, engines=[NumbaEngine()])
+        expected = sc.constrain_(theirs, state, bound=0.5, n_iter=n_iter, engines=())
+        for name in weights:
+            np.testing.assert_allclose(mine[name], theirs[name], rtol=rtol, atol=rtol)
+            np.testing.assert_allclose(found.v[name], expected.v[name], rtol=rtol, atol=rtol)
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+def test_a_transposed_matrix_that_is_not_finite_keeps_its_v():
+    weights = {"nan": np.full((3, 4), np.nan), "good": np.diag([3.0, 1.0])}
+    grads = {name: np.zeros_like(w) for name, w in weights.items()}
+    state = sc.init(weights, layouts="io")
+    found = sc.add_gradient_(weights, grads, state, n_iter=2, engines=[NumbaEngine()])
+    np.testing.assert_array_equal(found.v["nan"], state.v["nan"])
+    assert np.isnan(found.sigma["nan"])
+    assert np.isnan(grads["nan"]).all()
+    assert np.isfinite(grads["good"]).all()
+
+
+@pytest.mark.parametrize(("shape", "layout"), [((4, 5), "io"), ((2, 3, 4, 5), "hwio")])
+def test_several_vectors_of_a_transposed_matrix_go_to_the_reference(shape, layout):
+    weights, grads = model("float64", {"w": shape})
+    seen = Seen(NumbaEngine())
+    state = sc.init(weights, layouts=layout, n_vectors=2)
+    sc.add_gradient_(weights, grads, state, engines=[seen])
+    assert seen.names == []
+
+
 class Seen:
     """An engine that notes which weights it accepted."""
 
