@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -70,7 +71,14 @@ class ArrayCopy(NamedTuple):
             flat.get(out=host, blocking=False)
             event = cupy.cuda.Event(disable_timing=True)
             event.record()
-        return cls(flat, host, event)
+        copy = cls(flat, host, event)
+        # A watch that is dropped before its last copy is complete would give the pinned memory back
+        # to CuPy's pool, and the GPU would write into another array. So every copy is kept here
+        # until its event is done.
+        while _on_the_way and _on_the_way[0].ready():
+            _on_the_way.popleft()
+        _on_the_way.append(copy)
+        return copy
 
     def ready(self) -> bool:
         """Return True if the copy is complete."""
@@ -80,3 +88,6 @@ class ArrayCopy(NamedTuple):
         """Wait for the copy, and return the elements of all arrays."""
         self.event.synchronize()
         return self.host
+
+
+_on_the_way: deque[ArrayCopy] = deque()
