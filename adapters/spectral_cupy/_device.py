@@ -59,6 +59,10 @@ class CuPyRuntime:
         """Return the elements from ``start`` on: faster than a slice and a reshape."""
         return cupy.ndarray(shape, x.dtype, memptr=x.data + start * x.dtype.itemsize)
 
+    def multiprocessors(self, place: tuple[int, int]) -> int:
+        """Return how many multiprocessors the device has; CuPy asks the driver."""
+        return int(cupy.cuda.Device(place[0]).attributes["MultiProcessorCount"])
+
     def launch(self, kernels: Kernels, name: str, blocks: int, arguments: tuple[Any, ...]) -> None:
         """Launch on the current stream of the current device."""
         _kernel(kernels, name)((blocks,), (THREADS,), arguments)

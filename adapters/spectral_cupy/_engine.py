@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from spectral_core.engine import Job, Result, Triplet, last_of
+from spectral_core.engine import Job, Plan, Result, Triplet, last_of
 
 Array: TypeAlias = Any
 Shape: TypeAlias = tuple[int, ...]
@@ -25,15 +25,15 @@ Table: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 # As in kernels.cu: a test compares them.
 THREADS = 512
 WARP = 32
-MAX_TILE = 256
-FIRST, ITERATED, ADD = 1, 2, 4
+ROWS_BLOCKS, APPLY_BLOCKS = 1, 2  # on a multiprocessor at once
+FIRST, ITERATED, ADD, AGAIN = 1, 2, 4, 8
 
-# H100: two blocks for each of its 132 multiprocessors, and a tile that fits its L1 and L2 caches
-# together with those of the other blocks. On another device these numbers are only less apt.
-_BLOCKS = 264
 _LEAST_WORK = 8192  # elements of a block: fewer are not worth a sum of their own
-_LEAST_ROWS = 8  # of a block: its sums over the rows need 1/8 of the memory of its weights
-_TILE_BYTES = 65536
+# Many blocks need no even division among multiprocessors: the last ones are a small part of all.
+_MANY = 8
+# The sums of each block are written and read again. Many blocks are used only where that is less
+# than this share of the weights.
+_SUMS = 1 / 16
 _LARGEST = 1 << 30  # rows or columns, which the kernels count in 32 bits
 _GROUPS = 64  # groups of jobs whose tables are kept: one for each stream and pair of dtypes
 
@@ -41,10 +41,11 @@ _CTYPES = {"float16": "__half", "float32": "float", "float64": "double"}
 
 
 class Kernels(NamedTuple):
-    """Identify a compilation of the kernels: the dtypes of weights and gradients."""
+    """Identify a compilation of the kernels: dtypes of weights and gradients, rows of V."""
 
     weight: str
     grad: str
+    vectors: int = 1
 
     @property
     def real(self) -> str:
@@ -54,15 +55,17 @@ class Kernels(NamedTuple):
     @property
     def options(self) -> tuple[str, ...]:
         """Return the definitions that ``kernels.cu`` needs, as options of a compiler."""
-        wide = "float64" if "float64" in self else "float32"
+        wide = "float64" if "float64" in (self.weight, self.grad) else "float32"
         defined = {
             "WEIGHT": _CTYPES[self.weight],
             "GRAD": _CTYPES[self.grad],
             "REAL": _CTYPES[self.real],
             "SUM": _CTYPES[wide],
             "TINY": repr(float(np.finfo(self.real).smallest_normal)),
+            "EPS": repr(float(np.finfo(self.real).eps)),
+            "VECTORS": str(self.vectors),
         }
-        half = ("-DSPECTRAL_HALF",) if "float16" in self else ()
+        half = ("-DSPECTRAL_HALF",) if "float16" in (self.weight, self.grad) else ()
         return (*(f"-DSPECTRAL_{name}={value}" for name, value in defined.items()), *half)
 
 
@@ -90,6 +93,9 @@ class Runtime(Protocol):
     def view(self, x: Array, start: int, shape: Shape) -> Array:
         """Return the elements of ``x`` from ``start`` on, in another shape, without a copy."""
 
+    def multiprocessors(self, place: Any) -> int:
+        """Return how many multiprocessors the device of this place has."""
+
     def launch(self, kernels: Kernels, name: str, blocks: int, arguments: tuple[Any, ...]) -> None:
         """Launch a kernel of ``kernels.cu``."""
 
@@ -116,30 +122,34 @@ class Matrix(NamedTuple):
     entry: int
     rows: int
     columns: int
+    channels: int
+    window: int
     block_rows: int
-    tile_rows: int
-    width: int
+    span: int
+    warps: int
     row_block: int
     row_blocks: int
     column_block: int
     column_blocks: int
+    apply_block: int
+    apply_rows: int
     x: int
     y: int
     partial: int
     x_squares: int
     x_scales: int
     y_squares: int
+    of_x: int
     out_u: int
     out_v: int
     out_sigma: int
 
 
-class Tiling(NamedTuple):
-    """Divide the rows of a matrix among blocks and threads."""
+class Span(NamedTuple):
+    """Divide a row among the threads of some warps: the columns of each, or 0 for any number."""
 
-    block_rows: int
-    tile_rows: int
-    width: int
+    columns: int
+    warps: int
 
 
 class Places(NamedTuple):
@@ -154,67 +164,117 @@ class Places(NamedTuple):
 class Geometry:
     """Hold the tables that depend on nothing but the shapes of a group's matrices."""
 
-    table: Table  # rows of `Matrix`, then the matrix of each block of `rows` and of `columns`
+    table: Table  # rows of `Matrix`, then the matrix of each block: of rows, columns, and apply
     matrices: int
     row_blocks: int
     column_blocks: int
+    apply_blocks: int
     scratch: int
     results: int
     places: tuple[Places, ...]
 
 
-def tiling(rows: int, columns: int, itemsize: int, work: int) -> Tiling:
-    """Divide a matrix so that a block gets about ``work`` elements."""
-    # Rounded up: one block more than the device runs at once would run alone at the end.
-    block_rows = min(rows, max(_LEAST_ROWS, -(-work // columns)))
-    fit = _TILE_BYTES // (columns * itemsize)
-    tile_rows = min(block_rows, MAX_TILE, max(1, fit))
-    # As many threads a row as keep all of them busy with a tile; at least a sector of memory.
-    least, most = min(8, _power_of_two(columns)), min(THREADS, _power_of_two(columns))
-    width = min(most, max(least, THREADS // _power_of_two(tile_rows)))
-    return Tiling(block_rows, tile_rows, width)
+def span(columns: int, kernels: Kernels) -> Span:
+    """Divide a row of a matrix so that its running sums fit into the registers of its threads."""
+    room = 128 // np.dtype(kernels.real).itemsize  # as in kernels.cu
+    among = _power_of_two(kernels.vectors)
+    most = room // among // (2 if kernels.vectors == 1 and kernels.real == "float64" else 1)
+    each = min(room // among, room // 4)
+    while each < most and columns > THREADS * each:
+        each *= 2
+    if columns > THREADS * each:
+        return Span(0, THREADS // WARP)
+    return Span(each, _power_of_two(-(-columns // (WARP * each))))
 
 
-def geometry(shapes: Sequence[Shape], itemsize: int) -> Geometry:
-    """Return the tables of matrices, or stacks of them, of these shapes."""
-    work = max(_LEAST_WORK, -(-sum(map(prod, shapes)) // _BLOCKS))
+def even_rows(rows: int, columns: int, work: int) -> int:
+    """Return the rows of each block, about ``work`` elements, so that all blocks are equal."""
+    blocks = max(1, min(rows, round(rows * columns / work)))
+    return -(-rows // blocks)
+
+
+def work_of_a_block(matrices: Sequence[Shape], slots: int) -> int:
+    """Return how many elements each block gets where ``slots`` blocks run at once.
+
+    There is one block for each slot, or there are many small ones. In between, a last wave of a few
+    blocks would have the device for itself.
+    """
+    elements = sum(m * n for m, n in matrices)
+    many = -(-elements // (_MANY * slots))
+    sums = sum(-(-m // even_rows(m, n, many)) * n for m, n in matrices)
+    if many >= _LEAST_WORK and 2 * sums <= _SUMS * elements:
+        return many
+    least = max(_LEAST_WORK, -(-elements // slots))
+    for sixteenths in range(16, 33):
+        work = least * sixteenths // 16
+        if sum(-(-m // even_rows(m, n, work)) for m, n in matrices) <= slots:
+            return work
+    return max(_LEAST_WORK, many)
+
+
+def geometry(plans: Sequence[Plan], kernels: Kernels, multiprocessors: int) -> Geometry:
+    """Return the tables of matrices, or stacks of them, with these plans."""
+    k, shapes = kernels.vectors, [plan.matrix for plan in plans]
+    every = [(m, n) for *stack, m, n in shapes for _ in range(prod(stack))]
+    row_work = work_of_a_block(every, ROWS_BLOCKS * multiprocessors)
+    apply_work = work_of_a_block(every, APPLY_BLOCKS * multiprocessors)
     matrices: list[Matrix] = []
     places: list[Places] = []
-    row_blocks = column_blocks = scratch = results = 0
+    blocks: list[tuple[int, int, int]] = []  # of each matrix, of each kind
+    first = (0, 0, 0)
+    scratch = results = 0
     for job, (*stack, m, n) in enumerate(shapes):
         count = prod(stack)
-        at = Places(results, results + count, results + count + count * m)
+        at_u = results + _padded(count)
+        at = Places(results, at_u, at_u + _padded(count * m))
         places.append(at)
-        results = at.v + count * n
-        tiles = tiling(m, n, itemsize, work)
-        by_rows, by_columns = -(-m // tiles.block_rows), -(-n // WARP)
+        results = at.v + _padded(count * k * n)
+        rows, apply_rows = even_rows(m, n, row_work), even_rows(m, n, apply_work)
+        mine = (-(-m // rows), -(-n // WARP), -(-m // apply_rows))
         for entry in range(count):
-            x, y, partial = scratch, scratch + m, scratch + m + n
-            x_squares = partial + by_rows * n
-            x_scales = x_squares + by_rows
-            y_squares = x_scales + by_rows
-            scratch = y_squares + by_columns
-            blocks = (row_blocks, by_rows, column_blocks, by_columns)
-            found = (at.u + entry * m, at.v + entry * n, at.sigma + entry)
+            y = scratch + _padded(k * m)
+            partial = y + _padded(k * n)
+            x_squares = partial + _padded(mine[0] * k * n)
+            x_scales = x_squares + mine[0]
+            y_squares = x_scales + mine[0]
+            of_x = y_squares + mine[1]
+            found = (at.u + entry * m, at.v + entry * k * n, at.sigma + entry)
             matrices.append(
                 Matrix(
-                    *(job, entry, m, n, *tiles, *blocks),
-                    *(x, y, partial, x_squares, x_scales, y_squares, *found),
+                    *(job, entry, m, n, *_order_of_columns(plans[job]), rows, *span(n, kernels)),
+                    *(first[0], mine[0], first[1], mine[1], first[2], apply_rows),
+                    *(scratch, y, partial, x_squares, x_scales, y_squares, of_x, *found),
                 )
             )
-            row_blocks += by_rows
-            column_blocks += by_columns
+            scratch = of_x + _padded(1)
+            scratch = _padded(scratch)
+            blocks.append(mine)
+            first = (first[0] + mine[0], first[1] + mine[1], first[2] + mine[2])
     numbers = np.arange(len(matrices), dtype=np.int64)
     table = np.concatenate(
         [
             np.asarray(matrices, dtype=np.int64).ravel(),
-            np.repeat(numbers, [matrix.row_blocks for matrix in matrices]),
-            np.repeat(numbers, [matrix.column_blocks for matrix in matrices]),
+            *(np.repeat(numbers, [some[kind] for some in blocks]) for kind in range(3)),
         ]
     )
-    return Geometry(
-        table, len(matrices), row_blocks, column_blocks, scratch, results, tuple(places)
-    )
+    return Geometry(table, len(matrices), *first, scratch, results, tuple(places))
+
+
+def _order_of_columns(plan: Plan) -> tuple[int, int]:
+    """Return the input channels and the kernel positions of columns in another order: or n and 1.
+
+    In memory, the column of channel i and position p is at ``p * channels + i``.
+    """
+    n = plan.matrix[-1]
+    if plan.reshapes:
+        return n, 1
+    channels = plan.columns[len(plan.stack)]
+    return channels, n // channels
+
+
+def _padded(size: int) -> int:
+    """Return the size rounded up, so that what follows is aligned for 16-byte loads."""
+    return -(-size // 8) * 8
 
 
 class _Group(NamedTuple):
@@ -228,7 +288,7 @@ class _Group(NamedTuple):
 class _Tables:
     """Keep the tables of a group for the next step."""
 
-    shapes: tuple[Shape, ...] = ()
+    plans: tuple[Plan, ...] = ()
     geometry: Geometry | None = None
     uploaded: dict[str, tuple[Table, Array]] = field(default_factory=dict)
 
@@ -366,11 +426,12 @@ class CudaEngine:
         if len(self._tables) > _GROUPS:  # a loop may use new streams for ever
             del self._tables[next(iter(self._tables))]
         mine = [jobs[i] for i in places]
-        shapes = tuple(job.plan.matrix for job in mine)
-        if kept.geometry is None or kept.shapes != shapes:
-            kept.geometry = geometry(shapes, mine[0].weight.dtype.itemsize)
-            kept.shapes = shapes
-        found, runtime = kept.geometry, self._runtime
+        plans, runtime = tuple(job.plan for job in mine), self._runtime
+        if kept.geometry is None or kept.plans != plans:
+            processors = runtime.multiprocessors(group.place)
+            kept.geometry = geometry(plans, group.kernels, processors)
+            kept.plans = plans
+        found = kept.geometry
         # Addresses of vectors are relative to the first one. The vectors of the step before share
         # one array, so the table stays the same though that array is another one in each step.
         came = runtime.address(mine[0].V)
@@ -412,8 +473,10 @@ class CudaEngine:
     def _launch(self, launch: _Launch, name: str, flags: int) -> None:
         found = launch.geometry
         work, blocks = len(Matrix._fields) * found.matrices, found.row_blocks
-        if name == "spectral_columns":  # its work table is the second one
+        if name != "spectral_rows":  # the tables of work follow one another
             work, blocks = work + blocks, found.column_blocks
+        if name == "spectral_apply":
+            work, blocks = work + blocks, found.apply_blocks
         addresses, tables, *others = launch.arguments
         work_table = self._runtime.address(tables) + 8 * work
         arguments = (addresses, tables, work_table, *others, flags)

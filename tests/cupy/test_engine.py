@@ -54,6 +54,8 @@ static Dim threadIdx, blockIdx;
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
+#define SPECTRAL_EMULATED
 #define __launch_bounds__(...)
 #define __shared__ static __attribute__((section("emulated_shared")))
 extern "C" char __start_emulated_shared[], __stop_emulated_shared[];
@@ -63,7 +65,7 @@ struct Fiber { jmp_buf jump; ucontext_t start; bool started, done; const Barrier
 static const int kThreads = 512, kWarp = 32, kStack = 1 << 16;
 static Fiber fibers[kThreads];
 static std::vector<char> stacks(kThreads * kStack);
-static Barrier of_block, of_warp[kThreads / kWarp];
+static Barrier of_block, of_warp[kThreads / kWarp], of_group[kThreads / kWarp];
 static double slots[2][kThreads];
 static jmp_buf scheduler;
 static void (*body)();
@@ -90,6 +92,8 @@ static void arrive(Barrier &barrier, int expected)
     me.at = nullptr;
 }
 static void __syncthreads() { arrive(of_block, kThreads); }
+static void __syncwarp() { arrive(of_warp[threadIdx.x / kWarp], kWarp); }
+static void wait_for_group(int group, int threads) { arrive(of_group[group], threads); }
 template <class T> static T __shfl_xor_sync(unsigned, T value, int other)
 {
     Barrier &warp = of_warp[threadIdx.x / kWarp];
@@ -186,7 +190,7 @@ def libraries(tmp_path_factory):
 
     @cache
     def library(kernels):
-        text = folder / f"{kernels.weight}_{kernels.grad}.cpp"
+        text = folder / f"{'_'.join(map(str, kernels))}.cpp"
         source = SOURCE.read_text().replace("#include <cuda_fp16.h>", "")
         text.write_text(SHIM + source + ENTRIES)
         built = text.with_suffix(".so")
@@ -252,6 +256,9 @@ class Emulation:
     def view(self, x, start, shape):
         return x[start : start + int(np.prod(shape, dtype=int))].reshape(shape)
 
+    def multiprocessors(self, place):
+        return 132
+
     def launch(self, kernels, name, blocks, arguments):
         self.launches.append(name)
         pointers = [
@@ -276,6 +283,9 @@ SHAPES = {
     "first": (64, 3, 3, 3),
     "dense": (300, 500),
     "wide": (2, 16500),
+    "two loads": (7, 4100),
+    "four loads": (5, 9000),
+    "two loads, unaligned": (3, 4101),
     "grouped": (8, 5, 3),
     "depthwise": (6, 1, 9),
 }
@@ -617,11 +627,45 @@ def test_no_jobs_need_no_launch(libraries):
     assert runtime.launches == []
 
 
-@pytest.mark.parametrize("size", [1024, 2048, 4096, 8192, 16384])
-def test_the_blocks_of_a_large_matrix_run_all_at_once(size):
-    found = cuda.geometry([(size, size)], 4)
-    assert found.row_blocks <= cuda._BLOCKS
-    assert found.row_blocks > 0.9 * min(cuda._BLOCKS, size // cuda._LEAST_ROWS)
+GPT_2 = [(768, 2304), (768, 768), (768, 3072), (3072, 768)] * 12
+TINY = [(12, 12 * 9 * i) for i in range(1, 40)]
+MODELS = {
+    **{f"{n}²": [(n, n)] for n in (1024, 2048, 4096, 8192, 16384)},
+    "GPT-2": GPT_2,
+    "one large": [(8192, 8192), *TINY],
+    "small": TINY,
+    "experts": [(512, 512)] * 400,
+}
+
+
+def of_matrices(shapes):
+    return [plan_of(sc.Layout("oi"), shape, "weight") for shape in shapes]
+
+
+@pytest.mark.parametrize("processors", [16, 84, 108, 132])
+@pytest.mark.parametrize("model", MODELS)
+def test_blocks_run_all_at_once_or_are_many_small_ones(model, processors):
+    shapes = MODELS[model]
+    found = cuda.geometry(of_matrices(shapes), cuda.Kernels("float32", "float32"), processors)
+    matrices = np.split(found.table[: len(shapes) * len(cuda.Matrix._fields)], len(shapes))
+    matrices = [cuda.Matrix(*map(int, row)) for row in matrices]
+    elements = sum(m * n for m, n in shapes)
+    kinds = [
+        (found.row_blocks, processors, max(M.block_rows * M.columns for M in matrices)),
+        (found.apply_blocks, 2 * processors, max(M.apply_rows * M.columns for M in matrices)),
+    ]
+    for blocks, slots, largest in kinds:
+        if blocks <= slots:
+            assert largest <= max(16384, 2.1 * elements / slots)
+        else:
+            # No block is more than a fourth of a multiprocessor's share, or it is a small matrix.
+            assert largest <= max(16384, elements / slots / 4, 512 * 512)
+
+
+@pytest.mark.parametrize("size", [2048, 4096, 8192, 16384])
+def test_the_sums_of_blocks_are_a_small_part_of_a_large_matrix(size):
+    found = cuda.geometry(of_matrices([(size, size)]), cuda.Kernels("float32", "float32"), 132)
+    assert 2 * found.row_blocks * size <= size * size / 7
 
 
 def test_tables_of_old_streams_are_dropped(libraries, monkeypatch):
@@ -636,15 +680,19 @@ def test_tables_of_old_streams_are_dropped(libraries, monkeypatch):
     assert [group.place for group in engine._tables] == [2, 3, 4]
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 31, 32, 33, 500, 4096, 25088, 1 << 20])
-@pytest.mark.parametrize("m", [1, 2, 12, 300, 4096, 1 << 20])
-def test_tiles_fit_the_kernels(m, n):
-    tiles = cuda.tiling(m, n, 4, max(8192, m * n // 264))
-    assert 1 <= tiles.tile_rows <= min(tiles.block_rows, cuda.MAX_TILE)
-    assert tiles.block_rows <= m
-    assert tiles.width in {1 << k for k in range(10)}
-    # `parts` in shared memory holds one number for each warp of each row of a tile.
-    assert tiles.tile_rows * max(1, tiles.width // cuda.WARP) <= cuda.MAX_TILE
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 500, 4096, 4097, 8192, 16384, 25088, 1 << 20])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("vectors", range(1, 9))
+def test_threads_hold_a_row_or_any_number_of_columns(vectors, dtype, n):
+    found = cuda.span(n, cuda.Kernels(dtype, dtype, vectors))
+    assert found.warps in {1, 2, 4, 8, 16}
+    if found.columns == 0:
+        assert found.warps * cuda.WARP == cuda.THREADS
+        assert vectors * n > 4096 * 4 / np.dtype(dtype).itemsize or vectors in (3, 5, 6, 7)
+    else:
+        assert found.warps == 1 or n > found.columns * found.warps // 2 * cuda.WARP
+        assert n <= found.columns * found.warps * cuda.WARP
+        assert found.columns * vectors * (8 if dtype == "float64" else 4) <= 128
 
 
 def test_the_tables_are_those_of_the_source():
@@ -654,12 +702,13 @@ def test_the_tables_are_those_of_the_source():
         body = re.sub(r"//.*|\bInt\b|\s", "", body).replace(";", ",")
         fields = tuple(body.strip(",").split(","))
         assert fields == expected
-    for name in ("THREADS", "WARP", "MAX_TILE", "FIRST", "ITERATED", "ADD"):
+    names = ["THREADS", "WARP", "ROWS_BLOCKS", "APPLY_BLOCKS", "FIRST", "ITERATED", "ADD", "AGAIN"]
+    for name in names:
         assert int(re.search(rf"#define {name} (\d+)", source)[1]) == getattr(cuda, name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
-def test_it_compiles_for_hopper_without_spills(dtype, tmp_path):
+def test_it_compiles_for_hopper_with_all_sums_in_registers(dtype, tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not here to compile the kernels for a GPU")
@@ -672,6 +721,8 @@ def test_it_compiles_for_hopper_without_spills(dtype, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     report = done.stdout + done.stderr
-    assert report.count("0 bytes spill stores, 0 bytes spill loads") == 3, report
-    # Two blocks of 512 threads on a multiprocessor with 65536 registers.
-    assert all(int(used) <= 64 for used in re.findall(r"Used (\d+) registers", report)), report
+    # The widest instance of `read` keeps some of v in memory, which it reads before its loop.
+    assert all(int(spilled) <= 128 for spilled in re.findall(r"(\d+) bytes spill", report)), report
+    # Blocks of 512 threads on a multiprocessor with 65536 registers: one of `rows`, two of others.
+    found = re.findall(r"spectral_(\w+)' for.*?Used (\d+) registers", report, re.DOTALL)
+    assert all(int(used) <= (128 if name == "rows" else 64) for name, used in found), report
