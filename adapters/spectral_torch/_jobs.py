@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,6 +33,10 @@ from spectral_core.engine import (
 from .engines.foreach import write_into
 
 _PLAIN = (Tensor, Parameter)
+_LISTS = 64  # lists of an optimizer that are kept: experts and LayerDrop take turns
+
+# Power iterations, and the names of the parameters that have a gradient.
+_Key: TypeAlias = tuple[int, tuple[str, ...]]
 
 
 @dataclass
@@ -86,6 +90,9 @@ class JobCache:
     addresses, gradients of the same dtype, shape and strides. On a CPU the checks of a small
     network would otherwise cost more than its step.
 
+    Each set of parameters that have a gradient has a list of its own: experts, LayerDrop and layers
+    that are frozen by turns need no new list where a set comes back.
+
     Parameters
     ----------
     engines : sequence of Engine
@@ -101,7 +108,8 @@ class JobCache:
     def __init__(self, engines: Sequence[Engine]) -> None:
         self.engines = engines
         self.state_is_out = False
-        self._kept: WeakKeyDictionary[object, dict[int, _Kept]] = WeakKeyDictionary()
+        # The lists of each optimizer, the one that was used last at the end.
+        self._kept: WeakKeyDictionary[object, dict[_Key, _Kept]] = WeakKeyDictionary()
 
     def clear(self) -> None:
         """Forget every list: the state's tensors have moved."""
@@ -133,15 +141,29 @@ class JobCache:
             Power iterations. Steps with another number keep lists of their own.
         """
         lists = self._kept.get(owner)
+        if not lists:
+            return None
         # Out of the dictionary until it is known to fit: a list that does not fit, or an error,
         # must keep no gradient alive.
-        kept = None if lists is None else lists.pop(n_iter, None)
-        if lists is None or kept is None or (self.state_is_out and kept.state_has_moved()):
+        latest, kept = lists.popitem()
+        if (
+            latest[0] == n_iter
+            and not (self.state_is_out and kept.state_has_moved())
+            and kept.fits(names, penalty, scaled, parameters)
+        ):
+            lists[latest] = kept
+            return kept.jobs
+        key = _key(n_iter, names, parameters, penalty)
+        if key != latest:  # it is the list of other gradients, and may be needed again
+            release(kept.jobs)
+            lists[latest] = kept
+        other = lists.pop(key, None)
+        if other is None or (self.state_is_out and other.state_has_moved()):
             return None
-        if not kept.fits(names, penalty, scaled, parameters):
+        if not other.fits(names, penalty, scaled, parameters):
             return None
-        lists[n_iter] = kept
-        return kept.jobs
+        lists[key] = other
+        return other.jobs
 
     def build(
         self,
@@ -163,10 +185,22 @@ class JobCache:
         jobs = _build(names, parameters, state, penalty, scaled)
         kept = _Kept(jobs, names, parameters, penalty)
         lists = self._kept.setdefault(owner, {})
-        lists.pop(n_iter, None)
+        key = _key(n_iter, names, parameters, penalty)
+        lists.pop(key, None)
         if kept.cacheable:
-            lists[n_iter] = kept
+            if len(lists) >= _LISTS:
+                del lists[next(iter(lists))]
+            lists[key] = kept
         return kept.jobs
+
+
+def _key(
+    n_iter: int,
+    names: Collection[str],
+    parameters: Mapping[str, Tensor],
+    penalty: Penalty | Limit,
+) -> _Key:
+    return n_iter, tuple(name for name in names if penalty.changed(parameters[name]) is not None)
 
 
 class _Place(NamedTuple):

@@ -22,116 +22,37 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from spectral_core import ArgumentError, Layout  # noqa: E402
 from spectral_core.engine import (  # noqa: E402
-    AT_MOST,
     EXACTLY,
-    Bound,
-    Job,
     JobList,
     ReferenceEngine,
     Slope,
     Triplet,
-    array_namespace,
-    plan_of,
 )
-
-triton_engine = importlib.import_module("spectral_torch.engines.triton")
-graph_tables = importlib.import_module("spectral_torch.engines.graph_tables")
-TritonEngine = triton_engine.TritonEngine
-REFERENCE = ReferenceEngine(in_place=True)
+from triton_jobs import (  # noqa: E402
+    CUDA,
+    DEVICE,
+    INTERPRETED,
+    REFERENCE,
+    TritonEngine,
+    bf16,
+    bounded,
+    check,
+    close,
+    copy,
+    f16,
+    f32,
+    f64,
+    graph_tables,
+    in_channels_last,
+    job,
+    runs,
+    triton_engine,
+)
 
 ROOT = Path(__file__).parents[2]
-MACHINE = Path(__file__).with_name("test_machine.py")
-CUDA = torch.cuda.is_available()
-INTERPRETED = not CUDA and triton_engine.interpreted()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
-runs = pytest.mark.skipif(
-    not (CUDA or INTERPRETED), reason="no GPU: runs in the process of the interpreter's test"
-)
+INTERPRETABLE = sorted(Path(__file__).parent.glob("test_triton*.py"))
+INTERPRETABLE.append(Path(__file__).with_name("test_machine.py"))
 on_gpu = pytest.mark.skipif(not CUDA, reason="no CUDA GPU")
-f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-
-
-def job(
-    shape,
-    dtype=f32,
-    *,
-    grad=None,
-    layout=None,
-    factor=0.1,
-    slope=None,
-    scale=1.0,
-    last=True,
-    seed=0,
-):
-    """Return a job of its own random numbers, on the device."""
-    generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
-
-    def draw(shape):
-        return torch.randn(shape, generator=generator, dtype=f64)
-
-    plan = plan_of(layout or "oi" + "k" * (len(shape) - 2), shape, "w")
-    iterated = f64 if dtype == f64 else f32
-    V = draw(plan.right)
-    V = (V / V.norm(dim=-1, keepdim=True)).unsqueeze(-2).to(DEVICE, iterated)
-    weight = (draw(shape) * scale).to(DEVICE, dtype)
-    sigma, u = (torch.full(s, 0.5).to(V) for s in (plan.stack, plan.left))
-    gradient = draw(shape).to(DEVICE, grad or dtype)
-    triplet = Triplet(sigma, u, V) if last else None
-    return Job("w", weight, gradient, V, factor, slope, plan, array_namespace(weight), triplet)
-
-
-def bounded(shape, limit, dtype=f32, *, code=AT_MOST, **options):
-    """Return a job whose weight is scaled to a bound."""
-    one = job(shape, dtype, slope=Bound(limit, code), **options)
-    return replace(one, grad=one.weight)
-
-
-def in_channels_last(one):
-    """Return the same job with weight and gradient in the channels-last format."""
-    form = {4: torch.channels_last, 5: torch.channels_last_3d}[one.weight.dim()]
-    weight, grad = (x.contiguous(memory_format=form) for x in (one.weight, one.grad))
-    return replace(one, weight=weight, grad=grad)
-
-
-def copy(one):
-    """Return the same job, in memory of its own."""
-    V, last = one.V.clone(), one.last
-    if one.grad is one.weight:
-        weight = one.weight.clone()
-        one = replace(one, weight=weight, grad=weight)
-    if last is not None:
-        last = Triplet(last.sigma.clone(), last.u.clone(), V)
-    grad = None if one.grad is None else one.grad.clone()
-    return replace(one, grad=grad, V=V, last=last)
-
-
-def close(found, expected, rtol, atol):
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, equal_nan=True)
-
-
-def check(jobs, n_iter=1, engine=None):
-    """Run the jobs beside the reference on copies of them, and return what the engine gave."""
-    engine = engine or TritonEngine()
-    assert all(engine.accepts(one) for one in jobs)
-    expected = REFERENCE.run([copy(one) for one in jobs], n_iter)
-    found = engine.run(jobs, n_iter)
-    for one, grad, triplet, grad_, triplet_ in zip(
-        jobs, found.grads, found.triplets, expected.grads, expected.triplets, strict=True
-    ):
-        assert grad is one.grad
-        rtol = 1e-12 if one.V.dtype == f64 else 2e-5
-        atol = 1e-13 if one.V.dtype == f64 else 2e-6
-        for x, y, scale in zip(triplet, triplet_, (0, 1, 1), strict=True):
-            assert (x.dtype, x.shape) == (y.dtype, y.shape)
-            close(x, y, rtol, atol * scale)
-        if grad is None:
-            continue
-        half = {bf16: 2**-7, f16: 2**-10}.get(grad.dtype, 0)  # a tie may go the other way
-        size = float(
-            one.factor * triplet_.sigma.nan_to_num().max()
-        )  # the term may cancel the gradient
-        close(grad, grad_, rtol + half, 5 * atol * max(1.0, size))
-    return found
 
 
 @pytest.fixture(params=[1, 50])
@@ -435,7 +356,7 @@ def test_a_factor_on_the_cpu_is_read_in_each_step(monkeypatch):
         check(jobs, engine=engine)
     monkeypatch.setattr(triton_engine, "capturing", lambda device: True)
     with pytest.raises(ArgumentError, match="on the CPU, which the replays of a CUDA graph"):
-        engine._groups[next(iter(engine._groups))]._penalties(list(jobs))
+        engine._groups[next(iter(engine._groups))]._penalties(list(jobs), None)
 
 
 class Launches:
@@ -744,7 +665,7 @@ def test_as_many_launches_for_many_layers():
 @pytest.mark.thorough
 def test_in_triton_s_interpreter():
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rp", "-p", "no:cacheprovider", __file__, MACHINE],
+        [sys.executable, "-m", "pytest", "-q", "-rp", "-p", "no:cacheprovider", *INTERPRETABLE],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=ROOT,
         capture_output=True,
@@ -778,8 +699,8 @@ COMPILE = """
 import re, subprocess, sys, tempfile
 import torch
 from dataclasses import replace
-sys.path[:0] = ["adapters", "tests/torch"]
-import test_triton as here
+sys.path[:0] = ["adapters", "tests/support"]
+import triton_jobs as here
 from spectral_core.engine import Bound, Slope
 from spectral_torch.engines import triton as engine
 import triton

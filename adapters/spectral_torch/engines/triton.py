@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -33,6 +34,7 @@ from spectral_core.engine import (
     Engine,
     Job,
     JobList,
+    Plan,
     ReferenceEngine,
     Result,
     Triplet,
@@ -78,6 +80,9 @@ _TILES_A_PROGRAM = 4
 # Triton 3.9 warns where this is left open, and a later version may choose otherwise: other bits.
 _OPTIONS = {"enable_fp_fusion": True}
 _SETS = 64  # sets of jobs whose tables and scratch memory are kept: optimizers take turns
+# A step of a part of these jobs uses their tables, if it has more than one in so many of them. A
+# program whose matrix is absent costs a few ns, but new tables cost allocations and uploads.
+_WORTH_A_PART = 8
 
 _REFERENCE = ReferenceEngine(in_place=True)
 
@@ -120,6 +125,21 @@ class _Kind(NamedTuple):
     grad: torch.dtype
 
 
+class _Shape(NamedTuple):
+    """Describe a weight to the tables: they depend on nothing else."""
+
+    plan: Plan
+    window: int
+
+    def __hash__(self) -> int:
+        # Plans are cached, and a group keeps its own: one id stands for all their numbers.
+        return hash((id(self.plan), self.window))
+
+
+# The places of the jobs of a step among those of a group; None where they are all of them.
+_Slots: TypeAlias = tuple[int, ...] | None
+
+
 @dataclass(slots=True)
 class _Share:
     """Hold the jobs of one kind, and everything that does not change from step to step."""
@@ -128,6 +148,7 @@ class _Share:
     places: list[int]  # among all jobs
     addresses: tuple[int, ...]  # of weights, V, u and sigma
     group: _Group | None = None
+    slots: _Slots = None
 
     def of_step(self, jobs: Sequence[Job]) -> tuple[Sequence[Job], tuple[int, ...]]:
         """Return the jobs of this share, and the addresses of their gradients: 0 is no gradient."""
@@ -189,7 +210,7 @@ class TritonEngine:
         self._fallback = fallback
         self._failed = False
         self._has_run: set[_Kind] = set()
-        self._groups: dict[Hashable, _Group] = {}
+        self._groups: dict[tuple[_Kind, tuple[_Shape, ...]], _Group] = {}
         self._captured: set[_Group] = set()
 
     def __reduce__(self) -> tuple[type[TritonEngine], tuple[Engine | None]]:
@@ -251,8 +272,8 @@ class TritonEngine:
             if not self._failed:
                 try:
                     if share.group is None:
-                        share.group = self._group_of(share.kind, mine)
-                    share.group.run((share.addresses, grads), mine, n_iter)
+                        share.group, share.slots = self._group_of(share.kind, mine)
+                    share.group.run((share.addresses, grads, share.slots), mine, n_iter)
                     self._has_run.add(share.kind)
                     if share.group.captured:
                         # As long as the graph, which reads its tables at every replay.
@@ -312,20 +333,46 @@ class TritonEngine:
             for pair in zip(triplet, result, strict=True)
         )
 
-    def _group_of(self, kind: _Kind, jobs: Sequence[Job]) -> _Group:
-        """Return the tables of these jobs. `_Group` keeps the plans, so that their ids stay."""
-        key = kind, tuple([(id(job.plan), _window(job)) for job in jobs])
-        group = self._groups.get(key)
-        if group is None:
-            group = _Group(kind, jobs)
-            self._forget()
-            self._groups[key] = group
-        return group
+    def _group_of(self, kind: _Kind, jobs: Sequence[Job]) -> tuple[_Group, _Slots]:
+        """Return a group with tables for these jobs, and their places in it.
 
-    def _forget(self) -> None:
-        """Drop the oldest groups; `_captured` keeps those that a CUDA graph may still read."""
-        for key in list(self._groups)[: max(0, len(self._groups) + 1 - _SETS)]:
-            del self._groups[key]
+        Experts, LayerDrop and layers that are frozen by turns give other sets of jobs in each step.
+        A part of a known set uses its tables. Sets that overlap are joined: after a few steps, all
+        of them are parts of one.
+        """
+        shapes = tuple([_Shape(job.plan, _window(job)) for job in jobs])
+        if (group := self._groups.get((kind, shapes))) is not None:
+            return group, None
+        worth = [
+            (known, group)
+            for (kind_, known), group in self._groups.items()
+            if kind_ == kind and len(jobs) * _WORTH_A_PART >= len(known)
+        ]
+        for known, group in sorted(worth, key=lambda pair: len(pair[0])):
+            if (slots := _places_in(known, shapes)) is not None:
+                return group, slots
+        old = max((known for known, _ in worth if {*known} & {*shapes}), key=len, default=())
+        joined = *old, *(Counter(shapes) - Counter(old)).elements()
+        group = _Group(kind, joined)
+        self._forget(*[(kind, old)] * bool(old))
+        self._groups[kind, joined] = group
+        return group, _places_in(joined, shapes) if old else None
+
+    def _forget(self, *keys: tuple[_Kind, tuple[_Shape, ...]]) -> None:
+        """Drop these groups and the oldest ones; `_captured` keeps those that a graph may read."""
+        for key in [*keys, *list(self._groups)[: max(0, len(self._groups) + 1 - _SETS)]]:
+            self._groups.pop(key, None)
+
+
+def _places_in(known: tuple[_Shape, ...], shapes: tuple[_Shape, ...]) -> _Slots:
+    """Return a place in ``known`` for each of ``shapes``, or None if there are too few."""
+    free: dict[_Shape, list[int]] = {}
+    for place in reversed(range(len(known))):
+        free.setdefault(known[place], []).append(place)
+    try:
+        return tuple([free[shape].pop() for shape in shapes])
+    except (KeyError, IndexError):
+        return None
 
 
 @cache
@@ -436,6 +483,9 @@ class _Work(NamedTuple):
     inverses: Tensor
 
 
+# The addresses of `_addresses_of`, those of the gradients, and the places of the jobs in a group.
+_Addresses: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], _Slots]
+
 # The table of penalties, the tensors it refers to, and whether any is sloped, and any a bound.
 _Penalties: TypeAlias = tuple[Tensor, Tensor | None, tuple[bool, bool]]
 
@@ -443,7 +493,7 @@ _Penalties: TypeAlias = tuple[Tensor, Tensor | None, tuple[bool, bool]]
 class _Group:
     """Launch the kernels on the matrices of one kind, with their tables and scratch memory."""
 
-    def __init__(self, kind: _Kind, jobs: Sequence[Job]) -> None:
+    def __init__(self, kind: _Kind, jobs: Sequence[_Shape]) -> None:
         self.device = kind.device
         if capturing(self.device):
             raise RuntimeError(
@@ -459,7 +509,7 @@ class _Group:
             np.repeat([plan.matrix[axis] for plan in self.plans], self.counts) for axis in (-2, -1)
         )
         # Where a convolution is channels-last: the columns of each input channel.
-        self.windows = np.repeat([_window(job) for job in jobs], self.counts)
+        self.windows = np.repeat([job.window for job in jobs], self.counts)
         self.permuted = bool(self.windows.max() > 1)
         # The place of each matrix in its stack: it decides where the matrix begins in each tensor.
         self.nth = np.concatenate([np.arange(count) for count in self.counts])
@@ -482,21 +532,20 @@ class _Group:
         """True if a CUDA graph reads the tables."""
         return self.addresses.captured or self.penalties.captured
 
-    def run(
-        self, addresses: tuple[tuple[int, ...], tuple[int, ...]], jobs: Sequence[Job], n_iter: int
-    ) -> None:
+    def run(self, addresses: _Addresses, jobs: Sequence[Job], n_iter: int) -> None:
         """Launch all kernels of a step.
 
         Parameters
         ----------
-        addresses : pair of tuple of int
-            As `_addresses_of`, and of the gradients: 0 is no gradient.
+        addresses : tuple
+            As `_addresses_of`, those of the gradients (0 is no gradient), and the places of the
+            jobs in this group. A matrix without a job is left out.
         jobs : sequence of Job
             Their factors and slopes are those of this step.
         n_iter : int
         """
         pointers, classes = self.addresses.get(addresses, self._make_pointers)
-        penalties, gathered, kinds = self._penalties(jobs)
+        penalties, gathered, kinds = self._penalties(jobs, addresses[2])
         with current(self.device):
             self._use_on_this_stream()
             for i in range(n_iter):
@@ -524,7 +573,7 @@ class _Group:
         )
         self._launch(
             *("columns", (), len(work.blocks), self._columns_constants),
-            *(work.shapes, work.blocks, work.sums, work.squares),
+            *(pointers, work.shapes, work.blocks, work.sums, work.squares),
             *(work.zs, work.z_squares, work.inverses),
         )
         if keep:
@@ -634,13 +683,17 @@ class _Group:
         }
         return constants, {"num_warps": _UPDATE_WARPS}
 
-    def _make_pointers(
-        self, key: tuple[tuple[int, ...], tuple[int, ...]]
-    ) -> tuple[np.ndarray, tuple[int, int]]:
-        """Return the table of addresses, and which bodies the two large kernels need for it."""
-        weights, *vectors = np.array(key[0], dtype=np.int64).reshape(4, -1)
-        grads = np.array(key[1], dtype=np.int64)
-        bases = np.repeat(np.stack([weights, grads, *vectors], axis=1), self.counts, axis=0)
+    def _make_pointers(self, key: _Addresses) -> tuple[np.ndarray, tuple[int, int]]:
+        """Return the table of addresses, and which bodies the two large kernels need for it.
+
+        A matrix that is absent has addresses 0 and class -1, which no body has.
+        """
+        given, grads, slots = key
+        weights, *vectors = np.array(given, dtype=np.int64).reshape(4, -1)
+        bases = np.zeros((len(self.counts), 5), np.int64)
+        there: Any = slice(None) if slots is None else list(slots)
+        bases[there] = np.stack([weights, np.array(grads, dtype=np.int64), *vectors], axis=1)
+        bases = np.repeat(bases, self.counts, axis=0)
         strides = np.stack(
             [
                 self.m * self.n * self.weight_dtype.itemsize,
@@ -656,10 +709,12 @@ class _Group:
         wide = (addresses[:, 0] | addresses[:, 2] | row_bytes) % 16 == 0
         wide_grad = (addresses[:, 1] | grad_row_bytes) % 16 == 0
         classes = np.stack([2 * self.product_widths + wide, 2 * self.update_widths + wide_grad], 1)
-        bits = np.bitwise_or.reduce(1 << classes, axis=0)
+        present = addresses[:, 0] != 0
+        bits = np.bitwise_or.reduce(1 << classes[present], axis=0)
+        classes[~present] = -1
         return np.concatenate([addresses, classes], axis=1), (int(bits[0]), int(bits[1]))
 
-    def _penalties(self, jobs: Sequence[Job]) -> _Penalties:
+    def _penalties(self, jobs: Sequence[Job], slots: _Slots) -> _Penalties:
         """Return the table of penalties, the tensors it refers to, and (SLOPED, BOUNDED).
 
         A row is (factor, slot, target, slot, code). A slot is a place among the tensors, or -1.
@@ -678,10 +733,10 @@ class _Group:
         sloped = slopes.count(None) < len(slopes)
         kinds = sloped, sloped and any(isinstance(slope, Bound) for slope in slopes)
         if not sloped and {float}.issuperset(map(type, factors)):
-            table = self.penalties.get(tuple(factors), self._make_penalties)[0]
+            table = self.penalties.get((slots, *factors), self._make_penalties)[0]
             found: _Penalties = table, None, kinds
         else:
-            found = self._penalties_of(factors, slopes, kinds)
+            found = self._penalties_of(factors, slopes, kinds, slots)
         constant = {float, int}.issuperset(map(type, factors)) and all(
             slope is None or type(slope.target) in (float, int) for slope in slopes
         )
@@ -693,16 +748,16 @@ class _Group:
         return isinstance(x, Tensor) and x.device == self.device
 
     def _penalties_of(
-        self, factors: list[Any], slopes: list[Any], kinds: tuple[bool, bool]
+        self, factors: list[Any], slopes: list[Any], kinds: tuple[bool, bool], slots: _Slots
     ) -> _Penalties:
         targets = [0.0 if slope is None else slope.target for slope in slopes]
         codes = [0 if slope is None else slope.code for slope in slopes]
         tensors = {id(x): x for x in (*factors, *targets) if self._is_on_device(x)}
-        slots = {key: slot for slot, key in enumerate(tensors)}
+        nth = {key: place for place, key in enumerate(tensors)}
 
         def entry(x: Any) -> tuple[float, int]:
-            if id(x) in slots:
-                return 1.0, slots[id(x)]
+            if id(x) in nth:
+                return 1.0, nth[id(x)]
             if isinstance(x, Tensor) and capturing(self.device):
                 raise ArgumentError(
                     "a factor, target or bound is a tensor on the CPU, which the replays of a CUDA "
@@ -714,12 +769,15 @@ class _Group:
             (*entry(factor), *entry(target), code)
             for factor, target, code in zip(factors, targets, codes, strict=True)
         ]
-        table, _ = self.penalties.get(tuple(key), self._make_penalties)
+        table, _ = self.penalties.get((slots, *key), self._make_penalties)
         return table, _gathered(list(tensors.values())) if tensors else None, kinds
 
     def _make_penalties(self, key: tuple[Any, ...]) -> tuple[np.ndarray, None]:
-        rows = [row if isinstance(row, tuple) else (row, -1, 0.0, -1, 0) for row in key]
-        return np.repeat(np.array(rows, dtype=np.float64), self.counts, axis=0), None
+        slots, *numbers = key
+        rows = [row if isinstance(row, tuple) else (row, -1, 0.0, -1, 0) for row in numbers]
+        table = np.zeros((len(self.counts), 5))
+        table[slice(None) if slots is None else list(slots)] = rows
+        return np.repeat(table, self.counts, axis=0), None
 
     def _make_work(self) -> _Work:
         """Divide the matrices among programs, and allocate the scratch memory."""
@@ -742,14 +800,20 @@ class _Group:
         ]
         blocks = [(matrix, i) for matrix in range(len(m)) for i in range(n_blocks[matrix])]
 
+        def table(values: Any, dtype: torch.dtype) -> Tensor:
+            host = torch.tensor(np.array(values), dtype=dtype)
+            if self.device.type == "cuda":  # the device is not waited for
+                host = host.pin_memory()
+            return host.to(self.device, non_blocking=True)
+
         def scratch(size: int) -> Tensor:
             return torch.empty(int(size), dtype=self.dtype, device=self.device)
 
         return _Work(
-            shapes=torch.tensor(shapes, dtype=torch.int64, device=self.device),
-            items=torch.tensor(np.array(items), dtype=torch.int32, device=self.device),
-            blocks=torch.tensor(np.array(blocks), dtype=torch.int32, device=self.device),
-            tiles=torch.tensor(self._tiles(), dtype=torch.int32, device=self.device),
+            shapes=table(shapes, torch.int64),
+            items=table(items, torch.int32),
+            blocks=table(blocks, torch.int32),
+            tiles=table(self._tiles(), torch.int32),
             sums=scratch((n_items * strides).sum()),
             ts=scratch(m.sum()),
             squares=scratch(n_items.sum()),

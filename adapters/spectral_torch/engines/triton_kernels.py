@@ -14,7 +14,8 @@ There are no atomics, and every sum has one order: the same input gives the same
 Each kernel finds its work in tables: ``pointers`` and ``shapes`` have one row a matrix, and a table
 of work has one row a program. A Triton tile is a power of two, but matrices have rows and columns
 of many sizes. So the body of a kernel is compiled once for each width that the model has (the bits
-of ``CLASSES``), and a program branches to the one it needs.
+of ``CLASSES``), and a program branches to the one it needs. A matrix that is absent in this step
+has the class -1, which is no width: its programs do nothing.
 
 Range: everything that is added is of the order of σ² or σ, never σ⁴, because t is divided by its
 length before z is squared. This is the range of the reference.
@@ -177,7 +178,7 @@ def products(
 
 @triton.jit
 def columns(
-    shapes, blocks, sums, squares, zs, z_squares, inverses,
+    pointers, shapes, blocks, sums, squares, zs, z_squares, inverses,
     ACC: tl.constexpr, TINY: tl.constexpr, HEIGHT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute ``z = Wᵀt/‖t‖`` of a block of columns (matrix, nth block), and its share of ‖z‖²."""
@@ -186,6 +187,8 @@ def columns(
     nth = tl.load(blocks + 2 * block + 1)
     n = _size(shapes, matrix, COLUMNS)
     n_items = _size(shapes, matrix, N_ITEMS)
+    kind = tl.load(pointers + matrix * N_POINTERS + PRODUCTS_CLASS).to(tl.int32)
+    n_items = tl.where(kind < 0, 0, n_items)  # of a matrix that is absent, the result is zero
     # Scratch rows are padded: elements past the n columns are loaded, in whole vectors, and unused.
     stride = _size(shapes, matrix, STRIDE) // 32 * 32
     cols = nth * BLOCK + tl.arange(0, BLOCK)
@@ -359,7 +362,7 @@ def update(
         sigma, inverse_z = _sigma_and_inverse(shapes, z_squares, matrix, TINY)
         inverse_t = tl.load(inverses + matrix)
     else:
-        sigma = tl.load(sigma_ptr)
+        sigma = tl.load(sigma_ptr, mask=kind >= 0, other=0.0)
         inverse_z = sigma
         inverse_t = sigma
     slope = _slope(penalties, gathered, matrix, sigma, SLOPED, GATHERED, ACC)
@@ -372,7 +375,7 @@ def update(
         n_grad = tl.where(has_bound & (scale == 1.0), 0, n_grad)
         sigma *= scale
     if ITERATED:
-        tl.store(sigma_ptr, sigma, mask=(row == 0) & (col == 0))
+        tl.store(sigma_ptr, sigma, mask=(row == 0) & (col == 0) & (kind >= 0))
     z_ptr = zs + _shape(shapes, matrix, Z)
     t_ptr = ts + _shape(shapes, matrix, T)
     for c in tl.static_range(32):
