@@ -44,6 +44,7 @@ def job(
     scale=1.0,
     last=True,
     seed=0,
+    k=1,
 ):
     """Return a job of its own random numbers, on the device."""
     generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
@@ -53,8 +54,8 @@ def job(
 
     plan = plan_of(layout or "oi" + "k" * (len(shape) - 2), shape, "w")
     iterated = f64 if dtype == f64 else f32
-    V = draw(plan.right)
-    V = (V / V.norm(dim=-1, keepdim=True)).unsqueeze(-2).to(DEVICE, iterated)
+    V = draw(plan.rows(k))
+    V = (V / V.norm(dim=-1, keepdim=True)).to(DEVICE, iterated)
     weight = (draw(shape) * scale).to(DEVICE, dtype)
     sigma, u = (torch.full(s, 0.5).to(V) for s in (plan.stack, plan.left))
     gradient = draw(shape).to(DEVICE, grad or dtype)
@@ -103,6 +104,8 @@ def check(jobs, n_iter=1, engine=None):
         assert grad is one.grad
         rtol = 1e-12 if one.V.dtype == f64 else 2e-5
         atol = 1e-13 if one.V.dtype == f64 else 2e-6
+        if one.V.shape[-2] > 1:  # the last rows are what is left of differences
+            rtol, atol = 5 * rtol, 5 * atol
         for x, y, scale in zip(triplet, triplet_, (0, 1, 1), strict=True):
             assert (x.dtype, x.shape) == (y.dtype, y.shape)
             close(x, y, rtol, atol * scale)

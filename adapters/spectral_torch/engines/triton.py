@@ -46,8 +46,9 @@ from .foreach import write_into
 from .graph_tables import GraphTable, capturing, current
 from .memory_format import window
 
-# Largest number of columns: a program holds a row of W, v and a sum of rows in registers. 16384
-# float32 are 32 of each in the 512 threads that 128 registers allow. float64 needs twice as many.
+# Largest number of columns for which W is read once: a program holds a row of W, v and a sum of
+# rows in registers. 16384 float32 are 32 of each in the 512 threads that 128 registers allow.
+# float64 needs twice as many, and k vectors k times as many. A wider matrix is read twice.
 LIMITS = {torch.float32: 16384, torch.float64: 8192}
 
 _ITERATED = {
@@ -62,7 +63,9 @@ _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)  # a subclass may have no memory o
 # compiled, and a tile that is half empty costs no memory traffic, only arithmetic to spare.
 _PRODUCT_WIDTHS = (5, 7, 9, 10, 11, 12, 13, 14)
 _UPDATE_WIDTHS = (5, 7, 9)
+_WIDE, _WIDE_HEIGHT = 15, 8  # triton_kernels.WIDE: of matrices that are wider
 _BLOCK = 64  # columns of a program of `columns`: triton_kernels.BLOCK
+MOST_VECTORS = 8
 
 # A thread holds at most 128 bytes of a tile: eight 16-byte loads of float32.
 _ELEMENTS_A_THREAD = {torch.float32: 32, torch.float64: 16}
@@ -100,6 +103,12 @@ def _kernels() -> Any:
 
 
 @cache
+def _has_tuples() -> bool:
+    """Return True if kernels can hold several vectors, or chunks of wide rows: from Triton 3.3."""
+    return hasattr(_kernels().tl, "tuple")
+
+
+@cache
 def interpreted() -> bool:
     """Return True if Triton interprets kernels, on CPU tensors: a test without a GPU."""
     if os.environ.get("TRITON_INTERPRET") != "1":  # before the import, which needs a second
@@ -118,11 +127,12 @@ def available() -> bool:
 
 
 class _Kind(NamedTuple):
-    """Identify the jobs of one launch: their device and dtypes."""
+    """Identify the jobs of one launch: their device, dtypes and number of vectors."""
 
     device: torch.device
     weight: torch.dtype
     grad: torch.dtype
+    n_vectors: int
 
 
 class _Shape(NamedTuple):
@@ -221,9 +231,8 @@ class TritonEngine:
         """Return True if the kernels can run this job.
 
         They need a real weight and gradient on a GPU, both contiguous or both in the channels-last
-        format of convolutions, whose matrix is the tensor reshaped, with at most `LIMITS` columns.
-        V and the last triplet must be contiguous, in the dtype of the iteration, with one vector
-        for each matrix.
+        format of convolutions, whose matrix is the tensor reshaped. V and the last triplet must be
+        contiguous, in the dtype of the iteration, with at most `MOST_VECTORS` for each matrix.
         """
         weight, plan = job.weight, job.plan
         dtype = _ITERATED.get(weight.dtype)
@@ -234,12 +243,13 @@ class TritonEngine:
         return (
             type(weight) in _PLAIN_TENSORS
             and plan.reshapes
-            and plan.matrix[-1] <= _most_columns(weight.dtype, weight.device)
             and (positions := _window(job)) > 0
             and _fits(weight, weight.shape, weight.dtype, device, positions=positions)
             and _fits_grad(job.grad, weight.shape, device, positions)
-            and job.V.shape[-2] == 1
-            and _fits(job.V, plan.rows(1), dtype, device)
+            and (n_vectors := job.V.shape[-2]) <= MOST_VECTORS
+            and (n_vectors == 1 or _has_tuples())
+            and (plan.matrix[-1] <= _most_columns(weight.dtype, weight.device) or _has_tuples())
+            and _fits(job.V, plan.rows(n_vectors), dtype, device)
             and (job.last is None or _fits_last(job, dtype, device))
             and _fits_number(job.factor, device)
             and (job.slope is None or _fits_number(job.slope.target, device))
@@ -294,7 +304,7 @@ class TritonEngine:
         places: dict[_Kind, list[int]] = {}
         for place, job in enumerate(jobs):
             grad = job.weight if job.grad is None else job.grad
-            kind = _Kind(job.weight.device, job.weight.dtype, grad.dtype)
+            kind = _Kind(job.weight.device, job.weight.dtype, grad.dtype, job.V.shape[-2])
             places.setdefault(kind, []).append(place)
         shares = [
             _Share(kind, mine, _addresses_of(jobs, triplets, mine)) for kind, mine in places.items()
@@ -353,7 +363,7 @@ class TritonEngine:
                 return group, slots
         old = max((known for known, _ in worth if {*known} & {*shapes}), key=len, default=())
         joined = *old, *(Counter(shapes) - Counter(old)).elements()
-        group = _Group(kind, joined)
+        group = _group_class(kind)(kind, joined)
         self._forget(*[(kind, old)] * bool(old))
         self._groups[kind, joined] = group
         return group, _places_in(joined, shapes) if old else None
@@ -375,26 +385,44 @@ def _places_in(known: tuple[_Shape, ...], shapes: tuple[_Shape, ...]) -> _Slots:
         return None
 
 
-@cache
-def _most_columns(dtype: torch.dtype, device: torch.device) -> int:
-    """Return the largest number of columns, for which the device's shared memory has room.
+def _group_class(kind: _Kind) -> type[_Group]:
+    """Return the class that iterates so many vectors."""
+    if kind.n_vectors == 1:
+        return _Group
+    from .triton_rows import RowsGroup  # it needs this module
 
-    All but one stage of a tile wait in it: 128 KiB at the limit. The large GPUs have more than
-    that, but workstation cards have 99 KiB.
+    return RowsGroup
+
+
+@cache
+def _most_columns(dtype: torch.dtype, device: torch.device, n_vectors: int = 1) -> int:
+    """Return the largest number of columns of a matrix that is read once.
+
+    Registers limit it, and the device's shared memory. All but one stage of a tile wait there: 128
+    KiB at the limit. The large GPUs have more than that, but workstation cards have 99 KiB.
     """
-    most = LIMITS[_ITERATED[dtype]]
+    most = LIMITS[_ITERATED[dtype]] // power_of_two(n_vectors)
     if device.type != "cuda":
         return most
     properties = torch.cuda.get_device_properties(device)
     room = getattr(properties, "shared_memory_per_block_optin", 227 * 1024) - 1024  # for its sums
-    while (_stages(dtype) - 1) * most * dtype.itemsize > room:
+    while (_stages(dtype, n_vectors) - 1) * most * dtype.itemsize > room:
         most //= 2
     return most
 
 
-def _stages(dtype: torch.dtype) -> int:
-    """Return the number of tiles in flight: one more where a tile has half the bytes."""
-    return 4 if dtype.itemsize == 2 else 3
+def _stages(dtype: torch.dtype, n_vectors: int = 1) -> int:
+    """Return the number of tiles in flight: more where a tile has fewer bytes."""
+    if n_vectors == 1:
+        return 4 if dtype.itemsize == 2 else 3
+    # At least 64 bytes a thread, and at most five tiles.
+    bytes_a_thread = _ELEMENTS_A_THREAD[_ITERATED[dtype]] // power_of_two(n_vectors)
+    return 1 + min(5, max(2, 64 // (bytes_a_thread * dtype.itemsize)))
+
+
+def power_of_two(n: int) -> int:
+    """Return the smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
 
 
 def _window(job: Job) -> int:
@@ -433,7 +461,7 @@ def _fits_grad(grad: Tensor | None, shape: Sequence[int], device: int, positions
 def _fits_last(job: Job, dtype: torch.dtype, device: int) -> bool:
     last, plan = last_of(job), job.plan
     return (
-        (last.V is job.V or _fits(last.V, plan.rows(1), dtype, device))
+        (last.V is job.V or _fits(last.V, job.V.shape, dtype, device))
         and _fits(last.u, plan.left, dtype, device)
         and _fits(last.sigma, plan.stack, dtype, device)
     )
@@ -503,6 +531,7 @@ class _Group:
         self.plans = [job.plan for job in jobs]
         self.weight_dtype, self.grad_dtype = kind.weight, kind.grad
         self.dtype = _ITERATED[kind.weight]
+        self.n_vectors = kind.n_vectors
         self.sum_dtype = torch.promote_types(self.dtype, _ITERATED[kind.grad])
         self.counts = np.array([prod(plan.stack) for plan in self.plans])
         self.m, self.n = (
@@ -513,10 +542,14 @@ class _Group:
         self.permuted = bool(self.windows.max() > 1)
         # The place of each matrix in its stack: it decides where the matrix begins in each tensor.
         self.nth = np.concatenate([np.arange(count) for count in self.counts])
-        self.product_widths = _width_of(self.n, _PRODUCT_WIDTHS)
+        held = self.n <= _most_columns(kind.weight, self.device, self.n_vectors)
+        widths = _width_of(self.n, _PRODUCT_WIDTHS)
+        self.product_widths = np.where(held, widths, _WIDE)
         self.update_widths = _width_of(self.n, _UPDATE_WIDTHS)
-        elements = 32 * _ELEMENTS_A_THREAD[self.dtype]  # of a warp
-        self.n_warps = int(np.clip((1 << self.product_widths.max()) // elements, 4, 16))
+        # Of a warp: the registers of a thread hold this for each vector.
+        elements = 32 * _ELEMENTS_A_THREAD[self.dtype] // power_of_two(self.n_vectors)
+        widest = 1 << widths[held].max() if held.any() else 8 * elements
+        self.n_warps = int(np.clip(widest // elements, 4, 16))
         self.product_tile = self.n_warps * elements
         self.update_tile = 32 * _UPDATE_WARPS * _ELEMENTS_A_THREAD[self.sum_dtype]
         self.work = self._make_work()
@@ -526,6 +559,21 @@ class _Group:
         # Compiled kernels on their grids, and their constants, by name and case.
         self._bound: dict[tuple[str, tuple[Any, ...]], tuple[Any, tuple[Any, ...]]] = {}
         self._numbers: tuple[Any, _Penalties] | None = None  # of a list whose numbers are the same
+
+    @property
+    def _memory(self) -> tuple[Tensor, ...]:
+        """The tables of work, and the scratch memory."""
+        return self.work
+
+    @property
+    def _kernels(self) -> Any:
+        """The module of the kernels."""
+        return _kernels()
+
+    @property
+    def _numbers_of_update(self) -> Tensor:
+        """What `update` needs of each matrix: 1/‖t‖."""
+        return self.work.inverses
 
     @property
     def captured(self) -> bool:
@@ -561,7 +609,7 @@ class _Group:
             return
         stream = torch.cuda.current_stream()
         if stream != self._stream and not capturing(self.device):
-            for tensor in (*self.work, *self.addresses.tensors, *self.penalties.tensors):
+            for tensor in (*self._memory, *self.addresses.tensors, *self.penalties.tensors):
                 tensor.record_stream(stream)
             self._stream = stream
 
@@ -596,7 +644,7 @@ class _Group:
             *("update", (classes, gathered is not None, numbers.dtype, *kinds), len(work.tiles)),
             self._update_constants,
             *(pointers, work.shapes, work.tiles, penalties, numbers),
-            *(work.zs, work.z_squares, work.inverses, work.ts),
+            *(work.zs, work.z_squares, self._numbers_of_update, work.ts),
         )
 
     def _launch(
@@ -621,7 +669,7 @@ class _Group:
             launch(*tensors, *constants)
             return
         arguments, options = constants_of(*case)
-        kernel = getattr(_kernels(), name)
+        kernel = getattr(self._kernels, name)
         compiled = kernel[(programs,)](*tensors, **arguments, **options, **_OPTIONS)
         if compiled is not None:  # Triton's interpreter compiles nothing
             self._bound[name, case] = compiled[(programs, 1, 1)], tuple(arguments.values())
@@ -635,7 +683,7 @@ class _Group:
             "TILE": self.product_tile,
             "VECTOR": 16 // self.weight_dtype.itemsize,
             "CLASSES": classes,
-            "STAGES": _stages(self.weight_dtype),
+            "STAGES": _stages(self.weight_dtype, self.n_vectors),
             "FIRST": first,
             "PERMUTED": self.permuted,
         }
@@ -675,11 +723,12 @@ class _Group:
             "TILE": self.update_tile,
             "VECTOR": 16 // self.grad_dtype.itemsize,
             "CLASSES": classes,
-            "ITERATED": iterated,
+            "ITERATED": iterated and self.n_vectors == 1,
             "GATHERED": from_tensors,
             "SLOPED": sloped,
             "BOUNDED": bounded,
             "PERMUTED": self.permuted,
+            "SORTED": iterated and self.n_vectors > 1,
         }
         return constants, {"num_warps": _UPDATE_WARPS}
 
@@ -698,7 +747,9 @@ class _Group:
             [
                 self.m * self.n * self.weight_dtype.itemsize,
                 self.m * self.n * self.grad_dtype.itemsize,
-                *(size * self.dtype.itemsize for size in (self.n, self.m, np.ones_like(self.n))),
+                self.n * self.n_vectors * self.dtype.itemsize,
+                self.m * self.dtype.itemsize,
+                np.full_like(self.n, self.dtype.itemsize),
             ],
             axis=1,
         )
@@ -814,10 +865,10 @@ class _Group:
             items=table(items, torch.int32),
             blocks=table(blocks, torch.int32),
             tiles=table(self._tiles(), torch.int32),
-            sums=scratch((n_items * strides).sum()),
-            ts=scratch(m.sum()),
+            sums=scratch((n_items * strides).sum() * self.n_vectors),
+            ts=scratch(m.sum() * self.n_vectors),
             squares=scratch(n_items.sum()),
-            zs=scratch(n.sum()),
+            zs=scratch(n.sum() * self.n_vectors),
             z_squares=scratch(n_blocks.sum()),
             inverses=scratch(len(m)),
         )
@@ -827,7 +878,8 @@ class _Group:
 
         One wave of programs if each has few rows then, else four: so that the last one is short.
         """
-        heights = self.product_tile >> self.product_widths
+        wide = self.product_widths == _WIDE
+        heights = np.where(wide, _WIDE_HEIGHT, self.product_tile >> self.product_widths)
         at_once = _processors(self.device) * (_WARPS_A_PROCESSOR // self.n_warps)
         wave = (self.m * self.n).sum() / at_once
         elements = np.maximum(np.minimum(_ROWS_WORTH_A_SUM * self.n, wave), wave / 4)

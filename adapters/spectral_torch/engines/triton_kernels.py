@@ -20,7 +20,7 @@ has the class -1, which is no width: its programs do nothing.
 Range: everything that is added is of the order of σ² or σ, never σ⁴, because t is divided by its
 length before z is squared. This is the range of the reference.
 """
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 
 from __future__ import annotations
 
@@ -48,8 +48,12 @@ AT_MOST, EXACTLY = tl.constexpr(3), tl.constexpr(4)
 FRESH_SCALE, FRESH_SCALE_64 = tl.constexpr(FRESH / 2**31), tl.constexpr(FRESH_64 / 2**31)
 GOLDEN = tl.constexpr(0x9E3779B1 - 2**32)
 
+# Classes from this one on are of rows that do not fit into registers: read twice, in chunks.
+WIDE = tl.constexpr(15)
+WIDE_HEIGHT = tl.constexpr(8)  # rows of such a tile
+
 BLOCK = tl.constexpr(64)  # columns of a program of `columns` and `directions`
-MOST_BLOCKS = tl.constexpr(256)  # blocks of a matrix: the limit on columns over BLOCK
+SOME_BLOCKS = tl.constexpr(256)  # blocks of a matrix that are loaded at once
 
 
 @triton.jit
@@ -103,6 +107,73 @@ def _fresh_direction(cols, ACC: tl.constexpr):
 
 
 @triton.jit
+def _tile(matrix_ptr, rows, cols, end, n, VECTOR: tl.constexpr, ACC: tl.constexpr):
+    """Return a tile of W in the dtype of the iteration, with zeros past the end."""
+    if VECTOR > 1:  # the launcher has checked it: the compiler may load 16 bytes at once
+        n = n // VECTOR * VECTOR
+    there = (rows < end)[:, None] & (cols < n)[None, :]
+    places = (matrix_ptr + rows.to(tl.int64) * n)[:, None] + cols[None, :]
+    if VECTOR > 1:
+        places = tl.multiple_of(places, [1, 16])
+    return tl.load(places, mask=there, other=0.0).to(ACC)
+
+
+@triton.jit
+def _start(
+    v_ptr, cols, n, shapes, matrix, ACC: tl.constexpr, FIRST: tl.constexpr, PERMUTED: tl.constexpr
+):  # fmt: skip
+    """Return v at these columns in memory. The first iteration adds a little of a direction."""
+    places = _in_v(shapes, matrix, cols, PERMUTED)
+    v = tl.load(v_ptr + places, mask=cols < n, other=0.0)
+    if FIRST:
+        v += _fresh_direction(places, ACC)  # past the n columns it meets the zeros of a tile
+    return v
+
+
+@triton.jit
+def _wide_products(
+    matrix_ptr, v_ptr, y_ptr, sum_ptr, stride, row, end, n, m, shapes, matrix,
+    TILE: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
+    FIRST: tl.constexpr, PERMUTED: tl.constexpr, K: tl.constexpr, AGAIN: tl.constexpr,
+):  # fmt: skip
+    """Store y = Wv and the sum of yᵀW of some rows, in chunks of columns, for each of K vectors.
+
+    Rows that do not fit into registers are read twice. With ``AGAIN``, y is known.
+    """
+    WIDTH: tl.constexpr = TILE // WIDE_HEIGHT
+    lines = tl.arange(0, WIDE_HEIGHT)
+    width = tl.arange(0, WIDTH)
+    if not AGAIN:
+        for start in range(row, end, WIDE_HEIGHT):
+            rows = start + lines
+            dots = (tl.zeros((WIDE_HEIGHT, WIDTH), ACC),) * K
+            for col in tl.range(0, n, WIDTH, num_stages=STAGES):
+                cols = col + width
+                tile = _tile(matrix_ptr, rows, cols, end, n, VECTOR, ACC)
+                more = ()
+                for a in tl.static_range(K):
+                    v = _start(v_ptr + a * n, cols, n, shapes, matrix, ACC, FIRST, PERMUTED)
+                    more = more + (dots[a] + tile * v[None, :],)  # noqa: RUF005
+                dots = more
+            for a in tl.static_range(K):
+                tl.store(y_ptr + a * m + rows, tl.sum(dots[a], axis=1), mask=rows < end)
+        tl.debug_barrier()  # other threads read what these have stored
+    for col in range(0, n, WIDTH):
+        cols = col + width
+        totals = (tl.zeros((WIDE_HEIGHT, WIDTH), ACC),) * K
+        for start in tl.range(row, end, WIDE_HEIGHT, num_stages=STAGES):
+            rows = start + lines
+            tile = _tile(matrix_ptr, rows, cols, end, n, VECTOR, ACC)
+            more = ()
+            for a in tl.static_range(K):
+                y = tl.load(y_ptr + a * m + rows, mask=rows < end, other=0.0)
+                more = more + (totals[a] + tile * y[:, None],)  # noqa: RUF005
+            totals = more
+        for a in tl.static_range(K):
+            tl.store(sum_ptr + a * stride + cols, tl.sum(totals[a], axis=0), mask=cols < n)
+
+
+@triton.jit
 def _rows_of_products(
     matrix_ptr, v_ptr, t_ptr, sum_ptr, row, end, n, shapes, matrix,
     TILE: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr,
@@ -147,6 +218,17 @@ def _rows_of_products(
 
 
 @triton.jit
+def _square(t_ptr, row, end, ACC: tl.constexpr):
+    """Return ‖t‖² over the rows ``row`` to ``end``."""
+    lines = tl.arange(0, 64)
+    total = tl.zeros((64,), ACC)
+    for start in range(row, end, 64):
+        t = tl.load(t_ptr + start + lines, mask=start + lines < end, other=0.0)
+        total += t * t
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
 def products(
     pointers, shapes, items, sums, ts, squares,
     DTYPE: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
@@ -167,13 +249,22 @@ def products(
     t_ptr = ts + _shape(shapes, matrix, T)
     nth = item - _size(shapes, matrix, FIRST_ITEM)
     sum_ptr = sums + _shape(shapes, matrix, PARTIAL) + nth * _shape(shapes, matrix, STRIDE)
-    for c in tl.static_range(32):
-        if (CLASSES >> c) & 1 and kind == c:
-            square = _rows_of_products(
-                matrix_ptr, v_ptr, t_ptr, sum_ptr, row, end, n, shapes, matrix,
-                TILE, 1 << (c // 2), VECTOR if c % 2 else 1, ACC, STAGES, FIRST, PERMUTED,
-            )  # fmt: skip
-            tl.store(squares + item, square)
+    for c in tl.static_range(2 * WIDE):
+        if (CLASSES >> c) & 1:  # noqa: SIM102 — Triton 3.3 has no `and` of both
+            if kind == c:
+                square = _rows_of_products(
+                    matrix_ptr, v_ptr, t_ptr, sum_ptr, row, end, n, shapes, matrix,
+                    TILE, 1 << (c // 2), VECTOR if c % 2 else 1, ACC, STAGES, FIRST, PERMUTED,
+                )  # fmt: skip
+                tl.store(squares + item, square)
+    for c in tl.static_range(2 * WIDE, 2 * WIDE + 2):
+        if (CLASSES >> c) & 1:  # noqa: SIM102 — Triton 3.3 has no `and` of both
+            if kind == c:
+                _wide_products(
+                    matrix_ptr, v_ptr, t_ptr, sum_ptr, 0, row, end, n, 0, shapes, matrix,
+                    TILE // 2, VECTOR if c % 2 else 1, ACC, STAGES, FIRST, PERMUTED, 1, False,
+                )  # fmt: skip
+                tl.store(squares + item, _square(t_ptr, row, end, ACC))
 
 
 @triton.jit
@@ -214,10 +305,13 @@ def columns(
 
 @triton.jit
 def _sigma_and_inverse(shapes, z_squares, matrix, TINY: tl.constexpr):
-    nth = tl.arange(0, MOST_BLOCKS)
-    there = nth < _size(shapes, matrix, N_BLOCKS)
+    n_blocks = _size(shapes, matrix, N_BLOCKS)
     first = z_squares + _size(shapes, matrix, FIRST_BLOCK)
-    return _length_and_inverse(tl.sum(tl.load(first + nth, mask=there, other=0.0), axis=0), TINY)
+    nth = tl.arange(0, SOME_BLOCKS)
+    squares = tl.load(first + nth, mask=nth < n_blocks, other=0.0)
+    for start in range(SOME_BLOCKS, n_blocks, SOME_BLOCKS):
+        squares += tl.load(first + start + nth, mask=start + nth < n_blocks, other=0.0)
+    return _length_and_inverse(tl.sum(squares, axis=0), TINY)
 
 
 @triton.jit
@@ -339,13 +433,14 @@ def update(
     DTYPE: tl.constexpr, ACC: tl.constexpr, SUM: tl.constexpr, TINY: tl.constexpr,
     TILE: tl.constexpr, VECTOR: tl.constexpr, CLASSES: tl.constexpr,
     ITERATED: tl.constexpr, GATHERED: tl.constexpr, SLOPED: tl.constexpr, BOUNDED: tl.constexpr,
-    PERMUTED: tl.constexpr,
+    PERMUTED: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     """Add ``factor·slope(σ)·u·vᵀ`` to G in a tile (matrix, first row, end, nth block).
 
     After an iteration (``ITERATED``), also store v, u and σ. A matrix whose G has the address 0
     has no gradient. Where a matrix has a bound, G is the weight itself, and is scaled. A bound that
-    does not act reads and writes nothing.
+    does not act reads and writes nothing. After iterations of several vectors (``SORTED``), v and
+    u are stored already, and ``inverses`` holds σ.
     """
     tile = tl.program_id(0)
     matrix = tl.load(tiles + 4 * tile)
@@ -362,7 +457,10 @@ def update(
         sigma, inverse_z = _sigma_and_inverse(shapes, z_squares, matrix, TINY)
         inverse_t = tl.load(inverses + matrix)
     else:
-        sigma = tl.load(sigma_ptr, mask=kind >= 0, other=0.0)
+        if SORTED:
+            sigma = tl.load(inverses + matrix)
+        else:
+            sigma = tl.load(sigma_ptr, mask=kind >= 0, other=0.0)
         inverse_z = sigma
         inverse_t = sigma
     slope = _slope(penalties, gathered, matrix, sigma, SLOPED, GATHERED, ACC)
@@ -374,17 +472,19 @@ def update(
         weight = tl.where(has_bound, 0.0, weight)
         n_grad = tl.where(has_bound & (scale == 1.0), 0, n_grad)
         sigma *= scale
-    if ITERATED:
+    if ITERATED or SORTED:
         tl.store(sigma_ptr, sigma, mask=(row == 0) & (col == 0) & (kind >= 0))
     z_ptr = zs + _shape(shapes, matrix, Z)
     t_ptr = ts + _shape(shapes, matrix, T)
     for c in tl.static_range(32):
-        if (CLASSES >> c) & 1 and kind == c:
-            v = _v_of_update(
-                v_ptr, z_ptr, inverse_z, col, row, n, shapes, matrix,
-                1 << (c // 2), ITERATED, PERMUTED,
-            )  # fmt: skip
-            _rows_of_update(
-                grad_ptr, u_ptr, t_ptr, inverse_t, scale, weight, v, col, row, end, n_grad,
-                TILE if c % 2 else TILE // 2, 1 << (c // 2), VECTOR if c % 2 else 1, SUM, ITERATED,
-            )  # fmt: skip
+        if (CLASSES >> c) & 1:  # noqa: SIM102 — Triton 3.3 has no `and` of both
+            if kind == c:
+                v = _v_of_update(
+                    v_ptr, z_ptr, inverse_z, col, row, n, shapes, matrix,
+                    1 << (c // 2), ITERATED, PERMUTED,
+                )  # fmt: skip
+                _rows_of_update(
+                    grad_ptr, u_ptr, t_ptr, inverse_t, scale, weight, v, col, row, end, n_grad,
+                    TILE if c % 2 else TILE // 2, 1 << (c // 2), VECTOR if c % 2 else 1,
+                    SUM, ITERATED,
+                )  # fmt: skip
