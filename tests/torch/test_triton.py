@@ -27,6 +27,7 @@ from spectral_core.engine import (  # noqa: E402
     ReferenceEngine,
     Slope,
     Triplet,
+    plan_of,
 )
 from triton_jobs import (  # noqa: E402
     CUDA,
@@ -95,6 +96,40 @@ def test_dtypes_beside_each_other():
 )
 def test_sizes(shape, processors):
     check([job(shape)])
+
+
+@runs
+@pytest.mark.parametrize(("dtype", "k"), [(f32, 1), (f64, 2)], ids=str)
+def test_many_sums_are_added_in_two_levels(dtype, k, monkeypatch):
+    for name, value in (("_MANY_SUMS", 3), ("_SUMS_TOGETHER", 4)):
+        monkeypatch.setattr(triton_engine, name, value)
+    monkeypatch.setattr(triton_engine, "_processors", lambda device: 200)
+    engine = TritonEngine()
+    jobs = [job((150, 40), dtype, k=k), job((9, 40), dtype, k=k), job((110, 70), dtype, k=k)]
+    check(jobs, engine=engine)
+    check(jobs[:2], engine=engine)  # one with many sums is absent
+    (group,) = engine._groups.values()
+    assert len(group.work.parts) > 2
+    assert len({*group.work.parts[:, 0].tolist()}) == 2  # the second matrix has few sums
+
+
+@pytest.mark.parametrize(
+    ("shape", "share", "programs"),
+    [((4096, 4096), 0.07, 128), ((2048, 2048), 0.13, 64), ((50257, 768), 0.03, 24)],
+    ids=str,
+)
+def test_sums_are_a_small_share_and_enough_programs_add_them(shape, share, programs, monkeypatch):
+    """On an H100, by the tables: bytes of sums over bytes of W, and programs of `columns`."""
+    monkeypatch.setattr(triton_engine, "_processors", lambda device: 132)
+    monkeypatch.setattr(triton_engine, "_most_columns", lambda *args: 16384)
+    shapes = [triton_engine._Shape(plan_of("oi", shape, "w"), 1)]
+    group = triton_engine._Group(triton_engine._Kind(torch.device("cpu"), f32, f32, 1), shapes)
+    assert len(group.work.sums) <= share * shape[0] * shape[1]
+    assert len(group.work.blocks) == programs
+    # No program adds more of them one after another than it loads in a few µs.
+    sums = group.work.shapes[0].tolist()
+    assert sums[3] / sums[12] <= 256
+    assert len(group.work.items) >= 132  # and every multiprocessor has work
 
 
 @runs
@@ -737,6 +772,7 @@ models += [[((12, 108 + 108 * i), f32, f32) for i in range(36)] + [((24, 27), f3
 models += [[((64, 128, 3, 3), W, W)] for W in (f32, bf16)]
 models = [(model, 1) for model in models]
 models += [([((64, 20000), f32, f32)], 1)]  # read twice
+models += [([((40000, 256), f32, f32)], k) for k in (1, 4)]  # with many sums
 models += [
     ([((64, n), W, W)], k) for W in (f32, bf16, f64) for k in (2, 4, 8) for n in (1024, 20000)
 ]
@@ -783,7 +819,7 @@ def test_compiles_for_hopper_without_spills():
     of_rows = {
         *["row_products", "orthonormalize", "row_columns", "sort_rows", "renew", "left_vectors"]
     }
-    of_one = {"products", "columns", "directions", "update"}
+    of_one = {"products", "add_sums", "columns", "directions", "update"}
     assert {kernel[1] for kernel in kernels} == of_one | of_rows
     # Spilled registers lie on the stack: none, but for an address or two that wait there, outside
     # of the loop, in a kernel of many widths or of float64.

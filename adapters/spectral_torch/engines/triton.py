@@ -64,7 +64,11 @@ _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)  # a subclass may have no memory o
 _PRODUCT_WIDTHS = (5, 7, 9, 10, 11, 12, 13, 14)
 _UPDATE_WIDTHS = (5, 7, 9)
 _WIDE, _WIDE_HEIGHT = 15, 8  # triton_kernels.WIDE: of matrices that are wider
-_BLOCK = 64  # columns of a program of `columns`: triton_kernels.BLOCK
+# Columns of a program of `columns`: the fewer where programs are few, so that more of them load.
+_BLOCKS = (64, 32)
+# Where a matrix has more sums than this, those of so many items are added beforehand, in a launch
+# more. A program loads 256 sums of 32 columns in about 1 µs, less than a launch costs.
+_MANY_SUMS, _SUMS_TOGETHER, _SUMS_WIDTH = 256, 64, 128
 MOST_VECTORS = 8
 
 # A thread holds at most 128 bytes of a tile: eight 16-byte loads of float32.
@@ -75,6 +79,9 @@ _COLUMNS_HEIGHT = 32
 # stages, each waits for 128 bytes a thread while as many are being copied behind them: 64 to 128
 # KiB a multiprocessor. HBM3 at 3.35 TB/s and 0.7 µs needs 18 KiB, and some more under load.
 _WARPS_A_PROCESSOR = 16
+# For narrower matrices: half as many programs, of twice as many rows, halve the sums. 64 KiB remain
+# on their way to a multiprocessor.
+_FEW_WARPS, _FEW_COLUMNS = 8, 4096
 _PRODUCT_REGISTERS = 128
 # The sum of each program is written and read again: below this many rows, more than 6 % of W.
 _ROWS_WORTH_A_SUM = 32
@@ -503,6 +510,7 @@ class _Work(NamedTuple):
     items: Tensor
     blocks: Tensor
     tiles: Tensor
+    parts: Tensor  # programs of `add_sums`: often none
     sums: Tensor
     ts: Tensor
     squares: Tensor
@@ -552,6 +560,8 @@ class _Group:
         self.n_warps = int(np.clip(widest // elements, 4, 16))
         self.product_tile = self.n_warps * elements
         self.update_tile = 32 * _UPDATE_WARPS * _ELEMENTS_A_THREAD[self.sum_dtype]
+        few = _divided(self.n, _BLOCKS[0]).sum() < 2 * _processors(self.device)
+        self.block = _BLOCKS[int(few)]
         self.work = self._make_work()
         self._stream = torch.cuda.current_stream() if self.device.type == "cuda" else None
         self.addresses = GraphTable((len(self.n), 7), torch.int64, self.device)
@@ -619,6 +629,7 @@ class _Group:
             *("products", (classes, first), len(work.items), self._products_constants),
             *(pointers, work.shapes, work.items, work.sums, work.ts, work.squares),
         )
+        self._add_sums(pointers)
         self._launch(
             *("columns", (), len(work.blocks), self._columns_constants),
             *(pointers, work.shapes, work.blocks, work.sums, work.squares),
@@ -628,6 +639,14 @@ class _Group:
             self._launch(
                 *("directions", (), len(work.blocks), self._directions_constants),
                 *(pointers, work.shapes, work.blocks, work.zs, work.z_squares),
+            )
+
+    def _add_sums(self, pointers: Tensor) -> None:
+        work = self.work
+        if len(work.parts):
+            self._launch(
+                *("add_sums", (), len(work.parts), self._add_sums_constants),
+                *(pointers, work.shapes, work.parts, work.sums, work.squares),
             )
 
     def _update(
@@ -689,12 +708,23 @@ class _Group:
         }
         return constants, {"num_warps": self.n_warps, "maxnreg": _PRODUCT_REGISTERS}
 
+    def _add_sums_constants(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        constants = {
+            "ACC": _language(self.dtype),
+            "HEIGHT": 16,
+            "WIDTH": _SUMS_WIDTH,
+            "STAGES": 3,
+            "K": self.n_vectors,
+        }
+        return constants, {"num_warps": 4}
+
     def _columns_constants(self) -> tuple[dict[str, Any], dict[str, Any]]:
         constants = {
             "ACC": _language(self.dtype),
             "TINY": torch.finfo(self.dtype).tiny,
             "HEIGHT": _COLUMNS_HEIGHT,
             "STAGES": 3,
+            "BLOCK": self.block,
         }
         return constants, {"num_warps": 4}
 
@@ -703,6 +733,7 @@ class _Group:
             "ACC": _language(self.dtype),
             "TINY": torch.finfo(self.dtype).tiny,
             "PERMUTED": self.permuted,
+            "BLOCK": self.block,
         }
         return constants, {"num_warps": 4}
 
@@ -834,13 +865,14 @@ class _Group:
         """Divide the matrices among programs, and allocate the scratch memory."""
         m, n = self.m, self.n
         rows = self._rows_an_item()
-        n_items, n_blocks = _divided(m, rows), _divided(n, _BLOCK)
+        n_items, n_blocks = _divided(m, rows), _divided(n, self.block)
         strides = _divided(n, 32) * 32  # 16-byte stores
         shapes = np.stack(
             [
                 *(m, n, _starts(n_items), n_items, _starts(n_items * strides), strides),
                 *(_starts(n_blocks), n_blocks, _starts(m), _starts(n)),
                 *(np.where(self.windows > 1, n // self.windows, n), self.windows),
+                np.where(n_items > _MANY_SUMS, _SUMS_TOGETHER, 1),
             ],
             axis=1,
         )
@@ -848,6 +880,12 @@ class _Group:
             (matrix, row, min(row + rows[matrix], m[matrix]))
             for matrix in range(len(m))
             for row in range(0, m[matrix], rows[matrix])
+        ]
+        parts = [
+            (matrix, first, min(first + _SUMS_TOGETHER, n_items[matrix]), col)
+            for matrix in np.flatnonzero(n_items > _MANY_SUMS)
+            for first in range(0, n_items[matrix], _SUMS_TOGETHER)
+            for col in range(-(-strides[matrix] * self.n_vectors // _SUMS_WIDTH))
         ]
         blocks = [(matrix, i) for matrix in range(len(m)) for i in range(n_blocks[matrix])]
 
@@ -865,6 +903,7 @@ class _Group:
             items=table(items, torch.int32),
             blocks=table(blocks, torch.int32),
             tiles=table(self._tiles(), torch.int32),
+            parts=table(parts, torch.int32),
             sums=scratch((n_items * strides).sum() * self.n_vectors),
             ts=scratch(m.sum() * self.n_vectors),
             squares=scratch(n_items.sum()),
@@ -880,7 +919,8 @@ class _Group:
         """
         wide = self.product_widths == _WIDE
         heights = np.where(wide, _WIDE_HEIGHT, self.product_tile >> self.product_widths)
-        at_once = _processors(self.device) * (_WARPS_A_PROCESSOR // self.n_warps)
+        warps = np.where(self.n <= _FEW_COLUMNS, _FEW_WARPS, _WARPS_A_PROCESSOR)
+        at_once = _processors(self.device) * np.maximum(warps // self.n_warps, 1)
         wave = (self.m * self.n).sum() / at_once
         elements = np.maximum(np.minimum(_ROWS_WORTH_A_SUM * self.n, wave), wave / 4)
         return heights * np.maximum(_divided(elements / self.n, heights), 1)

@@ -5,7 +5,9 @@ One iteration is three launches, whatever the number of matrices and their shape
 1. `products` reads W once. A program works on some rows of one matrix. It holds all of v and a sum
    over its rows in registers: ``t = Wv`` of a tile of rows, then at once ``y += tᵀW`` of the same
    tile. The program's sum goes to scratch.
-2. `columns` adds the sums of all programs, a block of columns each: ``z = Wᵀt/‖t‖``.
+2. `columns` adds the sums of all programs, a block of columns each: ``z = Wᵀt/‖t‖``. Where a
+   matrix has many programs, `add_sums` adds the sums of some of them before: few programs that add
+   many sums would wait for memory.
 3. `update` computes σ = ‖z‖ and v = z/σ on the way, and adds the term to G. If another iteration
    follows, `directions` stores v alone.
 
@@ -32,11 +34,12 @@ from spectral_core.engine import FRESH, FRESH_64
 # The columns of the tables `pointers`, `shapes` and `penalties`.
 N_POINTERS = tl.constexpr(7)
 W, G, V, U, SIGMA, PRODUCTS_CLASS, UPDATE_CLASS = (tl.constexpr(i) for i in range(7))
-N_SHAPES = tl.constexpr(12)
+N_SHAPES = tl.constexpr(13)
 ROWS, COLUMNS, FIRST_ITEM, N_ITEMS, PARTIAL, STRIDE, FIRST_BLOCK, N_BLOCKS, T, Z = (
     tl.constexpr(i) for i in range(10)
 )
 CHANNELS, WINDOW = tl.constexpr(10), tl.constexpr(11)  # n and 1 where memory has v's order
+STEP = tl.constexpr(12)  # sums of so many items are added beforehand, and are in the first's place
 
 N_PENALTIES = tl.constexpr(5)
 FACTOR, FACTOR_SLOT, TARGET, TARGET_SLOT, CODE = (tl.constexpr(i) for i in range(5))
@@ -52,7 +55,6 @@ GOLDEN = tl.constexpr(0x9E3779B1 - 2**32)
 WIDE = tl.constexpr(15)
 WIDE_HEIGHT = tl.constexpr(8)  # rows of such a tile
 
-BLOCK = tl.constexpr(64)  # columns of a program of `columns` and `directions`
 SOME_BLOCKS = tl.constexpr(256)  # blocks of a matrix that are loaded at once
 
 
@@ -268,9 +270,51 @@ def products(
 
 
 @triton.jit
+def add_sums(
+    pointers, shapes, parts, sums, squares,
+    ACC: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    K: tl.constexpr,
+):  # fmt: skip
+    """Add the sums of some items of a part (matrix, first item, end, nth block of WIDTH).
+
+    The total takes the place of the first sum, which no other program reads. Sums of K vectors
+    follow each other.
+    """
+    part = tl.program_id(0)
+    matrix = tl.load(parts + 4 * part)
+    first = tl.load(parts + 4 * part + 1)
+    end = tl.load(parts + 4 * part + 2)
+    nth = tl.load(parts + 4 * part + 3)
+    kind = tl.load(pointers + matrix * N_POINTERS + PRODUCTS_CLASS).to(tl.int32)
+    end = tl.where(kind < 0, first, end)
+    lines = tl.arange(0, HEIGHT)
+    width = _size(shapes, matrix, STRIDE) // 32 * 32 * K
+    cols = nth * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros((HEIGHT, WIDTH), ACC)
+    some_squares = tl.zeros((HEIGHT,), ACC)
+    square_ptr = squares + _size(shapes, matrix, FIRST_ITEM)
+    sum_ptr = sums + _shape(shapes, matrix, PARTIAL) * K
+    for start in tl.range(first, end, HEIGHT, num_stages=STAGES):
+        rows = start + lines
+        some_squares += tl.load(square_ptr + rows, mask=rows < end, other=0.0)
+        there = (rows < end)[:, None] & (cols < width)[None, :]
+        places = (sum_ptr + rows.to(tl.int64) * width)[:, None] + cols[None, :]
+        places = tl.multiple_of(places, [1, 16])
+        total += tl.load(places, mask=there, other=0.0)
+    square = tl.sum(some_squares, axis=0)
+    whole = tl.sum(total, axis=0)
+    tl.debug_barrier()  # all of them have been read
+    place = sum_ptr + first.to(tl.int64) * width
+    tl.store(place + cols, whole, mask=cols < tl.where(first < end, width, 0))
+    if K == 1:
+        tl.store(square_ptr + first, square, mask=(nth == 0) & (first < end))
+
+
+@triton.jit
 def columns(
     pointers, shapes, blocks, sums, squares, zs, z_squares, inverses,
     ACC: tl.constexpr, TINY: tl.constexpr, HEIGHT: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute ``z = Wᵀt/‖t‖`` of a block of columns (matrix, nth block), and its share of ‖z‖²."""
     block = tl.program_id(0)
@@ -288,8 +332,9 @@ def columns(
     square_ptr = squares + _size(shapes, matrix, FIRST_ITEM)
     total = tl.zeros((HEIGHT, BLOCK), ACC)
     sum_ptr = sums + _shape(shapes, matrix, PARTIAL)
-    for start in tl.range(0, n_items, HEIGHT, num_stages=STAGES):
-        rows = start + lines
+    step = _size(shapes, matrix, STEP)
+    for start in tl.range(0, n_items, HEIGHT * step, num_stages=STAGES):
+        rows = start + lines * step
         some_squares += tl.load(square_ptr + rows, mask=rows < n_items, other=0.0)
         there = (rows < n_items)[:, None] & (cols < stride)[None, :]
         places = (sum_ptr + rows.to(tl.int64) * stride)[:, None] + cols[None, :]
@@ -317,7 +362,7 @@ def _sigma_and_inverse(shapes, z_squares, matrix, TINY: tl.constexpr):
 @triton.jit
 def directions(
     pointers, shapes, blocks, zs, z_squares,
-    ACC: tl.constexpr, TINY: tl.constexpr, PERMUTED: tl.constexpr,
+    ACC: tl.constexpr, TINY: tl.constexpr, PERMUTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Store ``v = z/‖z‖`` of a block of columns, for the next iteration."""
     block = tl.program_id(0)

@@ -5,7 +5,8 @@ sort the rows of Z. As Numba's `block_kernels` explain, orthonormalizing commute
 product. So W is read once, for Y and for YW. Only a k × k matrix T is applied afterwards, to short
 rows: Q = TY, and after the rotations u is the first row of TY.
 
-One iteration is six launches, whatever the number of matrices and their shapes:
+One iteration is six launches, whatever the number of matrices and their shapes. `add_sums` is one
+more where a matrix has many programs.
 
 1. `row_products` reads W once. It stores a part of Y, and the sum of YW and the inner products of
    the rows of Y over the rows of a program.
@@ -30,7 +31,6 @@ import triton
 import triton.language as tl
 
 from .triton_kernels import (
-    BLOCK,
     COLUMNS,
     FIRST_BLOCK,
     FIRST_ITEM,
@@ -40,6 +40,7 @@ from .triton_kernels import (
     PARTIAL,
     PRODUCTS_CLASS,
     ROWS,
+    STEP,
     STRIDE,
     WIDE,
     T,
@@ -54,10 +55,12 @@ from .triton_kernels import (
     _start,
     _tile,
     _wide_products,
+    add_sums,
     update,
 )
 
 __all__ = [
+    "add_sums",
     "left_vectors",
     "orthonormalize",
     "renew",
@@ -314,7 +317,8 @@ def orthonormalize(
 @triton.jit
 def row_columns(
     pointers, shapes, blocks, sums, scales, zs, grams,
-    ACC: tl.constexpr, HEIGHT: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    ACC: tl.constexpr, HEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Compute Z = YW·scale of a block of columns (matrix, nth block), and its share of ZZᵀ."""
     block = tl.program_id(0)
@@ -327,9 +331,11 @@ def row_columns(
     lines = tl.arange(0, HEIGHT)
     total = tl.zeros((KP, HEIGHT, BLOCK), ACC)
     sum_ptr = sums + _shape(shapes, matrix, PARTIAL) * K
-    for start in range(0, n_items, HEIGHT):
-        rows = (start + lines)[None, :] * K + a[:, None]
-        there = (a < K)[:, None] & (start + lines < n_items)[None, :]
+    step = _size(shapes, matrix, STEP)
+    for start in range(0, n_items, HEIGHT * step):
+        items = start + lines * step
+        rows = items[None, :] * K + a[:, None]
+        there = (a < K)[:, None] & (items < n_items)[None, :]
         places = sum_ptr + (rows.to(tl.int64) * stride)[:, :, None] + cols[None, None, :]
         there = there[:, :, None] & (cols < n)[None, None, :]
         total += tl.load(places, mask=there, other=0.0)

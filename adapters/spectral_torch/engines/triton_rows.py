@@ -75,6 +75,7 @@ class RowsGroup(_Group):
                     *(pointers, work.shapes, room.grams, work.ts),
                     *(room.transforms, room.scales, room.again),
                 )
+        self._add_sums(pointers)
         self._launch(
             *("row_columns", (), len(work.blocks), self._row_columns_constants),
             *(pointers, work.shapes, work.blocks, work.sums, room.scales, work.zs, room.z_grams),
@@ -113,8 +114,9 @@ class RowsGroup(_Group):
         return constants, {"num_warps": 4}
 
     def _row_columns_constants(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        height = max(1, _SUMS_AT_ONCE // (64 * power_of_two(self.n_vectors)))
-        constants = {**self._numbers_of("ACC"), "HEIGHT": height, **self._of_vectors}
+        height = _SUMS_AT_ONCE // (self.block * power_of_two(self.n_vectors))
+        constants = {**self._numbers_of("ACC"), "HEIGHT": height, "BLOCK": self.block}
+        constants.update(self._of_vectors)
         return constants, {"num_warps": 4}
 
     def _sort_constants(self) -> tuple[dict[str, Any], dict[str, Any]]:
