@@ -36,6 +36,7 @@ from .engines.dtensor import is_sharded
 first_matches._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _SETS = 64  # cached sets of weights
+_GRAPHED = ("cuda",)  # the devices whose work `mode="reduce-overhead"` captures
 
 # The regularizers keep these alive, with the memory that captured graphs read.
 _caches: WeakValueDictionary[int, JobCache] = WeakValueDictionary()
@@ -47,6 +48,19 @@ def number_of(cache: JobCache) -> int:
     number = next(_numbers)
     _caches[number] = cache
     return number
+
+
+def mark_static(state: sc.SpectralState) -> None:
+    """Announce that V, sigma and u stay at their addresses, since steps write into them.
+
+    `mode="reduce-overhead"` captures no CUDA graph of a step that writes into other inputs. An
+    address that changes after all is noticed, and captured anew.
+    """
+    for field in (state.v, state.sigma, state.u):
+        for tensor in field.values():
+            if tensor.device.type in _GRAPHED:
+                # As `torch._dynamo.mark_static_address`, without a second of importing.
+                tensor._dynamo_static_input_type = "unguarded"
 
 
 def described(name: str, layout: sc.Layout) -> str:

@@ -184,6 +184,7 @@ class SpectralNormRegularizer(OptimizerHook):
         self.restore_gradients = restore_gradients
         self._steps_taken = dict.fromkeys(self._parameters, 0)
         self._number = _compile.number_of(self._jobs)
+        _compile.mark_static(self._state)
         self._lines = {
             name: _compile.described(name, layout) for name, layout in self._state.layouts.items()
         }
@@ -196,6 +197,12 @@ class SpectralNormRegularizer(OptimizerHook):
         self._open = WeakKeyDictionary()
         self._penalty = copy(self._penalty)  # `copy.copy` would share it
         self._number = _compile.number_of(self._jobs)
+        _compile.mark_static(self._state)
+
+    def _move(self, state: sc.SpectralState) -> None:
+        super()._move(state)
+        if self._state is not state:
+            _compile.mark_static(self._state)
 
     def __repr__(self) -> str:
         return (
