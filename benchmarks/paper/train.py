@@ -3,7 +3,7 @@
 A run that was stopped goes on from its checkpoint, which holds the results so far as well.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from math import isfinite, prod
 from pathlib import Path
@@ -83,8 +83,8 @@ class Trainer:
         # Random numbers depend on seed and epoch alone, so a resumed run draws the same ones.
         torch.manual_seed(seed * 100_003 + epoch)
         self._rng = np.random.default_rng([seed, epoch, 1])
-        batches = data.batches(len(self.data.train_labels), self.run.batch, seed, epoch)
-        measured = {"loss": float(torch.stack([self._step(chosen) for chosen in batches]).mean())}
+        losses = [self._step(x, y) for x, y in self._batches(epoch)]
+        measured = {"loss": float(torch.stack(losses).mean())}
         finite = all(bool(p.isfinite().all()) for p in self.model.parameters())
         self.result.diverged = not (finite and isfinite(measured["loss"]))
         if not self.result.diverged:
@@ -93,14 +93,19 @@ class Trainer:
         seconds = self.result.seconds + perf_counter() - start
         self.result.seconds = rounded(seconds, runs.DIGITS)
 
-    def _step(self, chosen: NDArray[np.int64]) -> Tensor:
-        """Do a step on the images chosen, and return the plain loss."""
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        chosen = data.batches(len(self.data.train_labels), self.run.batch, self.run.seed, epoch)
         if self.data.augmented:
-            images = data.augment(self.data.train_images[chosen], self._rng)
-            x, y = self._on_device(images, self.data.train_labels[chosen])
+            for batch in chosen:
+                images = data.augment(self.data.train_images[batch], self._rng)
+                yield self._on_device(images, self.data.train_labels[batch])
         else:
-            index = torch.from_numpy(chosen).to(self.settings.device)
-            x, y = (part[index] for part in self._train)
+            # All indices at once: the upload of each batch's would wait for the steps before.
+            for index in torch.from_numpy(np.stack([*chosen])).to(self.settings.device):
+                yield self._train[0][index], self._train[1][index]
+
+    def _step(self, x: Tensor, y: Tensor) -> Tensor:
+        """Do a step on images and labels, and return the plain loss."""
         self.optimizer.zero_grad()
         with torch.autocast(self.settings.device, torch.bfloat16, self.settings.bfloat16):
             loss, plain = self.method.loss(self.network, x, y)
