@@ -3,49 +3,62 @@
 import argparse
 import os
 from pathlib import Path
-from time import perf_counter
 
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import track
 
-from benchmarks.common import RESULTS, write_json
+from benchmarks.common import RESULTS, machine, read_json, write_json
+
+CHANGING = {"date", "load_at_start"}  # from run to run on one machine
 
 
 def main() -> None:
-    options = arguments()
+    given = arguments()
     # Before the frameworks are imported: each on the device that is asked for, and quiet.
-    os.environ["JAX_PLATFORMS"] = "cpu" if options.device == "cpu" else ""
+    os.environ["JAX_PLATFORMS"] = "cpu" if given.device == "cpu" else ""
     os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler that counts memory announces itself
-    measure(options)
+    measure(given)
 
 
 def measure(given: argparse.Namespace) -> None:
     from . import figure, report
-    from .suite import Options, parts, run
-    from .timing import LEAST_ROUNDS, Budget
+    from .suite import GROUPS, Settings, parts, run
+    from .timing import Budget, bandwidth
 
     console = Console()
     console = console if console.is_terminal else Console(width=140)
-    seconds = 0.3 if given.quick else given.seconds
-    budget = Budget(seconds, given.rounds, min(LEAST_ROUNDS, given.rounds))
-    options = Options(given.device, tuple(given.only), given.quick, budget)
-    if not (wanted := parts(options)):
-        raise SystemExit(f"no case matches {given.only}: --list names them")
+    budget = Budget(0.3 if given.quick else given.seconds)
+    chosen = (given.device, given.only, given.groups or [*GROUPS], given.without, given.quick)
+    settings, here = Settings(*chosen, budget), machine(given.device)
+    folder, stem = RESULTS if given.save else given.out, report.stem(here)
+    path = (folder or RESULTS) / f"{stem}.json.gz"
+    old = report.EMPTY | (read_json(path) if path.exists() else {})
     if given.list:
-        console.print("\n".join(part.name for part in wanted))
+        known = {part.name: old["seconds_of"].get(part.name, 0) for part in parts(settings)}
+        lines = [f"{name:32} {seconds:5.0f} s" for name, seconds in known.items()]
+        console.print("\n".join([*lines, f"{sum(known.values()):.0f} s in the result there"]))
         return
-    folders = [folder for folder in (given.out, RESULTS if given.save else None) if folder]
-    start = perf_counter()
-    for result in run(options, lambda all: track(all, "measuring", console=console)):
-        result["seconds"] = perf_counter() - start
-        for folder in folders:
-            write_json(folder / f"{report.stem(result)}.json.gz", result, report.DIGITS)
-    console.print(Markdown(f"{report.summary(result, picture=False)}\n\n{report.goals(result)}"))
-    for folder in folders:
-        figure.save(folder / f"{report.stem(result)}.png", result)
-        console.print(f"wrote {folder.name}/{report.stem(result)}.json.gz and .png")
+    result = report.EMPTY | {"machine": here}
+    if (given.merge or given.resume) and "machine" in old:
+        differ = {key for key in here if here[key] != old["machine"].get(key)} - CHANGING
+        if differ:
+            raise SystemExit(f"the result there has another {', '.join(differ)}: leave --merge out")
+        result = old | {"machine": here}
+    else:
+        result["bytes_per_second"] = bandwidth(given.device)
+    wanted = parts(settings, result["bytes_per_second"])
+    if given.resume:
+        wanted = [part for part in wanted if part.name not in result["seconds_of"]]
+    for _ in run(track(wanted, "measuring", console=console), result):
+        if folder:
+            write_json(folder / f"{stem}.json.gz", result, report.DIGITS)
+    console.print(Markdown(report.summary(result, picture=False)))
+    if folder:
+        figure.save(folder / f"{stem}.png", result)
+        figure.save_scaling(folder / f"{stem}-scaling.png", result)
+        console.print(f"wrote {folder.name}/{stem}.json.gz and its pictures")
 
 
 def arguments() -> argparse.Namespace:
@@ -56,17 +69,22 @@ def arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
-    example = "cases by name, such as 'square-4096-*', 'training-*', compilation"
+    example = "parts by name, such as 'square-4096-*', 'options-*', 'training-*', compilation"
     add("--only", nargs="+", metavar="PATTERN", default=["*"], help=example)
-    add("--list", action="store_true", help="print the names of the cases")
-    add("--seconds", type=float, default=2.0, help="for a case and framework")
-    add("--rounds", type=int, default=200, help="at most, for a case and framework")
+    add("--groups", nargs="+", choices=("torch", "jax", "numpy", "cupy"), help="all if none")
+    words = "steps to leave out: words of their names or descriptions, such as svd"
+    add("--without", nargs="+", metavar="WORD", default=[], help=words)
+    add("--list", action="store_true", help="print the parts, and the seconds they once took")
+    add("--seconds", type=float, default=1.0, help="for a case and framework")
     add("--quick", action="store_true", help="a few small cases, briefly")
     add("--out", type=Path, help="folder to write the results into")
-    add("--save", action="store_true", help="write the repository's results")
+    add("--save", action="store_true", help="write the repository's results instead")
+    add("--merge", action="store_true", help="keep what the result there has of other parts")
+    add("--resume", action="store_true", help="measure the parts that the result there lacks")
     options = parser.parse_args()
-    if options.save and (options.quick or options.only != ["*"]):
-        parser.error("--save writes a whole run: leave --quick and --only out")
+    part = options.only != ["*"] or options.groups or options.without
+    if options.save and (options.quick or (part and not options.merge)):
+        parser.error("--save writes a whole run, or with --merge a part of one, but not --quick")
     return options
 
 

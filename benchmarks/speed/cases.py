@@ -38,16 +38,6 @@ class Case:
         """The bytes of all weights."""
         return ITEMSIZE[self.dtype] * sum(m * n for m, n in self.matrices)
 
-    @property
-    def bytes_moved(self) -> int:
-        """The bytes that any step must move: it reads W, and reads and writes G."""
-        return 3 * self.size
-
-    @property
-    def vectors_size(self) -> int:
-        """The bytes of one left and one right vector of each matrix."""
-        return ITEMSIZE[self.dtype] * sum(m + n for m, n in self.matrices)
-
 
 def squares() -> list[Case]:
     return [
@@ -75,6 +65,18 @@ def layer_sets() -> list[Case]:
         Case(f"{name}-{dtype}", f"{title}, {len(shapes)} weights", shapes, dtype)
         for (name, title), shapes in sets.items()
         for dtype in ("float32", *["bfloat16"] * (name in ("gpt2-small", "llama-1b")))
+    ]
+
+
+def sweeps() -> list[Case]:
+    """Return equal layers: more of them, wider ones, and up to 10,000 small ones."""
+    sizes = {"depth": [(2**k, 512) for k in range(9)], "width": [(8, 2**k) for k in range(6, 13)]}
+    sizes["weights"] = [(10**k, 16) for k in range(5)]
+    return [
+        Case(f"{sweep}-{at}", title, {f"{k}": (n, n) for k in range(count)})
+        for sweep, points in sizes.items()
+        for count, n in points
+        for at, title in [(n if sweep == "width" else count, f"{count} × {n}²")]
     ]
 
 

@@ -1,4 +1,4 @@
-"""The picture: time over n, and whole networks as multiples of our time."""
+"""The pictures: time over n and whole networks as multiples of our time; cost over size."""
 
 from pathlib import Path
 
@@ -8,11 +8,13 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from benchmarks.common import STYLE, save_figure
+from benchmarks.common import STYLE, panels, save_figure
 
-from .report import NOTES, OURS, TITLES, Result, where
+from .report import NOTES, OURS, TITLES, Result, grown, where
 
 COLORS = {step: color for color, steps in NOTES["colors"].items() for step in steps}
+LOOKS = {"hue": "step", "palette": COLORS}
+SERIES = {"depth": "layers of 512²", "width": "bytes of 8 layers", "weights": "layers of 16²"}
 
 
 def save(path: Path, result: Result) -> None:
@@ -30,6 +32,8 @@ def save(path: Path, result: Result) -> None:
         for group, outcome in case["peers"].items()
         for name, step in outcome["steps"].items()
     )
+    if table.empty:
+        return
     squares = table[table["n"].notna() & (table["dtype"] == "float32")]
     networks = table[table["n"].isna()]
     known = [group for group in OURS if (table["group"] == group).any()]
@@ -38,11 +42,10 @@ def save(path: Path, result: Result) -> None:
         figure.suptitle(f"Time of one step, {where(result['machine'])}", fontweight="bold")
         axes = figure.subplots(2, len(known), squeeze=False, sharey="row")
         for (above, below), group in zip(axes.T, known, strict=True):
-            looks = {"hue": "step", "palette": COLORS}
             one, many = (part[part["group"] == group] for part in (squares, networks))
-            sns.lineplot(one, x="n", y="ms", marker="o", ax=above, **looks)
+            sns.lineplot(one, x="n", y="ms", marker="o", ax=above, **LOOKS)
             x, y = "multiple of our time", "network"
-            sns.scatterplot(many, x=x, y=y, s=45, legend=False, ax=below, **looks)
+            sns.scatterplot(many, x=x, y=y, s=45, legend=False, ax=below, **LOOKS)
             above.set(title=f"{TITLES[group]}: n × n, float32", xscale="log", yscale="log")
             below.set(title=f"{TITLES[group]}: all layers of a network", xscale="log")
             sns.move_legend(above, "lower right", title=None, fontsize=8)
@@ -54,3 +57,23 @@ def save(path: Path, result: Result) -> None:
                 axis.set_major_formatter("{x:g}")
                 axis.set_minor_formatter(NullFormatter())
         save_figure(figure, path, dpi=90)
+
+
+def save_scaling(path: Path, result: Result) -> None:
+    """Draw time above and peak memory below; what is linear is parallel to the dotted line."""
+    points = grown(result).items()
+    rows = [
+        {"panel": f"{what} over {SERIES[series]}", "x": point["x"], "y": point[key], "step": step}
+        for key, what in {"ms": "ms", "bytes": "peak bytes"}.items()
+        for (series, _, step), of_step in points
+        for point in of_step
+        if point[key]
+    ]
+    if not rows:
+        return
+    with panels(rows, x="x", col_wrap=len(SERIES), marker="o", **LOOKS) as grid:
+        grid.set(xscale="log", yscale="log").set_axis_labels("", "")
+        for axis in grid.axes.flat:
+            x, y = (max(line.get_data()[k].max() for line in axis.lines) for k in (0, 1))
+            axis.axline((x, y), (10 * x, 10 * y), color="0.5", linestyle=":")
+        save_figure(grid.figure, path, dpi=80)

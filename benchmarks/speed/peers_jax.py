@@ -1,8 +1,6 @@
 """What is timed in JAX: all compiled beforehand, all donating what they replace."""
 
-from collections.abc import Callable
 from functools import partial
-from statistics import median
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
@@ -16,38 +14,55 @@ import spectral_jax
 
 from .cases import Case, filled
 from .report import OURS
-from .timing import LeftOutError, Step, require_memory
+from .timing import LeftOutError, Makers, Options, Step, require_memory
 
 FACTOR = 0.01
 BLOCKS = (12, 96)  # of GPT-2, that are compiled
 GPT_2 = {"qkv": (768, 2304), "proj": (768, 768), "fc": (768, 3072), "out": (3072, 768)}
-REPEATS, SLOW_SECONDS = 3, 10.0
 
 Tree = dict[str, Any]
 
 
-def peers(case: Case, device: str, _: str) -> dict[str, Callable[[], Step]]:
-    """Return a function for each peer that prepares its step, or raises `LeftOutError`."""
+def arrays(case: Case, device: str, _: str) -> tuple[Tree, SimpleNamespace]:
+    """Return W and G, or raise `LeftOutError`."""
     if (jax.default_backend() == "cpu") != (device == "cpu"):
         raise LeftOutError(f"this JAX computes on the {jax.default_backend()}")
     jax.config.update("jax_enable_x64", case.dtype == "float64")
     require_memory(2 * case.size, device)
     # All peers take turns to replace the gradients: a donated array is gone.
-    params, shared = tree(case, 0), SimpleNamespace(grads=tree(case, 1))
-    found = {name: partial(timed, tx, params, shared) for name, tx in transformations().items()}
+    return tree(case, 0), SimpleNamespace(grads=tree(case, 1))
+
+
+def peers(case: Case, device: str, params: Tree, shared: SimpleNamespace) -> Makers:
+    """Return a function for each peer that prepares its step, or raises `LeftOutError`."""
+    known = transformations(params)
+    found = {name: partial(timed, tx, params, shared) for name, tx in known.items()}
     return found | {"nnx.SpectralNorm": partial(normalization, case, params, shared, device)}
 
 
-def transformations() -> dict[str, optax.GradientTransformation]:
+def variants(_: Case, __: str, params: Tree, shared: SimpleNamespace, common: Options) -> Makers:
+    """Return the options of the transformation."""
+    bound = partial(spectral_jax.constrain_spectral_norm, layouts=layouts_of(params))
+    changed = {name: ours(params, **options) for name, options in common.items()}
+    changed |= {"bound, idle": bound(1e6), "bound, acting": bound(lambda step: 0.999**step)}
+    return {name: partial(timed, tx, params, shared) for name, tx in changed.items()}
+
+
+def transformations(params: Tree) -> dict[str, optax.GradientTransformation]:
     return {
-        OURS["jax"]: ours(),
+        OURS["jax"]: ours(params),
         "jitted loop": optax.GradientTransformation(start_vectors, loop_step),
         "add_decayed_weights": optax.add_decayed_weights(FACTOR),
     }
 
 
-def ours(**options: Any) -> optax.GradientTransformation:
-    return spectral_jax.add_spectral_norm_regularization(factor=FACTOR, **options)
+def ours(params: Tree, **options: Any) -> optax.GradientTransformation:
+    options = {"factor": FACTOR, "layouts": layouts_of(params)} | options
+    return spectral_jax.add_spectral_norm_regularization(**options)
+
+
+def layouts_of(params: Tree) -> dict[str, str]:
+    return {f"{name}/kernel": "hwio" for name, one in params.items() if one["kernel"].ndim == 4}
 
 
 def tree(case: Case, seed: int) -> Tree:
@@ -132,8 +147,9 @@ def normalization(case: Case, params: Tree, shared: SimpleNamespace, device: str
 def compile_times(counts: tuple[int, ...] = BLOCKS) -> dict[str, dict[str, dict[str, float]]]:
     """Return seconds to trace and to compile a step for so many blocks of GPT-2; nothing runs."""
     jax.config.update("jax_enable_x64", False)
-    makers = {who: (tx, blocks) for who, tx in transformations().items()}
-    stacks = ours(layouts={"*/kernel": "sio"})  # one leaf a kind for all blocks, as in nn.scan
+    compile_time(ours({}), blocks(1))  # imports what it imports
+    makers = {who: (tx, blocks) for who, tx in transformations({}).items()}
+    stacks = ours({}, layouts={"*/kernel": "sio"})  # one leaf a kind for all blocks, as in nn.scan
     makers[f"{OURS['jax']}, layers stacked"] = (stacks, partial(blocks, stacked=True))
     return {
         who: {str(count): compile_time(tx, make(count)) for count in counts}
@@ -152,14 +168,10 @@ def blocks(count: int, *, stacked: bool = False) -> Tree:
 
 
 def compile_time(tx: optax.GradientTransformation, params: Tree) -> dict[str, float]:
-    state = jax.eval_shape(tx.init, params)
-    taken: list[tuple[float, float]] = []
-    while len(taken) < REPEATS and sum(map(sum, taken)) < SLOW_SECONDS:
-        jax.clear_caches()
-        start = perf_counter()
-        lowered = jax.jit(tx.update, donate_argnums=(0, 1)).lower(params, state, params)
-        middle = perf_counter()
-        lowered.compile()
-        taken.append((middle - start, perf_counter() - middle))
-    trace, compiling = (median(column) for column in zip(*taken, strict=True))
-    return {"trace_s": trace, "compile_s": compiling, "sum_s": median(map(sum, taken))}
+    jax.clear_caches()
+    state, start = jax.eval_shape(tx.init, params), perf_counter()
+    lowered = jax.jit(tx.update, donate_argnums=(0, 1)).lower(params, state, params)
+    middle = perf_counter()
+    lowered.compile()
+    end = perf_counter()
+    return {"trace_s": middle - start, "compile_s": end - middle, "sum_s": end - start}

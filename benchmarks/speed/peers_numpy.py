@@ -1,67 +1,112 @@
 """What is timed in NumPy and CuPy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
+from itertools import count
 from typing import Any
 
 import numpy as np
-from scipy.sparse.linalg import svds
 
 import spectral_core as sc
 
 from .cases import Case, by_formula, filled
 from .report import COMPILED, OURS
-from .timing import LeftOutError, Step, require_memory, require_short
+from .timing import LeftOutError, Makers, Options, Step, require_memory
 
 Arrays = dict[str, Any]
 
 
-def peers(case: Case, device: str, group: str) -> dict[str, Callable[[], Step]]:
-    """Return a function for each peer that prepares its step."""
+def arrays(case: Case, device: str, group: str) -> tuple[Arrays, Arrays]:
+    """Return W and G, or raise `LeftOutError`."""
     if (group == "numpy") != (device == "cpu"):
         raise LeftOutError("NumPy computes on the CPU, CuPy on a GPU")
     if case.dtype == "bfloat16":
         raise LeftOutError("no matrix products in bfloat16")
     require_memory(2 * case.size, device)
-    xp = import_module(group)
-    weights, grads = (
-        {
-            name: xp.asarray(filled(shape, seed)).astype(case.dtype, copy=False)
-            for name, shape in case.shapes.items()
+    weights: Arrays = {}
+    grads: Arrays = {}
+    for arrays, seed in ((weights, 0), (grads, 1)):
+        for name, shape in case.shapes.items():
+            array = import_module(group).asarray(filled(shape, seed))
+            arrays[name] = array.astype(case.dtype, copy=False)
+    return weights, grads
+
+
+def peers(_: Case, device: str, weights: Arrays, grads: Arrays) -> Makers:
+    """Return a function for each peer that prepares its step."""
+    if device == "cuda":
+        return {
+            OURS["cupy"]: partial(in_place, of_cupy(), weights, grads),
+            "paper's formula": partial(by_formula, import_module("cupy"), weights, grads),
+            "G += W": partial(floor, weights, grads),
         }
-        for seed in (0, 1)
-    )
-    package = sc if group == "numpy" else import_module("spectral_cupy")
-    plain = {"engines": ()} if group == "numpy" else {}
-    found = {
-        OURS[group]: partial(in_place, package, weights, grads, **plain),
-        "paper's formula": partial(by_formula, xp, weights, grads),
+    return {
+        OURS["numpy"]: partial(in_place, sc.add_gradient_, weights, grads, engines=()),
+        "paper's formula": partial(by_formula, np, weights, grads),
+        COMPILED: partial(in_place, sc.add_gradient_, weights, grads),
     }
-    if group == "cupy":
-        return found | {"G += W": partial(floor, weights, grads)}
-    compiled = partial(in_place, sc, weights, grads)
-    return found | {COMPILED: compiled, "scipy svds(k=1)": partial(first_values, case, weights)}
 
 
-def in_place(package: Any, weights: Arrays, grads: Arrays, **options: Any) -> Step:
-    state = package.init(weights)
+def variants(_: Case, device: str, weights: Arrays, grads: Arrays, common: Options) -> Makers:
+    """Return the options of a step with the compiled engine."""
+    add = sc.add_gradient_ if device == "cpu" else of_cupy()
+    found: Makers = {n: partial(in_place, add, weights, grads, **one) for n, one in common.items()}
+    if device == "cpu":
+        found["bound, idle"] = partial(bounded, weights, 1e6)
+        found["bound, acting"] = partial(bounded, weights, 1.0)
+        found["HWIO"] = partial(channels_last, weights, grads)
+    return found
+
+
+def of_cupy() -> Callable[..., sc.SpectralState]:
+    """Return CuPy's step with an engine, which keeps its tables from step to step."""
+    package = import_module("spectral_cupy")
+    return partial(package.add_gradient_, engine=package.CudaEngine())
+
+
+def in_place(
+    add: Callable[..., sc.SpectralState],
+    *arrays: Arrays,
+    n_vectors: int = 1,
+    layouts: Mapping[str, str] | None = None,
+    every_n_steps: int = 1,
+    **options: Any,
+) -> Step:
+    state, turns = sc.init(arrays[0], n_vectors=n_vectors, layouts=layouts), count()
 
     def step() -> None:
         nonlocal state
-        state = package.add_gradient_(weights, grads, state, **options)
+        n_iter = int(next(turns) % every_n_steps == 0)
+        state = add(*arrays, state, n_iter=n_iter, **options)
 
     step()  # compiles what it compiles
     return step
 
 
-def first_values(case: Case, weights: Arrays) -> Step:
-    require_short(sum(m * n for m, n in case.matrices), 5e8)
-    start = np.random.default_rng(0)
-    matrices = [w.reshape(w.shape[0], -1) for w in weights.values()]
-    return lambda: [
-        svds(W, k=1, return_singular_vectors=False, rng=start) for W in matrices if min(W.shape) > 1
-    ]
+def bounded(weights: Arrays, bound: float) -> Step:
+    """Bound copies, by a bound that falls in each step."""
+    copies = {name: w.copy() for name, w in weights.items()}
+    state = sc.init(copies)
+
+    def step() -> None:
+        nonlocal bound, state
+        bound *= 0.999
+        state = sc.constrain_(copies, state, bound)
+
+    step()
+    return step
+
+
+def channels_last(weights: Arrays, grads: Arrays) -> Step:
+    layouts = {name: "hwio" for name, w in weights.items() if w.ndim == 4}
+    if not layouts:
+        raise LeftOutError("no weight is a convolution")
+    arrays = (
+        {n: np.ascontiguousarray(x.transpose(2, 3, 1, 0)) if n in layouts else x for n, x in one}
+        for one in (weights.items(), grads.items())
+    )
+    return in_place(sc.add_gradient_, *arrays, layouts=layouts)
 
 
 def floor(weights: Arrays, grads: Arrays) -> Step:

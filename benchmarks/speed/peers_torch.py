@@ -1,6 +1,5 @@
 """What is timed in PyTorch. W and G are shared: their values do not matter here."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-import spectral_core as sc
-from spectral_torch import SpectralNormRegularizer
+from spectral_torch import SpectralNormConstraint, SpectralNormRegularizer
 
 from .cases import Case, by_formula, filled
 from .report import OURS
-from .timing import LeftOutError, Step, require_memory, require_short
+from .timing import LeftOutError, Makers, Options, Step, require_memory
 
 Tensors = dict[str, Tensor]
+MOST_WORK = 5e10  # of an SVD, m·n·min(m, n)
 
 
 def tensors(case: Case, device: str, seed: int) -> Tensors:
@@ -26,14 +25,16 @@ def tensors(case: Case, device: str, seed: int) -> Tensors:
     }
 
 
-def peers(case: Case, device: str, _: str) -> dict[str, Callable[[], Step]]:
-    """Return a function for each peer that prepares its step, or raises `LeftOutError`."""
+def arrays(case: Case, device: str, _: str) -> tuple[Tensors, Tensors]:
+    """Return W and G, or raise `LeftOutError`."""
     require_memory(2 * case.size, device)
-    weights, grads = tensors(case, device, 0), tensors(case, device, 1)
+    return tensors(case, device, 0), tensors(case, device, 1)
+
+
+def peers(case: Case, device: str, weights: Tensors, grads: Tensors) -> Makers:
     return {
-        OURS["torch"]: partial(adapter, weights, grads, kernels=True),
+        OURS["torch"]: partial(adapter, weights, grads),
         "kernels=False": partial(adapter, weights, grads, kernels=False),
-        "sc.add_gradient": partial(pure, case, device, weights, grads),
         "paper's formula": partial(by_formula, torch, weights, grads),
         "torch spectral_norm": partial(normalization, case, device, weights, grads),
         "matrix_norm(ord=2)": partial(svd, case, weights),
@@ -41,41 +42,100 @@ def peers(case: Case, device: str, _: str) -> dict[str, Callable[[], Step]]:
     }
 
 
-def regularizer_of(weights: Tensors, grads: Tensors, **options: Any) -> SpectralNormRegularizer:
-    parameters = {name: nn.Parameter(w) for name, w in weights.items()}
-    for name, parameter in parameters.items():
-        parameter.grad = grads[name]
-    return SpectralNormRegularizer(parameters, warmup_iters=1, **options)
+def variants(_: Case, device: str, weights: Tensors, grads: Tensors, common: Options) -> Makers:
+    """Return the options of the regularizer: `add_gradients_`, then whole optimizer steps."""
+    sgd = partial(optimizer_step, weights, grads)
+    found: Makers = {n: partial(adapter, weights, grads, **one) for n, one in common.items()}
+    return found | {
+        "bound, idle": partial(bounded, weights, 1e6),
+        "bound, acting": partial(bounded, weights, lambda step: 0.999**step),
+        "channels-last": partial(convolutions, weights, grads, torch.channels_last, "oihw"),
+        "transposed": partial(convolutions, weights, grads, torch.contiguous_format, "iohw"),
+        "torch.compile": lambda: torch.compile(adapter(weights, grads)),
+        "CUDA graph": partial(replayed, device, weights, grads),
+        "SGD": partial(sgd, None),
+        "SGD, attached": partial(sgd, {}),
+        "SGD, not restored": partial(sgd, {"restore_gradients": False}),
+        "SGD, GradScaler": partial(sgd, None, scaler=device),
+        "SGD, GradScaler, attached": partial(sgd, {}, scaler=device),
+    }
 
 
-def adapter(weights: Tensors, grads: Tensors, *, kernels: bool) -> Step:
-    step = regularizer_of(weights, grads, kernels=kernels).add_gradients_
+def adapter(weights: Tensors, grads: Tensors, **options: Any) -> Step:
+    step = regularizer_of(weights, grads, **options)[0].add_gradients_
     step()  # compiles what it compiles
     return step
 
 
-def pure(case: Case, device: str, weights: Tensors, grads: Tensors) -> Step:
-    require_memory(2 * case.size, device)
-    state = sc.init(weights)
+def regularizer_of(
+    weights: Tensors, grads: Tensors, **options: Any
+) -> tuple[SpectralNormRegularizer, list[nn.Parameter]]:
+    parameters = {name: nn.Parameter(w) for name, w in weights.items()}
+    for name, parameter in parameters.items():
+        parameter.grad = grads[name]
+    options = {"warmup_iters": 1, "layouts": layouts_of(weights)} | options
+    return SpectralNormRegularizer(parameters, **options), [*parameters.values()]
+
+
+def layouts_of(weights: Tensors, layout: str = "oihw") -> dict[str, str]:
+    return {name: layout for name, w in weights.items() if w.ndim == 4}
+
+
+def bounded(weights: Tensors, bound: Any) -> Step:
+    """Bound copies: they are scaled, by a bound that falls in each step."""
+    copies = {name: nn.Parameter(w.clone()) for name, w in weights.items()}
+    options = {"warmup_iters": 1, "layouts": layouts_of(weights)}
+    return SpectralNormConstraint(copies, bound, **options).constrain_
+
+
+def convolutions(weights: Tensors, grads: Tensors, memory_format: Any, layout: str) -> Step:
+    if not (layouts := layouts_of(weights, layout)):
+        raise LeftOutError("no weight is a convolution")
+    arrays = (
+        {n: x.contiguous(memory_format=memory_format) if n in layouts else x for n, x in one}
+        for one in (weights.items(), grads.items())
+    )
+    return adapter(*arrays, layouts=layouts)
+
+
+def replayed(device: str, weights: Tensors, grads: Tensors) -> Step:
+    if device == "cpu":
+        raise LeftOutError("no GPU")
+    step, stream = adapter(weights, grads), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # a capture needs a warm-up on its stream
+        step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return graph.replay
+
+
+def optimizer_step(
+    weights: Tensors, grads: Tensors, attached: dict[str, Any] | None, scaler: str = ""
+) -> Step:
+    """Step by a fused optimizer, at a rate and a scale that leave W and G as they are."""
+    regularizer, parameters = regularizer_of(weights, grads, **(attached or {}))
+    optimizer = torch.optim.SGD(parameters, lr=0.0, fused=True)
+    if attached is not None:
+        regularizer.attach(optimizer)
+    if not scaler:
+        return optimizer.step
+    scaling = torch.amp.GradScaler(scaler, init_scale=1.0, growth_interval=2**30)
+    scaling.scale(torch.zeros((), device=scaler))  # makes its tensors
 
     def step() -> None:
-        nonlocal state
-        _, state = sc.add_gradient(weights, grads, state)
+        scaling.step(optimizer)
+        scaling.update()
 
     return step
 
 
-class Holder(nn.Module):
-    """A layer that is nothing but its weight."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-
 def normalization(case: Case, device: str, weights: Tensors, grads: Tensors) -> Step:
     require_memory(3 * case.size, device)
-    layers = [parametrizations.spectral_norm(Holder(w)) for w in weights.values()]
+    # A layer that is nothing but its weight.
+    bare = [nn.ParameterDict({"weight": nn.Parameter(w)}) for w in weights.values()]
+    layers = [parametrizations.spectral_norm(layer) for layer in bare]
     originals = [layer.parametrizations.weight.original for layer in layers]
     upstream = list(grads.values())
 
@@ -91,7 +151,8 @@ def normalization(case: Case, device: str, weights: Tensors, grads: Tensors) -> 
 def svd(case: Case, weights: Tensors) -> Step:
     if case.dtype == "bfloat16":
         raise LeftOutError("PyTorch has no SVD of bfloat16")
-    require_short(sum(m * n * min(m, n) for m, n in case.matrices), 1e11)
+    if sum(m * n * min(m, n) for m, n in case.matrices) > MOST_WORK:
+        raise LeftOutError("a call would take longer than 5 s or so")
     return lambda: [torch.linalg.matrix_norm(w.flatten(1), ord=2) for w in weights.values()]
 
 

@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatch
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,16 @@ Result = dict[str, Any]
 DIGITS = 4  # significant ones
 NOTES = read_toml(Path(__file__).with_name("peers.toml"))
 TITLES = {"torch": "PyTorch", "jax": "JAX", "numpy": "NumPy", "cupy": "CuPy"}
-OURS = {group: next(iter(NOTES[group])) for group in TITLES}
+OURS = {group: next(iter(NOTES["steps"][group])) for group in TITLES}
 BY_HAND = {group: "jitted loop" if group == "jax" else "paper's formula" for group in TITLES}
 WRAPPER = {"torch": "torch spectral_norm", "jax": "nnx.SpectralNorm", "numpy": ""}
 COMPILED = "with NumbaEngine"
+LISTS = ("cases", "options", "scaling")  # sections of cases; the others are dicts
+EMPTY: Result = {section: [] for section in LISTS}
+EMPTY |= {one: {} for one in ("training", "compilation", "sharded", "account", "seconds_of")}
 
 
-def stem(result: Result) -> str:
-    machine = result["machine"]
+def stem(machine: Result) -> str:
     name = re.sub(r"[^a-z0-9]+", "-", machine["device_name"].lower()).strip("-")
     return "speed-cpu" if machine["device"] == "cpu" else f"speed-cuda-{name}"
 
@@ -27,7 +31,7 @@ def stem(result: Result) -> str:
 def committed(folder: Path = RESULTS) -> list[Result]:
     """Return the results of each device that was measured, the CPU first."""
     paths = sorted(folder.glob("speed-*.json.gz"), key=lambda path: ("cpu" not in path.name, path))
-    return [read_json(path) for path in paths]
+    return [EMPTY | read_json(path) for path in paths]
 
 
 def where(machine: Result) -> str:
@@ -47,9 +51,13 @@ def times(ratio: float) -> str:
     return f"{ratio:.2g} ×" if ratio < 10 else f"{ratio:.0f} ×"
 
 
-def steps_of(result: Result, case: str, group: str) -> Result:
-    found = [one["peers"][group]["steps"] for one in result["cases"] if one["name"] == case]
-    return dict(found[0]) if found else {}
+def cell(step: Result | None, ratio: str = "ratio_to_ours") -> str:
+    return f"{ms(step['median_ms'])} ({times(step[ratio])})" if step else "–"
+
+
+def steps_of(case: Result, group: str) -> Result:
+    """Return the steps of a group, none where the group was left out."""
+    return case["peers"].get(group, {}).get("steps", {})
 
 
 def label(case: Result) -> str:
@@ -58,9 +66,9 @@ def label(case: Result) -> str:
 
 def costs(result: Result) -> str:
     """Return four rows for README: a small and a large network, and the other frameworks."""
-    rows = []
+    rows, cases = [], {case["name"]: case for case in result["cases"]}
     for title, case, group, ours, training in NOTES["readme"]["rows"]:
-        steps = steps_of(result, case, group)
+        steps = steps_of(cases[case], group)
         own = steps[ours]["median_ms"]
         row = [title, f"**{ms(own)}**"]
         for other in (BY_HAND[group], WRAPPER[group]):
@@ -69,10 +77,8 @@ def costs(result: Result) -> str:
         share = result["training"].get(training, {}).get("share")
         rows.append([*row, f"{100 * share:.2g} %" if share else "–"])
     header = ["step", "this library", "the formula by hand", "spectral normalization"]
-    table = markdown([*header, "share of a training step"], rows)
-    return (
-        f"{table}\n\nAdding all terms in float32, not taking them out: {where(result['machine'])}."
-    )
+    table, at = markdown([*header, "share of a training step"], rows), where(result["machine"])
+    return f"{table}\n\nAdding all terms in float32, not taking them out: {at}."
 
 
 def summary(result: Result, *, picture: bool = True) -> str:
@@ -80,47 +86,90 @@ def summary(result: Result, *, picture: bool = True) -> str:
     machine, speed = result["machine"], f"{result['bytes_per_second'] / 1e9:.1f} GB/s"
     measured = f"Measured on {machine['date']} with {where(machine)}. A large copy moves {speed}."
     parts = [f"{measured} {NOTES['other']['times']}"]
-    parts += [f"![Time of a step](../benchmarks/results/{stem(result)}.png)"] if picture else []
-    for group, title in TITLES.items():
-        if any(case["peers"][group]["steps"] for case in result["cases"]):
-            notes = [f"- `{name}`: {note}." for name, note in NOTES[group].items()]
-            table = peers_table(result, group, floor=machine["device"] != "cpu")
-            parts += [f"### One step in {title}", "\n".join(notes), table]
-    for title, name, table in (
-        ("Peak memory of a step", "memory", memory(result)),
-        ("Whole training steps in PyTorch", "training", training(result)),
-        ("Tracing and compiling in JAX", "compilation", compilation(result)),
-    ):
+    parts += [f"![Time of a step](../benchmarks/results/{stem(machine)}.png)"] if picture else []
+    for title, note, table in tables(result):
         if table.count("\n") > 1:
-            note = NOTES["other"][name]
-            parts += [f"### {title}", f"{note[0].upper()}{note[1:]}.", table]
-    return "\n\n".join([*parts, *graph_lines(result)])
+            parts += [f"### {title}", note, table]
+            if title == NOTES["titles"]["scaling"] and picture:
+                parts.append(f"![{title}](../benchmarks/results/{stem(machine)}-scaling.png)")
+    return "\n\n".join(parts)
 
 
-def peers_table(result: Result, group: str, *, floor: bool) -> str:
+def tables(result: Result) -> Iterator[tuple[str, str, str]]:
+    """Yield titles, notes and tables; one of two lines has no rows."""
+    for group, title in TITLES.items():
+        yield f"One step in {title}", notes(NOTES["steps"][group]), peers_table(result, group)
+    for group, title in TITLES.items():
+        table = options_table(result, group)
+        known = {name: note for name, note in NOTES["options"].items() if f"`{name}`" in table}
+        yield f"Options in {title}", notes(known), table
+    makers = (scaling, memory, training, compilation, account, goals)
+    for name, make in zip(NOTES["titles"], makers, strict=True):
+        yield NOTES["titles"][name], f"{NOTES['other'][name]}.", make(result)
+
+
+def notes(found: Result) -> str:
+    return "\n".join(f"- `{name}`: {note}." for name, note in found.items())
+
+
+def peers_table(result: Result, group: str) -> str:
     """Return ours and its peers; a dash where a peer was left out, and the reasons below."""
-    cases = [case for case in result["cases"] if case["peers"][group]["steps"]]
-    names = dict.fromkeys(name for case in cases for name in case["peers"][group]["steps"])
-    others = [name for name in names if name != OURS[group]]
-    rows, reasons = [], {}
+    cases = [case for case in result["cases"] if steps_of(case, group)]
+    names = dict.fromkeys(name for case in cases for name in steps_of(case, group))
+    names.pop(OURS[group], None)
+    rows, reasons, floor = [], {}, result["machine"]["device"] != "cpu"
     for case in cases:
-        steps, left_out = case["peers"][group]["steps"], case["peers"][group]["left_out"]
+        steps, left_out = steps_of(case, group), case["peers"][group]["left_out"]
         ours = steps[OURS[group]]
-        texts = {
-            name: f"{ms(step['median_ms'])} ({times(step['ratio_to_ours'])})"
-            for name, step in steps.items()
-        }
-        row = [label(case), f"**{ms(ours['median_ms'])}**"]
-        row += [texts.get(name, "–") for name in others]
-        if floor:
-            ratio = times(1 / ours["ratio_to_bytes"])
-            row.append(f"{ms(case['bytes_over_bandwidth_ms'])} ({ratio})")
-        rows.append(row)
+        row = [label(case), f"**{ms(ours['median_ms'])}**", *(cell(steps.get(n)) for n in names)]
+        moved, ratio = case["bytes_over_bandwidth_ms"], times(1 / ours["ratio_to_bytes"])
+        rows.append([*row, f"{ms(moved)} ({ratio})"] if floor else row)
         reasons |= {f"`{name}`, {label(case)}": reason for name, reason in left_out.items()}
-    header = ["weights", *(f"`{name}`" for name in (OURS[group], *others))]
+    header = ["weights", *(f"`{name}`" for name in (OURS[group], *names))]
     table = markdown(header + ["bytes / bandwidth"] * floor, rows)
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     return f"{table}\n\nLeft out: {why}." if why else table
+
+
+def options_table(result: Result, group: str) -> str:
+    """Return a row for each step, a column for each case; the first row is compared to."""
+    cases = [case for case in result["options"] if steps_of(case, group)]
+    names = dict.fromkeys(name for case in cases for name in steps_of(case, group))
+    rows = [[f"`{n}`", *(cell(steps_of(case, group).get(n)) for case in cases)] for n in names]
+    if group == "torch" and result["sharded"]:
+        found = [result["sharded"].get(case["name"].removeprefix("options-"), {}) for case in cases]
+        for name in ("whole", "sharded"):
+            cells = (cell(steps.get(name), "ratio_to_first") for steps in found)
+            rows.append([f"`2 processes, {name}`", *cells])
+    return markdown(["step", *map(label, cases)], rows)
+
+
+def scaling(result: Result) -> str:
+    """Return the largest of each series, and the power by which time grows up to it."""
+    rows = []
+    for (series, group, name), points in grown(result).items():
+        first, last = points[-3:][0], points[-1]
+        if (growth := log(last["x"] / first["x"])) > 0:
+            power = f"{log(last['ms'] / first['ms']) / growth:.2f}"
+            memory = f"{last['bytes']:,}" if last["bytes"] else ""
+            title = f"{series}, {TITLES[group]}, `{name}`"
+            rows.append([title, last["title"], ms(last["ms"]), power, memory])
+    return markdown(["what grows", "up to", "time", "power", "peak memory, bytes"], rows)
+
+
+def grown(result: Result) -> dict[tuple[str, str, str], list[Result]]:
+    """Return what a step needs by the number of layers, or by the bytes of ever wider ones."""
+    found: dict[tuple[str, str, str], list[Result]] = {}
+    for case in result["scaling"]:
+        series = case["name"].split("-")[0]
+        x = case["bytes_of_weights" if series == "width" else "weights"]
+        for group, outcome in case["peers"].items():
+            for name, step in outcome["steps"].items():
+                memory = outcome["memory"].get(name)
+                point = {"x": x, "ms": step["median_ms"], "title": case["title"]}
+                point["bytes"] = memory and memory["bytes"] + (memory["python_bytes"] or 0)
+                found.setdefault((series, group, name), []).append(point)
+    return found
 
 
 def memory(result: Result) -> str:
@@ -129,16 +178,14 @@ def memory(result: Result) -> str:
             label(case),
             f"{TITLES[group]}, `{name}`",
             f"{taken['bytes']:,}",
-            times(taken["of_vectors"]),
-            times(taken["of_largest_matrix"]),
+            times(taken["bytes"] / case["bytes_of_weights"]),
             "" if taken["python_bytes"] is None else f"{taken['python_bytes']:,}",
         ]
         for case in result["cases"]
         for group, outcome in case["peers"].items()
         for name, taken in outcome["memory"].items()
     ]
-    header = ["weights", "step", "bytes", "of u and v", "of the largest matrix", "Python, NumPy"]
-    return markdown(header, rows)
+    return markdown(["weights", "step", "bytes", "of W", "Python, NumPy"], rows)
 
 
 def training(result: Result) -> str:
@@ -159,56 +206,46 @@ def compilation(result: Result) -> str:
     return markdown(["step", "blocks", "trace", "compile", "sum"], rows)
 
 
-def graph_lines(result: Result) -> Iterator[str]:
-    graph = result["graph"]
-    if "steps" in graph:
-        replay, launched = (ms(graph["steps"][key]["median_ms"]) for key in ("replay", "launched"))
-        yield f"DenseNet-40: {replay} as a replayed CUDA graph, {launched} launched one by one."
-    elif "left_out" in graph:
-        yield f"CUDA graph: {graph['left_out']}."
+def account(result: Result) -> str:
+    """Return what a step moves and sends, and its share of a training step."""
+    if not (found := result["account"]):
+        return ""
+    rows = []
+    for name, row in found["rows"].items():
+        cells = [f"{row['moved'] / 1e9:.3g} GB", f"{row['operations']:,}", f"{row['messages']}"]
+        cells.append(f"{row['sent'] / row['messages'] / 1e6:.3g} MB")
+        cells += [ms(1e3 * row[key]) for key in ("memory_s", "launch_s", "network_s")]
+        rows.append([f"`{name}`", *cells, f"{100 * row['share']:.2g} %"])
+    header = ["step", "moved", "operations", "messages", "a message", "memory", "launches"]
+    assumed = NOTES["other"]["assumed"].format(**found, **found["assumed"])
+    return f"{markdown([*header, 'network', 'share'], rows)}\n\n{assumed}"
 
 
 def goals(result: Result) -> str:
     """Return the goals that the project sets itself, and whether these results reach them."""
     rows = []
-    for text, limit, value in reached(result):
-        verdict = "not measured" if value is None else "pass" if value <= limit else "FAIL"
-        rows.append([text, verdict, "" if value is None else f"{value:.3g}", f"{limit:g}"])
+    known = NOTES["goals"]["all"] + NOTES["goals"][result["machine"]["device"]]
+    for cases, group, step, peer, limit in known:
+        key, found = "ratio_to_ours" if peer else "ratio_to_bytes", {}
+        for case in result["options" if cases.startswith("options-") else "cases"]:
+            steps = steps_of(case, group)
+            if fnmatch(case["name"], cases) and {step, peer or step} <= steps.keys():
+                found[case["name"]] = steps[step][key] / (steps[peer][key] if peer else 1)
+        text = f"{TITLES[group]}, `{cases}`: `{step}` to {f'`{peer}`' if peer else 'the bytes'}"
+        rows.append(goal(text, limit, found))
+    for who, counts in result["compilation"].get("times", {}).items():
+        if who.startswith(OURS["jax"]) and {"12", "96"} <= counts.keys():
+            text, few, many = f"{who}: compiling 96 blocks to 12", counts["12"], counts["96"]
+            rows.append(goal(text, 2.0, {who: many["sum_s"] / few["sum_s"]}))
+    shares = {name: one["share"] for name, one in result["training"].items()}
+    rows.append(goal("Share of a training step", 0.02, shares))
     return markdown(["goal", "", "value", "limit"], rows)
 
 
-def reached(result: Result) -> Iterator[tuple[str, float, float | None]]:
-    """Yield each goal, its limit, and the value that was measured."""
-    for group, limit in {"torch": 1.0, "jax": 1.2}.items():
-        peer = BY_HAND[group]
-        found = (ours_to(result, case["name"], group, peer) for case in result["cases"])
-        worst = max((ratio for ratio in found if ratio is not None), default=None)
-        yield f"{TITLES[group]}: the worst case to the {peer}", limit, worst
-    for who, counts in result["compilation"].get("times", {}).items():
-        if who.startswith(OURS["jax"]) and {"12", "96"} <= counts.keys():
-            ratio = counts["96"]["sum_s"] / counts["12"]["sum_s"]
-            yield f"{who}: compiling 96 blocks to compiling 12", 1.5, ratio
-    training, device = result["training"], result["machine"]["device"]
-    share = training.get("resnet-50", {}).get("share")
-    yield "ResNet-50: share of the training step", 0.02, share
-    for case, group, peer, limit in NOTES["goals"][device]:
-        text = f"{case}: ours to {peer or 'bytes / bandwidth'}"
-        yield text, limit, ours_to(result, case, group, peer)
-    if device != "cpu":
-        replay = median_of(result["graph"], "replay")
-        yield "DenseNet-40: ms of a graph replay", 0.06, replay
-        step = median_of(training.get("densenet-40", {}), "with")
-        ratio = replay / step if replay and step else None
-        yield "DenseNet-40: graph replay to the training step", 0.03, ratio
-
-
-def median_of(timed: Result, step: str) -> float | None:
-    return timed.get("steps", {}).get(step, {}).get("median_ms")
-
-
-def ours_to(result: Result, case: str, group: str, peer: str) -> float | None:
-    """Return our time as a multiple of the peer's, or of bytes / bandwidth."""
-    steps = steps_of(result, case, group)
-    if not peer:
-        return steps[OURS[group]]["ratio_to_bytes"] if steps else None
-    return 1 / steps[peer]["ratio_to_ours"] if peer in steps else None
+def goal(text: str, limit: float, values: dict[str, float]) -> list[str]:
+    if not values:
+        return [text, "not measured", "", f"{limit:g}"]
+    worst = max(values, key=lambda name: values[name])
+    met = "met" if float(f"{values[worst]:.3g}") <= limit else "not met"  # as it is printed
+    text = f"{text}, worst in {worst}" if len(values) > 1 else text
+    return [text, met, f"{values[worst]:.3g}", f"{limit:g}"]

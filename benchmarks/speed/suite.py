@@ -1,34 +1,69 @@
 """All that is measured, one part after another."""
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import partial
 from importlib import import_module
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from benchmarks.common import machine
+from benchmarks import models
+from spectral_torch import SpectralNormRegularizer
 
-from . import timing, training
-from .cases import Case, layer_sets, squares
-from .report import BY_HAND, OURS, Result
-from .timing import Budget, LeftOutError, Step, clock_of, interleaved
+from . import sharded, timing
+from .cases import Case, layer_sets, squares, sweeps
+from .report import BY_HAND, LISTS, NOTES, WRAPPER, Result
+from .timing import Budget, LeftOutError, Makers, Step, interleaved
 
 GROUPS = {"torch": "peers_torch", "jax": "peers_jax", "numpy": "peers_numpy", "cupy": "peers_numpy"}
-QUICK = ["square-256-float32", "square-1024-float32", "square-1024-bfloat16"]
-QUICK += ["densenet-40-36-float32", "training-densenet-40", "compilation", "graph"]
+SUITE = NOTES["suite"]
 QUICK_BLOCKS, QUICK_BATCH = (1, 4), 2
 
 
+class Training(NamedTuple):
+    name: str
+    title: str
+    make: Callable[[], nn.Module]
+    draw: Callable[[int], tuple[Tensor, Tensor]]
+    batch: int
+
+
+def images(side: int, classes: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    return lambda count: (torch.randn(count, 3, side, side), torch.randint(classes, (count,)))
+
+
+def texts(count: int) -> tuple[Tensor, Tensor]:
+    text = torch.randint(50257, (count, 257))
+    return text[:, :-1].contiguous(), text[:, 1:].flatten()
+
+
+SMALL, LARGE = images(32, 10), images(224, 1000)
+TRAININGS = (
+    Training("densenet-40", "DenseNet-40, 32² images", models.densenet, SMALL, 64),
+    Training("vgg-16", "VGG-16, 32² images", models.vgg_16, SMALL, 64),
+    Training("gpt2-small", "GPT-2 small, 256 tokens", models.GPT2, texts, 2),
+    Training("resnet-50", "ResNet-50, 224² images", models.resnet_50, LARGE, 32),
+)
+
+
 @dataclass(frozen=True)
-class Options:
+class Settings:
     device: str = "cpu"
-    only: tuple[str, ...] = ("*",)
+    only: Sequence[str] = ("*",)
+    groups: Sequence[str] = tuple(GROUPS)
+    without: Sequence[str] = ()  # words in the names or the descriptions of steps
     quick: bool = False
     budget: Budget = field(default_factory=Budget)
+
+    def wants(self, step: str) -> bool:
+        about = " ".join([step, *(notes.get(step, "") for notes in NOTES["steps"].values())])
+        return not any(word.casefold() in about.casefold() for word in self.without)
 
 
 class Part(NamedTuple):
@@ -37,106 +72,139 @@ class Part(NamedTuple):
     name: str
     section: str
     measure: Callable[[], Any]
+    group: str = ""  # the only one that takes part
 
 
-def parts(options: Options, bytes_per_second: float = 1.0) -> list[Part]:
+def parts(settings: Settings, bytes_per_second: float = 1.0) -> list[Part]:
+    cases = [*squares(), *layer_sets()]
+    varied = [case for case in cases if case.name in SUITE["varied"]]
+    options = [replace(case, name=f"options-{case.name}") for case in varied]
+    sections = {"cases": cases, "options": options, "scaling": sweeps()}
     found = [
-        Part(case.name, "cases", partial(case_result, case, options, bytes_per_second))
-        for case in [*squares(), *layer_sets()]
+        Part(case.name, section, partial(case_result, section, case, settings, bytes_per_second))
+        for section, some in sections.items()
+        for case in some
     ]
-    found += [
-        Part(f"training-{one.name}", "training", partial(training_result, one, options))
-        for one in training.TRAININGS
-    ]
-    found.append(Part("compilation", "compilation", partial(compilation, options)))
-    if options.device == "cuda":
-        found.append(Part("graph", "graph", partial(training.replayed, options.budget)))
-    known = [part for part in found if part.name in QUICK or not options.quick]
-    return [part for part in known if any(fnmatch(part.name, one) for one in options.only)]
+    for one in TRAININGS:
+        measure = partial(training_result, one, settings)
+        found.append(Part(f"training-{one.name}", "training", measure, "torch"))
+    found.append(Part("compilation", "compilation", partial(compilation, settings), "jax"))
+    if settings.device == "cpu":
+        some = varied[:1] if settings.quick else varied
+        found.append(Part("sharded", "sharded", partial(sharded.measure, some), "torch"))
+        found.append(Part("account", "account", sharded.account, "torch"))
+    found = [part for part in found if part.group in ("", *settings.groups)]
+    for patterns in (settings.only, SUITE["quick"] if settings.quick else ["*"]):
+        found = [part for part in found if any(fnmatch(part.name, one) for one in patterns)]
+    return found
 
 
-def run(options: Options, progress: Callable[[list[Part]], Iterable[Part]]) -> Iterator[Result]:
+def run(parts: Iterable[Part], result: Result) -> Iterator[Result]:
     """Yield the result after each part: a run that is cut off loses its last part only."""
-    speed = timing.bandwidth(options.device)
-    result: Result = {"machine": machine(options.device), "bytes_per_second": speed}
-    result |= {"cases": [], "training": {}, "compilation": {}, "graph": {}}
-    for part in progress(parts(options, speed)):
+    for part in parts:
+        start = perf_counter()
         measured = part.measure()
-        if part.section == "cases":
-            result["cases"].append(measured)
+        if part.section in LISTS:
+            named = {case["name"]: case for case in result[part.section]}
+            others = named.get(part.name, {}).get("peers", {})  # groups that were measured before
+            named[part.name] = {**measured, "peers": others | measured["peers"]}
+            result[part.section] = [*named.values()]
         else:
-            result[part.section].update(measured)
-        give_memory_back(options.device)
+            result[part.section] = result[part.section] | measured
+        result["seconds_of"] = result["seconds_of"] | {part.name: perf_counter() - start}
         yield result
 
 
-def give_memory_back(device: str) -> None:
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
+def training_result(training: Training, settings: Settings) -> Result:
+    """Time a training step with the regularizer and without, and the regularizer in between."""
+    torch.manual_seed(0)
+    model = training.make().to(settings.device)
+    batch = QUICK_BATCH if settings.quick else training.batch
+    data, target = (tensor.to(settings.device) for tensor in training.draw(batch))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
+    regularizer = SpectralNormRegularizer(model, factor=1e-4, warmup_iters=1)
 
+    def step(before: Step) -> None:
+        optimizer.zero_grad()
+        cross_entropy(model(data), target).backward()
+        before()  # where `attach` would call the regularizer
+        optimizer.step()
 
-def training_result(one: training.Training, options: Options) -> Result:
+    steps = {
+        "without": lambda: step(lambda: None),
+        "with": lambda: step(regularizer.add_gradients_),
+        # After a whole training step, which has put other things into the caches.
+        "regularizer": regularizer.add_gradients_,
+    }
     # Training steps are slow and steady: few are enough.
-    budget = Budget(3 * options.budget.seconds, options.budget.rounds, least=3)
-    one = one._replace(batch=QUICK_BATCH) if options.quick else one
-    return {one.name: training.share(one, options.device, budget)}
+    budget = Budget(3 * settings.budget.seconds, settings.budget.rounds, least=3)
+    timings = interleaved(steps, budget, settings.device)
+    own, whole = timings["regularizer"]["median_ms"], timings["with"]["median_ms"]
+    about = {"title": f"{training.title}, batch {batch}"}
+    about |= {"weights": len(regularizer.sigmas()), "steps": timings}
+    return {training.name: {**about, "regularizer_ms": own, "share": own / whole}}
 
 
-def compilation(options: Options) -> Result:
+def compilation(settings: Settings) -> Result:
     try:
         module = import_module(".peers_jax", __package__)
     except ImportError as reason:
         return {"left_out": str(reason)}
-    return {"times": module.compile_times(QUICK_BLOCKS if options.quick else module.BLOCKS)}
+    return {"times": module.compile_times(QUICK_BLOCKS if settings.quick else module.BLOCKS)}
 
 
-def case_result(case: Case, options: Options, bytes_per_second: float) -> Result:
-    floor_ms = 1e3 * case.bytes_moved / bytes_per_second
-    peers = {}
-    for group in GROUPS:
-        peers[group] = group_result(group, case, options, floor_ms)
-        give_memory_back(options.device)
+def case_result(section: str, case: Case, settings: Settings, bytes_per_second: float) -> Result:
     about = {"name": case.name, "title": case.title, "weights": len(case.shapes), "n": case.n}
-    size = {"dtype": case.dtype, "bytes_of_weights": case.size, "bytes_moved": case.bytes_moved}
-    return {**about, **size, "bytes_over_bandwidth_ms": floor_ms, "peers": peers}
+    about |= {"dtype": case.dtype, "bytes_of_weights": case.size, "bytes_moved": 3 * case.size}
+    # Any step must read W, and read and write G.
+    about["bytes_over_bandwidth_ms"] = floor_ms = 1e3 * about["bytes_moved"] / bytes_per_second
+    # XLA compiles each of many layers anew, which takes minutes.
+    groups = [one for one in settings.groups if (section, one) != ("scaling", "jax")]
+    return about | {
+        "peers": {one: group_result(section, one, case, settings, floor_ms) for one in groups}
+    }
 
 
-def group_result(group: str, case: Case, options: Options, floor_ms: float) -> Result:
+def group_result(
+    section: str, group: str, case: Case, settings: Settings, floor_ms: float
+) -> Result:
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where CUDA is not in use
+    found: Result = {"steps": {}, "left_out": {}, "memory": {}}
     try:
-        module = import_module(f".{GROUPS[group]}", __package__)
-        makers = module.peers(case, options.device, group)
+        makers = makers_of(section, group, case, settings)
     except (ImportError, LeftOutError) as reason:
-        return {"steps": {}, "left_out": {"all": str(reason)}, "memory": {}}
-    steps, left_out = {}, {}
+        return found | {"left_out": {"all": str(reason)}}
+    steps: dict[str, Step] = {}
     for name, make in makers.items():
         try:
             steps[name] = make()
         except LeftOutError as reason:
-            left_out[name] = str(reason)
-    if (ours := OURS[group]) not in steps:
-        return {"steps": {}, "left_out": left_out, "memory": {}}
-    timings = interleaved(steps, options.budget, clock_of(options.device, group))
-    median = timings[ours]["median_ms"]
-    for taken in timings.values():
-        taken["ratio_to_ours"] = taken["median_ms"] / median
+            found["left_out"][name] = str(reason)
+    if (first := next(iter(makers))) not in steps:
+        return found
+    found["steps"] = interleaved(steps, settings.budget, settings.device)
+    for taken in found["steps"].values():
+        taken["ratio_to_ours"] = taken.pop("ratio_to_first")
         taken["ratio_to_bytes"] = taken["median_ms"] / floor_ms
     # JAX and CuPy have no honest way to count.
-    counted = (ours, BY_HAND[group]) if group in ("torch", "numpy") else ()
-    memory = {name: memory_result(case, steps[name], group, options.device) for name in counted}
-    return {"steps": timings, "left_out": left_out, "memory": memory}
+    if group in ("torch", "numpy") and section != "options":
+        counted = steps.keys() & {first, BY_HAND[group]}
+        measure = partial(timing.peak_memory, device=settings.device, group=group)
+        found["memory"] = {name: measure(steps[name]) for name in sorted(counted, reverse=True)}
+    return found
 
 
-def memory_result(case: Case, step: Step, group: str, device: str) -> Result:
-    """Return bytes beyond weights, gradients and state, and as multiples."""
-    taken, python = timing.peak_by_tracemalloc(step), None
-    if group == "torch":
-        taken, python = timing.peak_memory(step, device)
-    sizes = [m * n for m, n in case.matrices]
-    largest = max(sizes) * case.size // sum(sizes)
-    return {
-        "bytes": taken,
-        "python_bytes": python,
-        "of_vectors": taken / case.vectors_size,
-        "of_largest_matrix": taken / largest,
-    }
+def makers_of(section: str, group: str, case: Case, settings: Settings) -> Makers:
+    """Return all peers of a case, or some of them and the options, the step to compare to first."""
+    module = import_module(f".{GROUPS[group]}", __package__)
+    arrays = module.arrays(case, settings.device, group)
+    makers: Makers = module.peers(case, settings.device, *arrays)
+    if section != "cases":
+        makers = {name: makers[name] for name in SUITE["beside"][group]}
+    if section == "scaling":  # ten thousand wrapped layers are slow
+        makers.pop(WRAPPER.get(group, ""), None)
+    if section == "options":
+        makers |= module.variants(case, settings.device, *arrays, SUITE["common"])
+    first = next(iter(makers))
+    return {name: make for name, make in makers.items() if name == first or settings.wants(name)}
