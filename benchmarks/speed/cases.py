@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -70,14 +71,13 @@ def layer_sets() -> list[Case]:
 
 def sweeps() -> list[Case]:
     """Return equal layers: more of them, wider ones, and up to 10,000 small ones."""
-    sizes = {"depth": [(2**k, 512) for k in range(9)], "width": [(8, 2**k) for k in range(6, 13)]}
-    sizes["weights"] = [(10**k, 16) for k in range(5)]
-    return [
-        Case(f"{sweep}-{at}", title, {f"{k}": (n, n) for k in range(count)})
-        for sweep, points in sizes.items()
-        for count, n in points
-        for at, title in [(n if sweep == "width" else count, f"{count} × {n}²")]
-    ]
+    sizes = {"depth": [(4**k, 512) for k in range(5)], "width": [(8, 4**k) for k in range(3, 7)]}
+    found = []
+    for sweep, points in {**sizes, "weights": [(10**k, 16) for k in range(5)]}.items():
+        for count, n in points:
+            name = f"{sweep}-{n if sweep == 'width' else count}"
+            found.append(Case(name, f"{count} × {n}²", {f"w{k}": (n, n) for k in range(count)}))
+    return found
 
 
 def llama(layers: int = 16, hidden: int = 2048, kv: int = 512, mlp: int = 8192) -> dict[str, Shape]:
@@ -107,10 +107,13 @@ def by_formula(xp: Any, weights: dict[str, Any], grads: dict[str, Any]) -> Calla
 
 def filled(shape: Shape, seed: int = 0) -> NDArray[np.float32]:
     """Return normal numbers of the scale of weights, a million of them repeated: quick to draw."""
+    return np.resize(pool(seed)[: prod(shape)], shape) * np.float32(prod(shape[1:]) ** -0.5)
+
+
+@cache
+def pool(seed: int) -> NDArray[np.float32]:
     # A prime, so that rows differ. Not zeros: reading untouched pages costs nothing.
-    pool = np.random.default_rng(seed).standard_normal(1_000_003, dtype=np.float32)
-    pool *= prod(shape[1:]) ** -0.5
-    return np.resize(pool, shape)
+    return np.random.default_rng(seed).standard_normal(1_000_003, dtype=np.float32)
 
 
 SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384)

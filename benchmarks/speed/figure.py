@@ -63,17 +63,20 @@ def save_scaling(path: Path, result: Result) -> None:
     """Draw time above and peak memory below; what is linear is parallel to the dotted line."""
     points = grown(result).items()
     rows = [
-        {"panel": f"{what} over {SERIES[series]}", "x": point["x"], "y": point[key], "step": step}
+        {"panel": f"{what} over {SERIES[series]}", "x": point["x"], "y": point[key]}
+        | {"step": step, "framework": TITLES[group]}
         for key, what in {"ms": "ms", "bytes": "peak bytes"}.items()
-        for (series, _, step), of_step in points
+        for (series, group, step), of_step in points
         for point in of_step
         if point[key]
     ]
     if not rows:
         return
-    with panels(rows, x="x", col_wrap=len(SERIES), marker="o", **LOOKS) as grid:
+    with panels(
+        rows, x="x", col_wrap=len(SERIES), style="framework", markers=True, **LOOKS
+    ) as grid:
         grid.set(xscale="log", yscale="log").set_axis_labels("", "")
-        for axis in grid.axes.flat:
-            x, y = (max(line.get_data()[k].max() for line in axis.lines) for k in (0, 1))
-            axis.axline((x, y), (10 * x, 10 * y), color="0.5", linestyle=":")
+        for panel, axis in grid.axes_dict.items():
+            x, y = (max(row[key] for row in rows if row["panel"] == panel) for key in "xy")
+            axis.axline((x, y), (x / 10, y / 10), color="0.5", linestyle=":")
         save_figure(grid.figure, path, dpi=80)

@@ -17,7 +17,6 @@ from .report import OURS
 from .timing import LeftOutError, Makers, Options, Step, require_memory
 
 FACTOR = 0.01
-BLOCKS = (12, 96)  # of GPT-2, that are compiled
 GPT_2 = {"qkv": (768, 2304), "proj": (768, 768), "fc": (768, 3072), "out": (3072, 768)}
 
 Tree = dict[str, Any]
@@ -144,7 +143,7 @@ def normalization(case: Case, params: Tree, shared: SimpleNamespace, device: str
     return step
 
 
-def compile_times(counts: tuple[int, ...] = BLOCKS) -> dict[str, dict[str, dict[str, float]]]:
+def compile_times(counts: tuple[int, ...]) -> dict[str, dict[str, dict[str, float]]]:
     """Return seconds to trace and to compile a step for so many blocks of GPT-2; nothing runs."""
     jax.config.update("jax_enable_x64", False)
     compile_time(ours({}), blocks(1))  # imports what it imports

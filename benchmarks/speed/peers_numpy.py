@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
-from itertools import count
+from itertools import count, product
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,11 @@ def arrays(case: Case, device: str, group: str) -> tuple[Arrays, Arrays]:
     if case.dtype == "bfloat16":
         raise LeftOutError("no matrix products in bfloat16")
     require_memory(2 * case.size, device)
-    weights: Arrays = {}
-    grads: Arrays = {}
-    for arrays, seed in ((weights, 0), (grads, 1)):
-        for name, shape in case.shapes.items():
-            array = import_module(group).asarray(filled(shape, seed))
-            arrays[name] = array.astype(case.dtype, copy=False)
-    return weights, grads
+    arrays: tuple[Arrays, Arrays] = ({}, {})
+    for (name, shape), seed in product(case.shapes.items(), (0, 1)):
+        array = import_module(group).asarray(filled(shape, seed))
+        arrays[seed][name] = array.astype(case.dtype, copy=False)
+    return arrays
 
 
 def peers(_: Case, device: str, weights: Arrays, grads: Arrays) -> Makers:

@@ -1,13 +1,13 @@
 """Weights that processes share: two of them timed, and an account of a large model on 256 GPUs.
 
-For the account one of as many processes runs the library's own code on its shards. What it reads,
-writes and sends is counted, though nothing is sent. The seconds follow from assumptions, which
-`python -m benchmarks.speed.sharded --help` lists.
+For the account one process runs the library's code on its shards. What it reads, writes and would
+send is counted. Seconds follow from assumptions: `python -m benchmarks.speed.sharded --help`.
 """
 
 import argparse
 from collections import Counter
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -42,26 +42,22 @@ def measure(cases: Iterable[Case]) -> Result:
 
 def process(rank: int, folder: Path, cases: list[Case]) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), PROCESSES)
+    store, found = dist.FileStore(str(folder / "store"), PROCESSES), {}
     dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
-    found = {case.name: timed(case) for case in cases}
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    for case in cases:
+        whole = tensors(case, "cpu", 0), tensors(case, "cpu", 1)
+        parts = ({n: distribute_tensor(x, mesh, [Shard(0)]) for n, x in w.items()} for w in whole)
+        steps = {"whole": adapter(*whole), "sharded": adapter(*parts)}
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(WARM_UPS + ROUNDS):  # as many in each process: they wait for each other
+            for name, step in steps.items():
+                dist.barrier()
+                seconds[name].append(sample(step, 1, "cpu"))
+        found[case.name] = summarized({name: taken[WARM_UPS:] for name, taken in seconds.items()})
     if rank == 0:
         write_json(folder / "times.json", found, 6)
     dist.destroy_process_group()
-
-
-def timed(case: Case) -> Result:
-    mesh, steps = init_device_mesh("cpu", (PROCESSES,)), {}
-    whole = tensors(case, "cpu", 0), tensors(case, "cpu", 1)
-    parts = ({n: distribute_tensor(x, mesh, [Shard(0)]) for n, x in one.items()} for one in whole)
-    steps = {"whole": adapter(*whole), "sharded": adapter(*parts)}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(WARM_UPS + ROUNDS):  # as many in each process: they wait for each other
-        for name, step in steps.items():
-            dist.barrier()
-            taken = sample(step, 1, "cpu")
-            seconds[name] += [taken] if turn >= WARM_UPS else []
-    return summarized(seconds)
 
 
 class Traffic(TorchDispatchMode):
@@ -86,12 +82,16 @@ def account(assumed: dict[str, Any] = NOTES["account"]) -> Result:
     """Return what a step moves and sends in one process, and how long that would take."""
     layers = llama(80, hidden=8192, kv=1024, mlp=28672) | {"head": (128256, 8192)}
     size, gpus = sum(m * n for m, n in layers.values()), assumed["gpus"]
-    step_s, rows = 6 * size * assumed["tokens"] / (gpus * assumed["flops"]), {}
+    step_s, found = 6 * size * assumed["tokens"] / (gpus * assumed["flops"]), {}
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     mesh = init_device_mesh("cpu", (gpus,))
-    weights, grads = ({name: shard(one, mesh) for name, one in layers.items()} for _ in "WG")
+    arrays: tuple[dict[str, Tensor], ...] = ({}, {})
+    for (name, (rows, columns)), shards in product(layers.items(), arrays):
+        local, whole = torch.full((rows // gpus, columns), 0.01), torch.Size((rows, columns))
+        options = {"run_check": False, "shape": whole, "stride": (columns, 1)}
+        shards[name] = DTensor.from_local(local, mesh, [Shard(0)], **options)
     for name, options in OPTIONS.items():
-        step = adapter(weights, grads, kernels=False, **options)
+        step = adapter(*arrays, kernels=False, **options)
         with Traffic() as traffic:
             traffic.counts = Counter()
             step()
@@ -102,16 +102,10 @@ def account(assumed: dict[str, Any] = NOTES["account"]) -> Result:
         row["memory_s"] = row["moved"] / assumed["bandwidth"]
         row["launch_s"] = row["operations"] * assumed["launch"]
         total = max(row["memory_s"], row["launch_s"]) + row["network_s"]
-        rows[name] = row | {"share": total / step_s}
+        found[name] = row | {"share": total / step_s}
     dist.destroy_process_group()
     about = {"weights": len(layers), "parameters": size, "step_s": step_s}
-    return {**about, "assumed": assumed, "rows": rows}
-
-
-def shard(shape: tuple[int, int], mesh: Any) -> DTensor:
-    local = torch.full((shape[0] // mesh.size(), shape[1]), 0.01)
-    size = {"shape": torch.Size(shape), "stride": (shape[1], 1)}
-    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, **size)
+    return {**about, "assumed": assumed, "rows": found}
 
 
 def main() -> None:

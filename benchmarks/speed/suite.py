@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -23,19 +24,10 @@ from .timing import Budget, LeftOutError, Makers, Step, interleaved
 
 GROUPS = {"torch": "peers_torch", "jax": "peers_jax", "numpy": "peers_numpy", "cupy": "peers_numpy"}
 SUITE = NOTES["suite"]
-QUICK_BLOCKS, QUICK_BATCH = (1, 4), 2
 
 
-class Training(NamedTuple):
-    name: str
-    title: str
-    make: Callable[[], nn.Module]
-    draw: Callable[[int], tuple[Tensor, Tensor]]
-    batch: int
-
-
-def images(side: int, classes: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-    return lambda count: (torch.randn(count, 3, side, side), torch.randint(classes, (count,)))
+def images(count: int, side: int, classes: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(count, 3, side, side), torch.randint(classes, (count,))
 
 
 def texts(count: int) -> tuple[Tensor, Tensor]:
@@ -43,13 +35,18 @@ def texts(count: int) -> tuple[Tensor, Tensor]:
     return text[:, :-1].contiguous(), text[:, 1:].flatten()
 
 
-SMALL, LARGE = images(32, 10), images(224, 1000)
-TRAININGS = (
-    Training("densenet-40", "DenseNet-40, 32² images", models.densenet, SMALL, 64),
-    Training("vgg-16", "VGG-16, 32² images", models.vgg_16, SMALL, 64),
-    Training("gpt2-small", "GPT-2 small, 256 tokens", models.GPT2, texts, 2),
-    Training("resnet-50", "ResNet-50, 224² images", models.resnet_50, LARGE, 32),
-)
+SMALL = partial(images, side=32, classes=10)
+TRAININGS: dict[str, tuple[str, Callable[[], nn.Module], Callable[..., Any], int]] = {
+    "densenet-40": ("DenseNet-40, 32² images", models.densenet, SMALL, 64),
+    "vgg-16": ("VGG-16, 32² images", models.vgg_16, SMALL, 64),
+    "gpt2-small": ("GPT-2 small, 256 tokens", models.GPT2, texts, 2),
+    "resnet-50": (
+        "ResNet-50, 224² images",
+        models.resnet_50,
+        partial(images, side=224, classes=1000),
+        32,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -85,10 +82,11 @@ def parts(settings: Settings, bytes_per_second: float = 1.0) -> list[Part]:
         for section, some in sections.items()
         for case in some
     ]
-    for one in TRAININGS:
-        measure = partial(training_result, one, settings)
-        found.append(Part(f"training-{one.name}", "training", measure, "torch"))
-    found.append(Part("compilation", "compilation", partial(compilation, settings), "jax"))
+    for name in TRAININGS:
+        measure = partial(training_result, name, settings)
+        found.append(Part(f"training-{name}", "training", measure, "torch"))
+    if find_spec("jax"):
+        found.append(Part("compilation", "compilation", partial(compilation, settings), "jax"))
     if settings.device == "cpu":
         some = varied[:1] if settings.quick else varied
         found.append(Part("sharded", "sharded", partial(sharded.measure, some), "torch"))
@@ -115,12 +113,12 @@ def run(parts: Iterable[Part], result: Result) -> Iterator[Result]:
         yield result
 
 
-def training_result(training: Training, settings: Settings) -> Result:
+def training_result(name: str, settings: Settings) -> Result:
     """Time a training step with the regularizer and without, and the regularizer in between."""
     torch.manual_seed(0)
-    model = training.make().to(settings.device)
-    batch = QUICK_BATCH if settings.quick else training.batch
-    data, target = (tensor.to(settings.device) for tensor in training.draw(batch))
+    title, make, draw, batch = TRAININGS[name]
+    batch, model = 2 if settings.quick else batch, make().to(settings.device)
+    data, target = (tensor.to(settings.device) for tensor in draw(batch))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
     regularizer = SpectralNormRegularizer(model, factor=1e-4, warmup_iters=1)
 
@@ -140,17 +138,14 @@ def training_result(training: Training, settings: Settings) -> Result:
     budget = Budget(3 * settings.budget.seconds, settings.budget.rounds, least=3)
     timings = interleaved(steps, budget, settings.device)
     own, whole = timings["regularizer"]["median_ms"], timings["with"]["median_ms"]
-    about = {"title": f"{training.title}, batch {batch}"}
+    about = {"title": f"{title}, batch {batch}"}
     about |= {"weights": len(regularizer.sigmas()), "steps": timings}
-    return {training.name: {**about, "regularizer_ms": own, "share": own / whole}}
+    return {name: {**about, "regularizer_ms": own, "share": own / whole}}
 
 
 def compilation(settings: Settings) -> Result:
-    try:
-        module = import_module(".peers_jax", __package__)
-    except ImportError as reason:
-        return {"left_out": str(reason)}
-    return {"times": module.compile_times(QUICK_BLOCKS if settings.quick else module.BLOCKS)}
+    module = import_module(".peers_jax", __package__)
+    return {"times": module.compile_times((1, 4) if settings.quick else (12, 96))}
 
 
 def case_result(section: str, case: Case, settings: Settings, bytes_per_second: float) -> Result:

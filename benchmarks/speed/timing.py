@@ -20,7 +20,7 @@ Makers = dict[str, Callable[[], Step]]  # each prepares a step, or raises `LeftO
 Options = Mapping[str, dict[str, Any]]  # of a step, by what a table calls them
 Timing = dict[str, Any]  # median_ms, quartiles_ms, rounds, ratio_to_first
 
-SLOW_SECONDS, SLOW_ROUNDS = 1.0, 3  # the noise of so slow a step is a small part of it
+SLOW_SECONDS, SLOW_ROUNDS, IN_ALL = 1.0, 3, 8.0  # noise is a small part of so slow a step
 WARM_UPS = 3
 GPU_SAMPLE = 5e-3  # seconds of a sample on a GPU, which waits once for many steps, as training does
 USABLE_MEMORY = 0.9  # the rest is for the interpreter, libraries and a step's own intermediates
@@ -77,7 +77,7 @@ def planned(step: Step, budget: Budget, device: str, calls: int) -> tuple[int, i
     for _ in range(WARM_UPS):
         seconds = sample(step, calls, device)
         if seconds > SLOW_SECONDS:
-            return SLOW_ROUNDS, calls
+            return max(1, min(SLOW_ROUNDS, int(IN_ALL / seconds / calls))), calls
     return budget.rounds, calls if device == "cpu" else calls * ceil(GPU_SAMPLE / seconds / calls)
 
 

@@ -125,6 +125,17 @@ def test_the_rate_falls_augmented_images_are_others_and_runs_diverge(images, tmp
     assert train.train(PLAN, images, Settings(deadline=0.0), tmp_path).epochs == 0
 
 
+def test_an_epoch_uploads_its_indices_once(images, monkeypatch):
+    trainer = Trainer(PLAN, images, Settings())
+    upload = Mock(wraps=torch.from_numpy)
+    monkeypatch.setattr(torch, "from_numpy", upload)
+    found, expected = [*trainer._batches(1)], [*data.batches(48, 16, PLAN.seed, 1)]
+    assert upload.call_count == 1
+    for (x, y), chosen in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(x, images.train_images[chosen])
+        np.testing.assert_array_equal(y, images.train_labels[chosen])
+
+
 def test_suites_have_the_papers_rates_and_no_two_runs_one_file():
     for suite in SUITES.values():
         planned = suite.runs() + suite.grid(suite.models, "spectral", [0.01, 0.1], [0.1, 0.2])
