@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from itertools import count, product
+from operator import iadd
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def peers(_: Case, device: str, weights: Arrays, grads: Arrays) -> Makers:
         return {
             OURS["cupy"]: partial(in_place, of_cupy(), weights, grads),
             "paper's formula": partial(by_formula, import_module("cupy"), weights, grads),
-            "G += W": partial(floor, weights, grads),
+            "G += W": lambda: lambda: [iadd(grads[name], w) for name, w in weights.items()],
         }
     return {
         OURS["numpy"]: partial(in_place, sc.add_gradient_, weights, grads, engines=()),
@@ -84,16 +85,8 @@ def in_place(
 
 def bounded(weights: Arrays, bound: float) -> Step:
     """Bound copies, by a bound that falls in each step."""
-    copies = {name: w.copy() for name, w in weights.items()}
-    state = sc.init(copies)
-
-    def step() -> None:
-        nonlocal bound, state
-        bound *= 0.999
-        state = sc.constrain_(copies, state, bound)
-
-    step()
-    return step
+    copies, turns = {name: w.copy() for name, w in weights.items()}, count()
+    return in_place(lambda *a, **o: sc.constrain_(*a, bound * 0.999 ** next(turns), **o), copies)
 
 
 def channels_last(weights: Arrays, grads: Arrays) -> Step:
@@ -105,11 +98,3 @@ def channels_last(weights: Arrays, grads: Arrays) -> Step:
         for one in (weights.items(), grads.items())
     )
     return in_place(sc.add_gradient_, *arrays, layouts=layouts)
-
-
-def floor(weights: Arrays, grads: Arrays) -> Step:
-    def step() -> None:
-        for name, w in weights.items():
-            grads[name] += w
-
-    return step

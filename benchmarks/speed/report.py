@@ -103,7 +103,7 @@ def tables(result: Result) -> Iterator[tuple[str, str, str]]:
         table = options_table(result, group)
         known = {name: note for name, note in NOTES["options"].items() if f"`{name}`" in table}
         yield f"Options in {title}", notes(known), table
-    makers = (scaling, memory, training, compilation, account, goals)
+    makers = (scaling, training, compilation, account, goals)
     for name, make in zip(NOTES["titles"], makers, strict=True):
         yield NOTES["titles"][name], f"{NOTES['other'][name]}.", make(result)
 
@@ -151,7 +151,7 @@ def scaling(result: Result) -> str:
         first, last = points[-3:][0], points[-1]
         if (growth := log(last["x"] / first["x"])) > 0:
             power = f"{log(last['ms'] / first['ms']) / growth:.2f}"
-            memory = f"{last['bytes']:,}" if last["bytes"] else ""
+            memory = "" if last["bytes"] is None else f"{last['bytes']:,}"
             title = f"{series}, {TITLES[group]}, `{name}`"
             rows.append([title, last["title"], ms(last["ms"]), power, memory])
     return markdown(["what grows", "up to", "time", "power", "peak memory, bytes"], rows)
@@ -165,27 +165,10 @@ def grown(result: Result) -> dict[tuple[str, str, str], list[Result]]:
         x = case["bytes_of_weights" if series == "width" else "weights"]
         for group, outcome in case["peers"].items():
             for name, step in outcome["steps"].items():
-                memory = outcome["memory"].get(name)
                 point = {"x": x, "ms": step["median_ms"], "title": case["title"]}
-                point["bytes"] = memory and memory["bytes"] + (memory["python_bytes"] or 0)
+                point["bytes"] = outcome["memory"].get(name)
                 found.setdefault((series, group, name), []).append(point)
     return found
-
-
-def memory(result: Result) -> str:
-    rows = [
-        [
-            label(case),
-            f"{TITLES[group]}, `{name}`",
-            f"{taken['bytes']:,}",
-            times(taken["bytes"] / case["bytes_of_weights"]),
-            "" if taken["python_bytes"] is None else f"{taken['python_bytes']:,}",
-        ]
-        for case in result["cases"]
-        for group, outcome in case["peers"].items()
-        for name, taken in outcome["memory"].items()
-    ]
-    return markdown(["weights", "step", "bytes", "of W", "Python, NumPy"], rows)
 
 
 def training(result: Result) -> str:

@@ -17,10 +17,10 @@ from torch.nn.functional import cross_entropy
 from benchmarks import models
 from spectral_torch import SpectralNormRegularizer
 
-from . import sharded, timing
+from . import sharded
 from .cases import Case, layer_sets, squares, sweeps
-from .report import BY_HAND, LISTS, NOTES, WRAPPER, Result
-from .timing import Budget, LeftOutError, Makers, Step, interleaved
+from .report import LISTS, NOTES, WRAPPER, Result
+from .timing import Budget, LeftOutError, Makers, Step, interleaved, peak_memory
 
 GROUPS = {"torch": "peers_torch", "jax": "peers_jax", "numpy": "peers_numpy", "cupy": "peers_numpy"}
 SUITE = NOTES["suite"]
@@ -35,17 +35,12 @@ def texts(count: int) -> tuple[Tensor, Tensor]:
     return text[:, :-1].contiguous(), text[:, 1:].flatten()
 
 
-SMALL = partial(images, side=32, classes=10)
+SMALL, LARGE = partial(images, side=32, classes=10), partial(images, side=224, classes=1000)
 TRAININGS: dict[str, tuple[str, Callable[[], nn.Module], Callable[..., Any], int]] = {
     "densenet-40": ("DenseNet-40, 32² images", models.densenet, SMALL, 64),
     "vgg-16": ("VGG-16, 32² images", models.vgg_16, SMALL, 64),
     "gpt2-small": ("GPT-2 small, 256 tokens", models.GPT2, texts, 2),
-    "resnet-50": (
-        "ResNet-50, 224² images",
-        models.resnet_50,
-        partial(images, side=224, classes=1000),
-        32,
-    ),
+    "resnet-50": ("ResNet-50, 224² images", models.resnet_50, LARGE, 32),
 }
 
 
@@ -176,17 +171,15 @@ def group_result(
             steps[name] = make()
         except LeftOutError as reason:
             found["left_out"][name] = str(reason)
-    if (first := next(iter(makers))) not in steps:
+    if next(iter(makers)) not in steps:  # what the others are compared to
         return found
     found["steps"] = interleaved(steps, settings.budget, settings.device)
     for taken in found["steps"].values():
         taken["ratio_to_ours"] = taken.pop("ratio_to_first")
         taken["ratio_to_bytes"] = taken["median_ms"] / floor_ms
-    # JAX and CuPy have no honest way to count.
-    if group in ("torch", "numpy") and section != "options":
-        counted = steps.keys() & {first, BY_HAND[group]}
-        measure = partial(timing.peak_memory, device=settings.device, group=group)
-        found["memory"] = {name: measure(steps[name]) for name in sorted(counted, reverse=True)}
+    # CuPy has no honest way to count.
+    if group != "cupy" and section == "scaling":
+        found["memory"] = {n: peak_memory(one, settings.device) for n, one in steps.items()}
     return found
 
 

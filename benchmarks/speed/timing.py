@@ -114,18 +114,16 @@ def require_memory(needed: int, device: str) -> None:
         raise LeftOutError(f"needs {needed / 2**30:.0f} GiB more, {free / 2**30:.0f} GiB are free")
 
 
-def peak_memory(step: Step, *, device: str, group: str) -> dict[str, int | None]:
-    """Return the bytes that a step takes at its peak, PyTorch's apart from Python's and NumPy's."""
+def peak_memory(step: Step, device: str) -> int:
+    """Return the bytes that a step takes at its peak, on a CPU with Python's and NumPy's."""
     step()
-    if group != "torch":
-        return {"bytes": peak_by_tracemalloc(step), "python_bytes": None}
     if device == "cpu":
-        return {"bytes": peak_by_profiler(step), "python_bytes": peak_by_tracemalloc(step)}
+        return peak_by_profiler(step) + peak_by_tracemalloc(step)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step()
-    return {"bytes": torch.cuda.max_memory_allocated() - before, "python_bytes": None}
+    return torch.cuda.max_memory_allocated() - before
 
 
 def peak_by_profiler(step: Step) -> int:
