@@ -1,5 +1,13 @@
 """An engine for the CPU, compiled by Numba."""
 
 from .engine import NUMPY, Memory, NumbaEngine
+from .xla import ForeignMatrix, foreign_function, foreign_table
 
-__all__ = ["NUMPY", "Memory", "NumbaEngine"]
+__all__ = [
+    "NUMPY",
+    "ForeignMatrix",
+    "Memory",
+    "NumbaEngine",
+    "foreign_function",
+    "foreign_table",
+]
