@@ -10,6 +10,7 @@ from spectral_core import Layout, __version__
 
 from ._constrain import constrain_spectral_norm
 from ._engine import XlaEngine
+from ._foreign import NumbaXlaEngine
 from ._regularize import (
     SpectralBoundState,
     SpectralNormState,
@@ -23,6 +24,7 @@ del _jax, _optax
 
 __all__ = [
     "Layout",
+    "NumbaXlaEngine",
     "SpectralBoundState",
     "SpectralNormState",
     "Watch",

@@ -12,7 +12,7 @@ import spectral_core as sc
 from spectral_core.engine import Choice, at_step, check_factors, merge, select
 from spectral_core.errors import check_int
 
-from ._engine import XlaEngine
+from ._foreign import ENGINES
 from ._regularize import (
     SpectralBoundState,
     SpectralNormState,
@@ -122,7 +122,7 @@ def constrain_spectral_norm(
             bound={name: bounds[name] for name in moved},
             normalize=normalize,
             n_iter=n_iter,
-            engines=[XlaEngine()],
+            engines=ENGINES,
         )
         new = [
             weights[name] - before[name] if name in weights else leaf for name, _, leaf in leaves

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,10 +11,19 @@ import jax.numpy as jnp
 import optax
 
 import spectral_core as sc
-from spectral_core.engine import Choice, at_step, check_power, check_weights, merge, select
+from spectral_core.engine import (
+    Choice,
+    Engine,
+    at_step,
+    check_power,
+    check_weights,
+    merge,
+    select,
+)
 from spectral_core.errors import check_int
 
 from ._engine import XlaEngine
+from ._foreign import ENGINES
 from ._select import Selector, updates_of
 
 # The core knows no pytrees. Registered here, its state can be an argument of a jitted function.
@@ -187,7 +196,7 @@ def add_spectral_norm_regularization(
         grads, leaves, structure = updates_of(updates, chosen)
         before = to_core(state, chosen.layouts)
         check_weights(weights, before.v)
-        engines = [_engine(n_iter, power)]
+        engines = _engines(n_iter, power)
         here = 1 if is_traced(n_iter) else n_iter  # a traced number is the engine's
         if before.u:
             moved = {name: weights[name] for name in grads}
@@ -349,8 +358,12 @@ def is_traced(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
-def _engine(n_iter: Any, power: Any) -> XlaEngine:
-    """Return the engine, with the options that `optax.inject_hyperparams` has traced."""
-    return XlaEngine(
-        n_iter=n_iter if is_traced(n_iter) else None, power=power if is_traced(power) else None
-    )
+def _engines(n_iter: Any, power: Any) -> Sequence[Engine]:
+    """Return the engines, with the options that `optax.inject_hyperparams` has traced."""
+    if not (is_traced(n_iter) or is_traced(power)):
+        return ENGINES
+    return [
+        XlaEngine(
+            n_iter=n_iter if is_traced(n_iter) else None, power=power if is_traced(power) else None
+        )
+    ]

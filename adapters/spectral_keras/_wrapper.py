@@ -538,10 +538,10 @@ def _engines() -> tuple[Engine, ...]:
 
         return engines()
     try:
-        from spectral_jax import XlaEngine
+        from spectral_jax import NumbaXlaEngine, XlaEngine
     except ImportError:  # optax is not installed, and Keras works without it
         return ()
-    return (XlaEngine(),)
+    return NumbaXlaEngine(), XlaEngine()
 
 
 def full_precision() -> AbstractContextManager[Any]:

@@ -1,0 +1,260 @@
+"""An engine for the CPU: all weights of a step in one call of the kernels that Numba compiles.
+
+XLA compiles about ten kernels for each weight, and reads a bfloat16 weight through a float32 copy.
+The call is one instruction of XLA's program, however many weights there are.
+
+The step is a primitive of JAX. What a trace does not know is decided when it is lowered: on another
+platform, on several devices or for export, it becomes the operations of `XlaEngine`. So does its
+derivative, and its batched form.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from importlib.util import find_spec
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from spectral_core.engine import AT_MOST, Bound, Engine, Job, Plan, Result, Slope, Triplet
+from spectral_core.numba import ForeignMatrix, foreign_function, foreign_table
+
+from ._engine import XlaEngine
+
+_KINDS = ("float32", "float64", "bfloat16", "float16")
+
+# Before, an array does not know whether a `shard_map` divides it.
+_KNOWS_ITS_MESH = hasattr(jax, "typeof")
+
+
+class _Spec(NamedTuple):
+    """What is static of a job: all but its arrays and numbers."""
+
+    plan: Plan
+    code: int  # 0 for the paper's penalty
+    changes: bool
+
+
+class NumbaXlaEngine:
+    """Run traced jobs by Numba's kernels where the step is compiled for the CPU.
+
+    The engine accepts real weights with one vector each, whose memory is that of their matrix or of
+    its transpose, as JAX keeps kernels. Outside of ``jax.jit`` it accepts none: there, JAX could
+    not write into the gradient's memory.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp
+    >>> import spectral_core as sc
+    >>> from spectral_jax import NumbaXlaEngine, XlaEngine
+    >>> weights, grads = {"w": jnp.array([[3.0, 4.0]])}, {"w": jnp.zeros((1, 2))}
+    >>> state, engines = sc.init(weights), [NumbaXlaEngine(), XlaEngine()]
+    >>> step = jax.jit(lambda w, g, state: sc.add_gradient(w, g, state, engines=engines))
+    >>> grads, state = step(weights, grads, state)
+    >>> float(state.sigma["w"])
+    5.0
+    """
+
+    in_place = False
+
+    def accepts(self, job: Job) -> bool:
+        """Return True for a traced job that the kernels can run."""
+        if job.xp is not jnp or not _KNOWS_ITS_MESH or job.V.shape[-2] != 1:
+            return False
+        if not isinstance(job.weight, jax.core.Tracer) or str(job.weight.dtype) not in _KINDS:
+            return False
+        arrays = [x for x in (job.weight, job.grad, job.V) if x is not None]
+        if any(map(_is_divided, arrays)) or _across(job.plan) is None:
+            return False
+        grad_fits = job.grad is None or job.grad.dtype == job.weight.dtype
+        return grad_fits and _kernels_for(str(job.weight.dtype))
+
+    def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
+        """Run all jobs, those of one dtype in one call."""
+        if n_iter == 0:
+            return XlaEngine().run(jobs, n_iter)
+        kinds: dict[str, list[int]] = {}
+        for place, job in enumerate(jobs):
+            kinds.setdefault(str(job.weight.dtype), []).append(place)
+        grads: list[Any] = [None] * len(jobs)
+        triplets: list[Any] = [None] * len(jobs)
+        for places in kinds.values():
+            results = _together([jobs[place] for place in places], n_iter)
+            for place, (grad, triplet) in zip(places, results, strict=True):
+                grads[place], triplets[place] = grad, triplet
+        return Result(grads, triplets)
+
+
+def _is_divided(x: jax.Array) -> bool:
+    """Return True if a mesh of several devices divides an array, or may do so."""
+    kind = jax.typeof(x)
+    return bool(getattr(kind, "vma", ())) or not kind.sharding.mesh.empty
+
+
+@lru_cache
+def _across(plan: Plan) -> tuple[bool, int] | None:
+    """Return whether memory holds the transpose, and the kernel positions before the channels.
+
+    None stands for a layout with neither.
+    """
+    if plan.stack:
+        return None
+    if plan.reshapes:
+        return False, 1
+    axes = plan.axes
+    if axes[-2:] == "io" and axes.count("i") == axes.count("o") == 1:
+        return True, prod(plan.split[:-2])
+    return None
+
+
+@lru_cache
+def _kernels_for(kind: str) -> bool:
+    """Register the kernels of a dtype with XLA; return False without Numba."""
+    if find_spec("numba") is None:
+        return False
+    try:
+        address = foreign_function(kind)
+    except ImportError:  # Numba was told not to compile
+        return False
+    capsule = jax.ffi.pycapsule(ctypes.c_void_p(address))  # type: ignore[no-untyped-call]
+    jax.ffi.register_ffi_target(_name(kind), capsule, platform="cpu")
+    return True
+
+
+def _name(kind: str) -> str:
+    return f"spectral_step_{kind}"
+
+
+def _together(jobs: Sequence[Job], n_iter: int) -> list[tuple[Any, Triplet]]:
+    """Return gradient and triplet of each job."""
+    specs, operands = [], [_numbers(jobs)]
+    for job in jobs:
+        changes = job.grad is not None
+        specs.append(_Spec(job.plan, 0 if job.slope is None else job.slope.code, changes))
+        operands += [job.weight, job.V.astype(operands[0].dtype), *[job.grad] * changes]
+    found = iter(_bind(*operands, specs=tuple(specs), n_iter=n_iter))
+    results = []
+    for spec in specs:
+        V, u, sigma = next(found), next(found), next(found)
+        results.append((next(found) if spec.changes else None, Triplet(sigma, u, V)))
+    return results
+
+
+def _numbers(jobs: Sequence[Job]) -> jax.Array:
+    """Return λ and target of each job."""
+    rows = [(job.factor, 0.0 if job.slope is None else job.slope.target) for job in jobs]
+    dtype = jnp.float64 if jobs[0].weight.dtype == jnp.float64 else jnp.float32
+    return jnp.stack([jnp.asarray(x, dtype) for row in rows for x in row]).reshape(-1, 2)
+
+
+_step = Primitive("spectral_norm_step")
+_step.multiple_results = True
+_bind: Callable[..., list[Any]] = _step.bind
+
+
+def _shapes(numbers: Any, *operands: Any, specs: tuple[_Spec, ...], n_iter: int) -> list[Any]:  # noqa: ARG001
+    shapes, place = [], 0
+    for spec in specs:
+        weight, V = operands[place : place + 2]
+        shapes += [V.update(), V.update(shape=spec.plan.left), V.update(shape=())]
+        shapes += [weight.update()] * spec.changes
+        place += 2 + spec.changes
+    return shapes
+
+
+def _compiled(*operands: Any, **static: Any) -> list[Any]:
+    return jax.jit(partial(_bind, **static))(*operands)
+
+
+def _by_xla(numbers: Any, *operands: Any, specs: tuple[_Spec, ...], n_iter: int) -> list[Any]:
+    """Run the step by XLA's own operations."""
+    jobs, place = [], 0
+    for k, spec in enumerate(specs):
+        weight, V = operands[place : place + 2]
+        grad = operands[place + 2] if spec.changes else None
+        place += 2 + spec.changes
+        factor, target = numbers[k]
+        slope = None
+        if spec.code:
+            slope = (Bound if spec.code >= AT_MOST else Slope)(target, spec.code)
+        jobs.append(Job("", weight, grad, V, factor, slope, spec.plan, jnp, None))
+    grads, triplets = XlaEngine().run(jobs, n_iter)
+    results = []
+    for spec, grad, triplet in zip(specs, grads, triplets, strict=True):
+        results += [triplet.V, triplet.u, triplet.sigma, *[grad] * spec.changes]
+    return results
+
+
+def _by_kernels(numbers: Any, *operands: Any, specs: tuple[_Spec, ...], n_iter: int) -> list[Any]:
+    """Run the step by one call of the kernels."""
+    parts, results, place = [], [], 0
+    for spec in specs:
+        parts.append(operands[place : place + 2 + spec.changes])
+        place += 2 + spec.changes
+    matrices = [_matrix(spec) for spec in specs]
+    table, order, room = foreign_table(matrices, n_iter)
+    arguments: list[Any] = []
+    shapes, aliases = [_like(numbers, (room,))], {}
+    for k in order:
+        weight, V, *grad = parts[k]
+        aliases[len(arguments) + 2] = len(shapes)
+        arguments += [weight, V, *grad]
+        shapes += [_like(V, V.shape), _like(V, specs[k].plan.left), _like(V, ())]
+        if grad:
+            aliases[len(arguments)] = len(shapes)
+            shapes.append(_like(weight, weight.shape))
+    numbers = numbers[jnp.asarray(order)] if order != sorted(order) else numbers
+    call = jax.ffi.ffi_call(_name(str(parts[0][0].dtype)), shapes, input_output_aliases=aliases)
+    found = iter(call(numbers, *arguments, table=table)[1:])
+    of_each = {k: [next(found) for _ in range(3 + specs[k].changes)] for k in order}
+    for k in range(len(specs)):
+        results += of_each[k]
+    return results
+
+
+def _matrix(spec: _Spec) -> ForeignMatrix:
+    m, n = spec.plan.matrix
+    across, window = _across(spec.plan) or (False, 1)
+    rows, columns = (n, m) if across else (m, n)
+    return ForeignMatrix(rows, columns, across, window, spec.code, spec.changes)
+
+
+def _like(x: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, x.dtype)  # type: ignore[no-untyped-call]
+
+
+def _lowered_for_cpu(context: Any, *operands: Any, **static: Any) -> Any:
+    """Lower to a call where one CPU runs the whole program; otherwise to XLA's operations."""
+    module = context.module_context
+    alone = getattr(module.axis_context, "num_devices", None) == 1
+    exported = getattr(module.lowering_parameters, "for_export", True)
+    way = _by_kernels if alone and not exported and len(module.platforms) == 1 else _by_xla
+    return mlir.lower_fun(partial(way, **static), multiple_results=True)(context, *operands)
+
+
+def _batched(operands: Any, axes: Any, **static: Any) -> Any:
+    found = jax.vmap(partial(_by_xla, **static), in_axes=tuple(axes))(*operands)
+    return found, [0] * len(found)
+
+
+def _derivative(primals: Any, tangents: Any, **static: Any) -> Any:
+    tangents = tuple(map(ad.instantiate_zeros, tangents))
+    return jax.jvp(partial(_by_xla, **static), tuple(primals), tangents)
+
+
+_step.def_abstract_eval(_shapes)  # type: ignore[no-untyped-call]
+_step.def_impl(_compiled)  # type: ignore[no-untyped-call]
+mlir.register_lowering(_step, mlir.lower_fun(_by_xla, multiple_results=True))
+mlir.register_lowering(_step, _lowered_for_cpu, platform="cpu")
+batching.primitive_batchers[_step] = _batched
+ad.primitive_jvps[_step] = _derivative
+
+
+ENGINES: Sequence[Engine] = NumbaXlaEngine(), XlaEngine()
+"""The engines of the transformations, in order of preference."""
