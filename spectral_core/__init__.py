@@ -2,6 +2,7 @@
 
 from ._algorithm import add_gradient, add_gradient_, init, iterate
 from ._constraint import constrain, constrain_
+from ._convolution import ConvolutionNorm, convolution_norm
 from ._lanczos import SpectralNorm, spectral_norm
 from ._layout import Layout, as_matrix, from_matrix
 from ._logging import Watch
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "BlockIteration",
+    "ConvolutionNorm",
     "DTypeError",
     "DeviceError",
     "Layout",
@@ -48,6 +50,7 @@ __all__ = [
     "block_iteration",
     "constrain",
     "constrain_",
+    "convolution_norm",
     "from_matrix",
     "init",
     "iterate",

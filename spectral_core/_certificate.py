@@ -76,7 +76,7 @@ def _from_norms(W: Array, sigma: float, xp: Namespace) -> Bounds:
     return Bounds(max(0.0, sigma - unit * frobenius), least * (1 + unit))
 
 
-def _gamma(k: int, W: Host) -> float:
+def gamma(k: int, W: Host) -> float:
     """Return the relative error of a sum of k products, four times as much for complex ones."""
     k = 4 * k if np.iscomplexobj(W) else k
     return k * _UNIT / (1 - k * _UNIT)
@@ -92,29 +92,43 @@ def _lower(W: Host, v: Host) -> float:
     length = float(np.linalg.norm(v))
     if not 0 < length < np.inf:
         return 0.0
-    product = float(np.linalg.norm(W @ v)) * (1 - _gamma(m + 2, W))
-    error = _gamma(n, W) * _frobenius(W) * length * (1 + _gamma(n + 2, W))
-    return max(0.0, (product - error) / length * (1 - _gamma(n + 4, W)))
+    product = float(np.linalg.norm(W @ v)) * (1 - gamma(m + 2, W))
+    error = gamma(n, W) * _frobenius(W) * length * (1 + gamma(n + 2, W))
+    return max(0.0, (product - error) / length * (1 - gamma(n + 4, W)))
 
 
 def _upper(W: Host, lower: float) -> float:
     """Return the upper bound by a factorization, at best just above the lower one."""
     m, n = W.shape
     gram = W.conj().T @ W
-    error = _gamma(m, W) * _frobenius(W) ** 2
+    error = gamma(m, W) * _frobenius(W) ** 2
     # Most often the lower bound is σ₁ but for rounding. If it is not, the eigenvalues say what is.
     for again in (False, True):
         start = float(np.linalg.eigvalsh(gram)[-1]) if again else lower**2
         square = max(start, 0.0) * (1 + 8 * n * _UNIT) + error + 8 * n * _UNIT * lower**2
-        shifted = -gram
-        shifted[np.diag_indices(n)] += square
-        try:
-            np.linalg.cholesky(shifted)
-        except np.linalg.LinAlgError:
-            continue
-        gamma = _gamma(n + 1, W)
-        trace = float(np.trace(shifted).real) * (1 + n * _UNIT)
-        rounding = gamma / (1 - gamma) * trace
-        rounding += 4 * _UNIT * (square + float(gram.diagonal().real.max()))
-        return float(np.sqrt(square + error + rounding)) * (1 + 8 * _UNIT)
+        if is_below(gram, square):
+            return float(np.sqrt(square + error + allowance(gram, square))) * (1 + 8 * _UNIT)
     return np.inf
+
+
+def is_below(gram: Host, square: float) -> bool:
+    """Return True if the factorization of square·I − gram runs through.
+
+    Every eigenvalue of the Hermitian matrix ``gram`` is then at most ``square`` plus the
+    `allowance`.
+    """
+    shifted = -gram
+    shifted[np.diag_indices(len(gram))] += square
+    try:
+        np.linalg.cholesky(shifted)
+    except np.linalg.LinAlgError:
+        return False
+    return True
+
+
+def allowance(gram: Host, square: float) -> float:
+    """Return what the rounding of a factorization may hide (Rump 2006, theorem 2.3)."""
+    n, diagonal = len(gram), gram.diagonal().real
+    rate = gamma(n + 1, gram)
+    trace = n * square * (1 + 4 * n * _UNIT) - float(diagonal.sum())
+    return rate / (1 - rate) * trace + 4 * _UNIT * (square + float(diagonal.max()))

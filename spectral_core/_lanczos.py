@@ -207,7 +207,7 @@ def _spectral_norm(W: Array, tol: float, max_iter: int, seed: int, xp: Namespace
     W = W / scale
     # Iterate on the shorter side: a 1 × n matrix then needs one step, an m × n matrix at most m.
     if n <= m:
-        v, steps = _top_ritz(
+        v, steps = top_ritz(
             lambda x: rmatvec(W, matvec(W, x, xp), xp),
             start_vector((n,), W, seed=seed),
             tol,
@@ -217,7 +217,7 @@ def _spectral_norm(W: Array, tol: float, max_iter: int, seed: int, xp: Namespace
         u = matvec(W, v, xp)
         u = u / norm(u, xp)
     else:
-        u, steps = _top_ritz(
+        u, steps = top_ritz(
             lambda x: matvec(W, rmatvec(W, x, xp), xp),
             start_vector((m,), W, seed=seed),
             tol,
@@ -257,7 +257,7 @@ def _trivial(W: Array, value: float, xp: Namespace) -> SpectralNorm:
     return SpectralNorm(sigma, u, v, sigma, converged=value == 0, n_iter=0)
 
 
-def _top_ritz(
+def top_ritz(
     gram: Callable[[Array], Array], x: Array, tol: float, max_iter: int, xp: Namespace
 ) -> tuple[Array, int]:
     """Return the first eigenvector of a positive semidefinite operator, and the number of steps.

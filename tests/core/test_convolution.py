@@ -1,0 +1,212 @@
+"""The norm of a convolution against a dense SVD of the framework's own layer."""
+
+from __future__ import annotations
+
+from math import cos, pi
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import spectral_core as sc
+
+torch = pytest.importorskip("torch")
+
+MODES = ["zeros", "circular", "reflect", "replicate"]
+CLASSES = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d, 3: torch.nn.Conv3d}
+TRANSPOSED = {1: torch.nn.ConvTranspose1d, 2: torch.nn.ConvTranspose2d, 3: torch.nn.ConvTranspose3d}
+KERNEL = {1: "k", 2: "hw", 3: "dhw"}
+
+
+def dense_norm(layer, channels, size):
+    """Return the largest singular value of a layer, from its outputs of an identity batch."""
+    count = channels * int(np.prod(size))
+    with torch.no_grad():
+        rows = layer(torch.eye(count, dtype=torch.float64).reshape(count, channels, *size))
+    return float(np.linalg.norm(rows.reshape(count, -1).numpy(), 2))
+
+
+def layout_of(n, groups, transposed=False):
+    first = "(gi)o" if transposed else "(go)i"
+    return sc.Layout(first + KERNEL[n], groups=groups)
+
+
+@st.composite
+def layers(draw):
+    """Draw a layer of PyTorch, the size of its image, and the options that describe it."""
+    n = draw(st.sampled_from([1, 1, 2, 2, 2, 3]))
+    transposed = draw(st.booleans())
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    o, i = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
+    kernel = tuple(draw(st.integers(1, 4)) for _ in range(n))
+    stride = tuple(draw(st.integers(1, 3)) for _ in range(n))
+    dilation = tuple(draw(st.integers(1, 2)) for _ in range(n))
+    size = tuple(draw(st.integers(2, 6 if n < 3 else 3)) for _ in range(n))
+    mode = "zeros" if transposed else draw(st.sampled_from(MODES))
+    padding = tuple(draw(st.integers(0, min(2, (m - 1 if mode == "reflect" else m)))) for m in size)
+    options = {"stride": stride, "dilation": dilation, "padding": padding}
+    extra = {"groups": groups, "bias": False, "dtype": torch.float64}
+    torch.manual_seed(draw(st.integers(0, 999)))
+    if transposed:
+        layer = TRANSPOSED[n](i, o, kernel, **options, **extra)
+        told = {**options, "transposed": True}
+    else:
+        layer = CLASSES[n](i, o, kernel, padding_mode=mode, **options, **extra)
+        told = {**options, "padding_mode": mode}
+    return layer, i, size, layout_of(n, groups, transposed), told
+
+
+def fits(layer, channels, size):
+    try:
+        with torch.no_grad():
+            layer(torch.zeros(1, channels, *size, dtype=torch.float64))
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
+@given(layers())
+def test_bounds_hold_the_norm_of_the_framework_s_layer(case):
+    layer, channels, size, layout, told = case
+    weight = layer.weight.detach()
+    if not fits(layer, channels, size):
+        with pytest.raises(sc.ShapeError):
+            sc.convolution_norm(weight, layout, size=size, **told)
+        return
+    exact = dense_norm(layer, channels, size)
+    found = sc.convolution_norm(weight, layout, size=size, **told)
+    assert found.lower <= exact * (1 + 1e-12)
+    assert exact <= found.upper * (1 + 1e-12)
+    # From below, the iteration converges.
+    assert found.lower >= exact * (1 - 1e-5)
+    anywhere = sc.convolution_norm(weight, layout, **told)
+    if told.get("padding_mode") != "circular":
+        assert exact <= anywhere.upper * (1 + 1e-12)
+
+
+@given(layers())
+def test_a_circular_convolution_is_exact(case):
+    layer, channels, size, layout, told = case
+    if told.get("padding_mode") != "circular":
+        return
+    size = tuple(s * max(1, round(m / s)) for m, s in zip(size, told["stride"], strict=True))
+    found = sc.convolution_norm(
+        layer.weight, layout, size=size, **{**told, "padding": "same"}, tol=1e-9
+    )
+    reach = [d * (k - 1) for d, k in zip(told["dilation"], layer.kernel_size, strict=True)]
+    pads = []
+    for m, s, r in zip(size, told["stride"], reach, strict=True):
+        total = max((m // s - 1) * s + r + 1 - m, 0)
+        pads.append((total // 2, total - total // 2))
+    count = channels * int(np.prod(size))
+    x = np.eye(count).reshape(count, channels, *size)
+    x = np.pad(x, [(0, 0), (0, 0), *pads], mode="wrap")
+    plain = type(layer)(
+        layer.in_channels, layer.out_channels, layer.kernel_size, stride=told["stride"],
+        dilation=told["dilation"], groups=layer.groups, bias=False, dtype=torch.float64,
+    )  # fmt: skip
+    plain.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        rows = plain(torch.from_numpy(x)).reshape(count, -1).numpy()
+    exact = float(np.linalg.norm(rows, 2))
+    assert found.lower <= exact * (1 + 1e-12)
+    assert exact <= found.upper * (1 + 1e-12)
+    assert found.upper <= found.lower * (1 + 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "norm"),
+    [
+        (np.full((1, 1, 3, 3), 1 / 9), 1.0),  # the mean filter
+        (np.array([[[[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]]]), 8.0),  # Sobel
+        (np.zeros((1, 1, 3, 3)), 0.0),
+    ],
+)
+def test_closed_forms(kernel, norm):
+    found = sc.convolution_norm(kernel, "oihw", tol=1e-9)
+    assert found.lower == pytest.approx(norm, rel=1e-9, abs=1e-12)
+    assert norm <= found.upper <= norm * (1 + 2e-9)
+
+
+def test_zero_padded_ones_have_their_closed_form():
+    for n in (1, 2, 5, 12):
+        found = sc.convolution_norm(np.ones((1, 1, 3)), "oik", size=n, padding=1)
+        assert found.lower == pytest.approx(1 + 2 * cos(pi / (n + 1)), rel=1e-9)
+        assert found.upper == pytest.approx(3, rel=2e-6)
+
+
+def test_one_tap_is_the_matrix():
+    W = np.random.default_rng(0).standard_normal((4, 6))
+    kernel = np.zeros((4, 6, 3, 3))
+    kernel[:, :, 1, 2] = W
+    for size in (None, 5):
+        found = sc.convolution_norm(kernel, "oihw", size=size, padding_mode="circular", tol=1e-12)
+        assert found.lower == pytest.approx(np.linalg.norm(W, 2), rel=1e-11)
+        assert found.upper == pytest.approx(np.linalg.norm(W, 2), rel=1e-9)
+
+
+def test_stride_of_the_kernel_s_size_is_the_flattened_matrix():
+    kernel = np.random.default_rng(0).standard_normal((5, 3, 2, 2))
+    found = sc.convolution_norm(kernel, "oihw", stride=2, tol=1e-9)
+    assert found.lower == pytest.approx(np.linalg.norm(kernel.reshape(5, -1), 2), rel=1e-9)
+
+
+def test_layouts_agree():
+    kernel = np.random.default_rng(0).standard_normal((4, 3, 3, 5))
+    first = sc.convolution_norm(kernel, "oihw", stride=(1, 2))
+    assert sc.convolution_norm(kernel.transpose(2, 3, 1, 0), "hwio", stride=(1, 2)) == first
+    turned = sc.convolution_norm(
+        kernel, "iohw", stride=(1, 2), transposed=True, padding=0
+    )
+    assert turned.lower == pytest.approx(first.lower, rel=2e-6)
+
+
+@pytest.mark.parametrize("factor", [1e-300, 1e-160, 1e160, 1e300])
+def test_scales_do_not_matter(factor):
+    kernel = np.random.default_rng(0).standard_normal((2, 3, 3, 3))
+    one, scaled = (sc.convolution_norm(k, "oihw") for k in (kernel, kernel * factor))
+    assert scaled.lower == pytest.approx(one.lower * factor, rel=2e-6)
+
+
+def test_many_equal_maxima_end_and_say_how_far_they_came():
+    # Every frequency of a shift by one sample in one channel and none in the other is a maximum.
+    kernel = np.zeros((2, 2, 3, 3))
+    kernel[0, 0, 0, 0] = kernel[1, 1, 2, 2] = 1.0
+    found = sc.convolution_norm(kernel, "oihw", tol=1e-9)
+    assert found.lower == pytest.approx(1)
+    assert 1 <= found.upper < 1.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.complex64])
+def test_the_stored_numbers_are_bounded(dtype):
+    torch.manual_seed(0)
+    kernel = torch.randn(3, 2, 3, 3, dtype=torch.float32).to(dtype)
+    exact = kernel.to(torch.complex128 if dtype.is_complex else torch.float64)
+    assert sc.convolution_norm(kernel, "oihw") == sc.convolution_norm(exact, "oihw")
+
+
+def test_nan_is_nan():
+    kernel = np.ones((2, 2, 3))
+    kernel[0, 0, 0] = np.nan
+    assert np.isnan(sc.convolution_norm(kernel, "oik").upper)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "layout", "options", "error", "words"),
+    [
+        (np.ones((2, 2)), "oi", {}, sc.ShapeError, "no convolution"),
+        (np.ones((2, 2, 3), int), "oik", {}, sc.DTypeError, "int"),
+        (np.ones((2, 2, 3)), "oihw", {}, sc.ShapeError, "4 axes"),
+        (np.ones((2, 2, 3)), "oik", {"stride": 0}, sc.ArgumentError, "stride"),
+        (np.ones((2, 2, 3)), "oik", {"size": (4, 4)}, sc.ArgumentError, "size"),
+        (np.ones((2, 2, 3)), "oik", {"padding": "full"}, sc.ArgumentError, "padding"),
+        (np.ones((2, 2, 3)), "oik", {"padding_mode": "wrap"}, sc.ArgumentError, "circular"),
+        (np.ones((2, 2, 3)), "oik", {"size": 2, "padding": 0}, sc.ShapeError, "does not fit"),
+        (np.ones((2, 2, 3)), "oik", {"transposed": True}, sc.ArgumentError, "transposed"),
+        (np.ones((4, 2, 2, 3)), "soik", {}, sc.ShapeError, "stack"),
+    ],
+)
+def test_errors_name_the_argument(kernel, layout, options, error, words):
+    with pytest.raises(error, match=words):
+        sc.convolution_norm(kernel, layout, **options)
