@@ -96,7 +96,7 @@ def convolution_norm(
     -------
     ConvolutionNorm
         ``lower`` and ``upper``, floats. With circular padding of a whole number of strides they
-        bound the norm at that size, and without ``size`` they bound S: ``upper`` is at most
+        bound the norm at that size, and without ``size`` they bound S: ``upper`` is about
         ``lower * (1 + tol)``, unless S has so many equal maxima that this would need more than
         20,000 frequencies. For other paddings at a size, ``lower`` comes from an iteration through
         the layer, and ``upper`` is S times the norm of the padding. ``frequency`` is where the
