@@ -3,6 +3,7 @@
 from ._algorithm import add_gradient, add_gradient_, init, iterate
 from ._constraint import constrain, constrain_
 from ._convolution import ConvolutionNorm, convolution_norm
+from ._interval import SigmaBounds, bounds, gram_bound
 from ._lanczos import SpectralNorm, spectral_norm
 from ._layout import Layout, as_matrix, from_matrix
 from ._logging import Watch
@@ -38,6 +39,7 @@ __all__ = [
     "NamesError",
     "PowerIteration",
     "ShapeError",
+    "SigmaBounds",
     "SpectralError",
     "SpectralNorm",
     "SpectralState",
@@ -48,10 +50,12 @@ __all__ = [
     "add_gradient_",
     "as_matrix",
     "block_iteration",
+    "bounds",
     "constrain",
     "constrain_",
     "convolution_norm",
     "from_matrix",
+    "gram_bound",
     "init",
     "iterate",
     "load_state_dict",

@@ -31,7 +31,7 @@ class Bounds(NamedTuple):
     upper: float
 
 
-def bounds(W: Array, v: Array, sigma: float, xp: Namespace) -> Bounds:
+def bounds(W: Array, v: Array, sigma: float, xp: Namespace, *, most: float | None = None) -> Bounds:
     """Return proven bounds of the largest singular value of a matrix.
 
     Parameters
@@ -44,16 +44,18 @@ def bounds(W: Array, v: Array, sigma: float, xp: Namespace) -> Bounds:
     sigma : float
         The estimate ‖Wᴴu‖ that was computed with the unit vector u.
     xp : namespace
+    most : float, optional
+        Largest number of multiplications of a factorization. The default is about a second.
 
     Returns
     -------
     Bounds
-        Close ones where the factorization takes about a second or less. Otherwise ``upper`` is the
+        Close ones where a factorization needs no more than that. Otherwise ``upper`` is the
         least of the Frobenius norm and the geometric mean of the row and column sum norms.
     """
     m, n = W.shape
     found = _from_norms(W, sigma, xp)
-    if m * n * min(m, n) > _MOST:
+    if m * n * min(m, n) > (_MOST if most is None else most):
         return found
     wide = np.complex128 if is_complex(W, xp) else np.float64
     host, x = as_numpy(W), as_numpy(v).astype(wide)

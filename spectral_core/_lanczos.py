@@ -124,7 +124,7 @@ def spectral_norm(
     >>> bool(result.error_bound < 1e-12)
     True
     """
-    W = _as_matrices(W, layout)
+    W = as_matrices(W, layout)
     xp = array_namespace(W)
     kind = traits(W, xp, "W")
     W = cast(constant(W), kind.iteration_dtype, xp)
@@ -150,7 +150,7 @@ def spectral_norm(
     )
 
 
-def _as_matrices(W: Array, layout: Layout | str | None) -> Array:
+def as_matrices(W: Array, layout: Layout | str | None) -> Array:
     """Return a floating-point matrix, or the stack of matrices that the layout makes of ``W``."""
     W = _as_floats(W)
     shape = tuple(W.shape)

@@ -33,17 +33,17 @@ def layout_of(n, groups, transposed=False):
 
 
 @st.composite
-def layers(draw):
+def layers(draw, modes=MODES):
     """Draw a layer of PyTorch, the size of its image, and the options that describe it."""
     n = draw(st.sampled_from([1, 1, 2, 2, 2, 3]))
-    transposed = draw(st.booleans())
+    transposed = len(modes) > 1 and draw(st.booleans())
     groups = draw(st.sampled_from([1, 1, 2, 3]))
     o, i = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
     kernel = tuple(draw(st.integers(1, 4)) for _ in range(n))
     stride = tuple(draw(st.integers(1, 3)) for _ in range(n))
     dilation = tuple(draw(st.integers(1, 2)) for _ in range(n))
     size = tuple(draw(st.integers(2, 6 if n < 3 else 3)) for _ in range(n))
-    mode = "zeros" if transposed else draw(st.sampled_from(MODES))
+    mode = "zeros" if transposed else draw(st.sampled_from(modes))
     padding = tuple(draw(st.integers(0, min(2, (m - 1 if mode == "reflect" else m)))) for m in size)
     options = {"stride": stride, "dilation": dilation, "padding": padding}
     extra = {"groups": groups, "bias": False, "dtype": torch.float64}
@@ -85,11 +85,9 @@ def test_bounds_hold_the_norm_of_the_framework_s_layer(case):
         assert exact <= anywhere.upper * (1 + 1e-12)
 
 
-@given(layers())
+@given(layers(["circular"]))
 def test_a_circular_convolution_is_exact(case):
     layer, channels, size, layout, told = case
-    if told.get("padding_mode") != "circular":
-        return
     size = tuple(s * max(1, round(m / s)) for m, s in zip(size, told["stride"], strict=True))
     found = sc.convolution_norm(
         layer.weight, layout, size=size, **{**told, "padding": "same"}, tol=1e-9
@@ -156,9 +154,7 @@ def test_layouts_agree():
     kernel = np.random.default_rng(0).standard_normal((4, 3, 3, 5))
     first = sc.convolution_norm(kernel, "oihw", stride=(1, 2))
     assert sc.convolution_norm(kernel.transpose(2, 3, 1, 0), "hwio", stride=(1, 2)) == first
-    turned = sc.convolution_norm(
-        kernel, "iohw", stride=(1, 2), transposed=True, padding=0
-    )
+    turned = sc.convolution_norm(kernel, "iohw", stride=(1, 2), transposed=True, padding=0)
     assert turned.lower == pytest.approx(first.lower, rel=2e-6)
 
 
@@ -173,7 +169,7 @@ def test_many_equal_maxima_end_and_say_how_far_they_came():
     # Every frequency of a shift by one sample in one channel and none in the other is a maximum.
     kernel = np.zeros((2, 2, 3, 3))
     kernel[0, 0, 0, 0] = kernel[1, 1, 2, 2] = 1.0
-    found = sc.convolution_norm(kernel, "oihw", tol=1e-9)
+    found = sc.convolution_norm(kernel, "oihw", tol=1e-7)
     assert found.lower == pytest.approx(1)
     assert 1 <= found.upper < 1.01
 

@@ -1,0 +1,185 @@
+"""Bounds from both sides hold for the exact largest singular value, on adversarial spectra."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import spectral_core as sc
+
+
+def orthogonal(rng, n):
+    return np.linalg.qr(rng.standard_normal((n, n)))[0]
+
+
+@st.composite
+def integer_matrices(draw):
+    """Draw a small integer matrix: its Gram matrix is exact in integers."""
+    m, n = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    kind = draw(st.sampled_from(["any", "rank one", "equal values", "near"]))
+    numbers = st.integers(-9, 9)
+    if kind == "rank one":
+        u = [draw(numbers) for _ in range(m)]
+        v = [draw(numbers) for _ in range(n)]
+        return np.outer(u, v)
+    if kind == "equal values":
+        return np.eye(m, n, dtype=int) * draw(numbers)
+    W = np.array([[draw(numbers) for _ in range(n)] for _ in range(m)])
+    if kind == "near":
+        W = np.eye(m, n, dtype=int) * 10**6 + W
+    return W
+
+
+def exceeds(square, W):
+    """Return True if square·I − WᵀW is positive semidefinite, in rational arithmetic.
+
+    That is σ₁² ≤ square. Elimination without rounding decides it.
+    """
+    from fractions import Fraction
+
+    gram = W.T.astype(object) @ W.astype(object)
+    n = len(gram)
+    A = [
+        [Fraction(square) * (i == j) - Fraction(int(gram[i, j])) for j in range(n)]
+        for i in range(n)
+    ]
+    while A:
+        pivot = A[0][0]
+        if pivot < 0 or (pivot == 0 and any(x != 0 for x in A[0])):
+            return False
+        rest = A[1:]
+        A = [
+            [
+                x - (row[0] * y / pivot if pivot else 0)
+                for x, y in zip(row[1:], A[0][1:], strict=True)
+            ]
+            for row in rest
+        ]
+    return True
+
+
+@given(integer_matrices(), st.sampled_from([np.float64, np.float32]))
+def test_bounds_hold_in_rational_arithmetic(W, dtype):
+    from fractions import Fraction
+
+    lower, upper, method = sc.bounds(W.astype(dtype))
+    assert method == "factorization"
+    assert exceeds(Fraction(float(upper)) ** 2, W)
+    assert lower == 0 or not exceeds(Fraction(float(lower)) ** 2 * (1 - Fraction(1, 10**15)), W)
+    assert upper - lower <= 1e-11 * upper
+    above = float(sc.gram_bound(W.astype(dtype), n_iter=12))
+    assert exceeds(Fraction(above) ** 2, W)
+    rank = max(1, min(W.shape))
+    assert above <= float(upper) * rank ** (1 / 2**13) * (1 + 1000 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-15, 1e-12, 1e-8, 1e-3])
+@pytest.mark.parametrize("shape", [(40, 40), (60, 40), (40, 60)])
+def test_bounds_hold_for_close_values(gap, shape):
+    rng = np.random.default_rng(0)
+    S = np.zeros(shape)
+    S[range(40), range(40)] = np.r_[1, np.full(20, 1 - gap), np.linspace(0.9, 0, 19)]
+    W = orthogonal(rng, shape[0]) @ S @ orthogonal(rng, shape[1])
+    exact = np.linalg.norm(W, 2)
+    lower, upper, _ = sc.bounds(W)
+    assert lower <= exact * (1 + 1e-14)
+    assert exact * (1 - 1e-14) <= upper <= lower * (1 + 1e-10)
+    for seed in range(5):
+        random = sc.bounds(W, probability=1e-9, seed=seed)
+        assert random.lower <= exact * (1 + 1e-14)
+        assert exact * (1 - 1e-14) <= random.upper
+
+
+@pytest.mark.parametrize("n_iter", [1, 2, 5, 12, 20])
+def test_a_probability_says_how_often_the_bound_may_fail(n_iter):
+    """A slow spectrum and few steps: at probability 1/2 the bound may fail, not at 1e-6."""
+    rng = np.random.default_rng(0)
+    W = orthogonal(rng, 60) * np.linspace(1, 0.8, 60) @ orthogonal(rng, 60)
+    likely = [sc.bounds(W, probability=0.5, n_iter=n_iter, seed=s).upper for s in range(100)]
+    certain = [sc.bounds(W, probability=1e-6, n_iter=n_iter, seed=s).upper for s in range(100)]
+    assert np.mean(np.array(likely) < 1 - 1e-9) <= 0.5
+    assert min(certain) >= 1 - 1e-12
+    assert min(np.array(certain) - likely) >= 0
+
+
+def test_the_probability_of_many_steps_is_close():
+    W = np.random.default_rng(0).standard_normal((300, 200))
+    lower, upper, method = sc.bounds(W, probability=1e-9)
+    exact = np.linalg.norm(W, 2)
+    assert method == "lanczos"
+    assert lower <= exact <= upper <= exact * 1.01
+
+
+@pytest.mark.parametrize("exponent", [-1074, -1040, -700, -160, 0, 160, 700, 1020])
+def test_scales_do_not_matter(exponent):
+    W = np.random.default_rng(0).integers(1, 9, (6, 5)) * 2.0**exponent
+    exact = np.linalg.norm(W * 2.0 ** (-exponent // 2) * 2.0 ** (-exponent + exponent // 2), 2)
+    for options in ({}, {"probability": 1e-9}):
+        lower, upper, _ = sc.bounds(W, **options)
+        assert math.ldexp(exact, 0) > 0
+        if exponent < 1020:
+            assert lower <= math.ldexp(exact, exponent) <= upper
+        else:
+            assert lower <= math.ldexp(exact, 1000) * 2.0**20
+        assert exponent < -1000 or upper <= lower * (1 + 1e-8)
+
+
+@pytest.mark.parametrize("options", [{}, {"probability": 1e-6}])
+def test_special_matrices(options):
+    assert tuple(sc.bounds(np.zeros((3, 2)), **options))[:2] == (0, 0)
+    assert np.isnan(sc.bounds(np.array([[np.nan, 1.0]]), **options).upper)
+    assert np.isnan(sc.bounds(np.array([[np.inf, 1.0]]), **options).lower)
+    lower, upper, _ = sc.bounds([[3, 4]], **options)
+    assert lower <= 5 <= upper <= 5 + 1e-8
+    stack = sc.bounds(np.ones((2, 3, 4, 5)), layout="ssoi", **options)
+    assert stack.lower.shape == stack.upper.shape == (2, 3)
+    with pytest.raises(sc.ShapeError, match="layout"):
+        sc.bounds(np.ones((2, 3, 4)), **options)
+
+
+@pytest.mark.parametrize("value", [0, 1, -0.1, 2, float("nan")])
+def test_a_probability_out_of_range_is_named(value):
+    with pytest.raises(sc.ArgumentError, match="probability"):
+        sc.bounds(np.ones((2, 2)), probability=value)
+
+
+def test_each_backend_bounds_its_own_arrays(backend):
+    rng = np.random.default_rng(0)
+    host = rng.standard_normal((2, 30, 20)).astype(np.float32)
+    exact = np.linalg.norm(host.astype(float), 2, axis=(-2, -1))
+    W = backend.asarray(host)
+    for options in ({}, {"probability": 1e-9}):
+        lower, upper, _ = sc.bounds(W, layout="soi", **options)
+        assert np.all(lower <= exact * (1 + 1e-14))
+        assert np.all(exact <= upper * (1 + 1e-14))
+    above = np.asarray(backend.to_numpy(sc.gram_bound(W)), float)
+    assert np.all(exact <= above)
+    assert np.all(above <= exact * 20 ** (1 / 2**11) * 1.001)
+
+
+def test_gram_bound_never_falls_below_however_many_products():
+    W = np.random.default_rng(0).standard_normal((64, 64))
+    exact = np.linalg.norm(W, 2)
+    found = [float(sc.gram_bound(W, n_iter=t)) for t in range(1, 30)]
+    assert min(found) >= exact
+    assert found[14] <= exact * 64 ** (1 / 2**16) * (1 + 1e-12)
+
+
+def test_gram_bound_has_the_gradient_of_sigma():
+    torch = pytest.importorskip("torch")
+    W = torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)).requires_grad_()
+    sc.gram_bound(W, n_iter=12).backward()
+    expected = np.zeros((3, 3))
+    expected[0, 0] = 1
+    np.testing.assert_allclose(W.grad.numpy(), expected, atol=1e-6)
+
+
+def test_gram_bound_of_special_matrices():
+    assert float(sc.gram_bound(np.zeros((3, 2)))) == 0
+    assert np.isnan(float(sc.gram_bound(np.array([[np.nan, 1.0]]))))
+    for scale in (1e-300, 1e300):
+        assert 5 * scale <= float(sc.gram_bound(np.array([[3.0, 4.0]]) * scale)) <= 5.001 * scale
