@@ -7,6 +7,7 @@ from ._interval import SigmaBounds, bounds, gram_bound
 from ._lanczos import SpectralNorm, spectral_norm
 from ._layout import Layout, as_matrix, from_matrix
 from ._logging import Watch
+from ._operator import OperatorNorm, operator_norm, product_norm
 from ._penalty import penalty, penalty_at, rank_one, slope
 from ._power import (
     BlockIteration,
@@ -37,6 +38,7 @@ __all__ = [
     "DeviceError",
     "Layout",
     "NamesError",
+    "OperatorNorm",
     "PowerIteration",
     "ShapeError",
     "SigmaBounds",
@@ -59,9 +61,11 @@ __all__ = [
     "init",
     "iterate",
     "load_state_dict",
+    "operator_norm",
     "penalty",
     "penalty_at",
     "power_iteration",
+    "product_norm",
     "rank_one",
     "slope",
     "spectral_norm",
