@@ -16,6 +16,7 @@ from ._power import (
     power_iteration,
     start_vector,
 )
+from ._spectrum import TopTriplets, stable_rank, top_triplets
 from ._state_dict import SpectralState, load_state_dict, state_dict
 from ._summary import Summary
 from .errors import (
@@ -47,6 +48,7 @@ __all__ = [
     "SpectralState",
     "SpectralWarning",
     "Summary",
+    "TopTriplets",
     "Watch",
     "add_gradient",
     "add_gradient_",
@@ -69,6 +71,8 @@ __all__ = [
     "rank_one",
     "slope",
     "spectral_norm",
+    "stable_rank",
     "start_vector",
     "state_dict",
+    "top_triplets",
 ]

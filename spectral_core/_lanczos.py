@@ -199,11 +199,7 @@ def _spectral_norm(W: Array, tol: float, max_iter: int, seed: int, xp: Namespace
         raise DTypeError("W has elements beyond the range of float64: scale it first")
     if not isfinite(largest) or largest == 0:
         return _trivial(W, largest, xp)
-    # Why W is scaled by a power of two: σ² would overflow or underflow for entries that σ survives.
-    # A power of two changes the exponent only, so the scaling is exact. The power and its inverse
-    # must both be normal numbers, or scaling back would round.
-    limit = frexp(min(float(xp.finfo(W.dtype).max), float_info.max))[1] - 4
-    scale = 2.0 ** max(-limit, min(limit, frexp(largest)[1] - 1))
+    scale = scale_of(W, largest, xp)
     W = W / scale
     # Iterate on the shorter side: a 1 × n matrix then needs one step, an m × n matrix at most m.
     if n <= m:
@@ -237,6 +233,17 @@ def _spectral_norm(W: Array, tol: float, max_iter: int, seed: int, xp: Namespace
         converged=bool(residual <= max(tol, rounding) * sigma),
         n_iter=steps,
     )
+
+
+def scale_of(W: Array, largest: float, xp: Namespace) -> float:
+    """Return the power of two that brings the largest element of W to between 1 and 2.
+
+    σ² would overflow or underflow for entries that σ survives. A power of two changes the exponent
+    only, so the scaling is exact. The power and its inverse must both be normal numbers, or scaling
+    back would round.
+    """
+    limit = frexp(min(float(xp.finfo(W.dtype).max), float_info.max))[1] - 4
+    return float(2.0 ** max(-limit, min(limit, frexp(largest)[1] - 1)))
 
 
 def _error_bound(W: Array, v: Array, sigma: Array, scale: float, xp: Namespace) -> Array:

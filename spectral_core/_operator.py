@@ -196,8 +196,8 @@ def product_norm(
     if len(a) < 2 or len(b) < 2 or a[-1] != b[-2] or a[:-2] != b[:-2] or 0 in a + b:
         raise ShapeError(f"A has shape {a} and B {b}: they must be (..., m, r) and (..., r, n)")
     A, B = cast(A, kind.iteration_dtype, xp), cast(B, kind.iteration_dtype, xp)
-    left, R_left = _qr(A, xp)
-    right, R_right = _qr(conj(xp.matrix_transpose(B), xp), xp)
+    left, R_left = thin_qr(A, xp)
+    right, R_right = thin_qr(conj(xp.matrix_transpose(B), xp), xp)
     core = xp.matmul(R_left, conj(xp.matrix_transpose(R_right), xp))
     stack = "s" * (len(a) - 2)
     found = spectral_norm(core, layout=stack + "oi", tol=tol, max_iter=max_iter)
@@ -206,7 +206,7 @@ def product_norm(
     return found._replace(u=u, v=v)
 
 
-def _qr(A: Array, xp: Namespace) -> tuple[Array, Array]:
+def thin_qr(A: Array, xp: Namespace) -> tuple[Array, Array]:
     """Return Q and R: by the backend's factorization, or by Gram–Schmidt where it has none.
 
     Twice is enough: rounding leaves a component along the columns before after the first time. A
