@@ -107,7 +107,8 @@ def by_formula(xp: Any, weights: dict[str, Any], grads: dict[str, Any]) -> Calla
 
 def filled(shape: Shape, seed: int = 0) -> NDArray[np.float32]:
     """Return normal numbers of the scale of weights, a million of them repeated: quick to draw."""
-    return np.resize(pool(seed)[: prod(shape)], shape) * np.float32(prod(shape[1:]) ** -0.5)
+    some = pool(seed)[: prod(shape)] * np.float32(prod(shape[1:]) ** -0.5)
+    return np.resize(some, shape)
 
 
 @cache

@@ -62,19 +62,17 @@ def variants(_: Case, device: str, weights: Tensors, grads: Tensors, common: Opt
 
 
 def adapter(weights: Tensors, grads: Tensors, **options: Any) -> Step:
-    step = regularizer_of(weights, grads, **options)[0].add_gradients_
+    options = {"warmup_iters": 1, "layouts": layouts_of(weights)} | options
+    step = SpectralNormRegularizer(parameters_of(weights, grads), **options).add_gradients_
     step()  # compiles what it compiles
     return step
 
 
-def regularizer_of(
-    weights: Tensors, grads: Tensors, **options: Any
-) -> tuple[SpectralNormRegularizer, list[nn.Parameter]]:
+def parameters_of(weights: Tensors, grads: Tensors) -> dict[str, nn.Parameter]:
     parameters = {name: nn.Parameter(w) for name, w in weights.items()}
     for name, parameter in parameters.items():
         parameter.grad = grads[name]
-    options = {"warmup_iters": 1, "layouts": layouts_of(weights)} | options
-    return SpectralNormRegularizer(parameters, **options), [*parameters.values()]
+    return parameters
 
 
 def layouts_of(weights: Tensors, layout: str = "oihw") -> dict[str, str]:
@@ -111,14 +109,12 @@ def replayed(device: str, weights: Tensors, grads: Tensors) -> Step:
     return graph.replay
 
 
-def optimizer_step(
-    weights: Tensors, grads: Tensors, attached: dict[str, Any] | None, scaler: str = ""
-) -> Step:
+def optimizer_step(weights: Tensors, grads: Tensors, attached: Any, scaler: str = "") -> Step:
     """Step by a fused optimizer, at a rate and a scale that leave W and G as they are."""
-    regularizer, parameters = regularizer_of(weights, grads, **(attached or {}))
-    optimizer = torch.optim.SGD(parameters, lr=0.0, fused=True)
+    parameters, layouts = parameters_of(weights, grads), layouts_of(weights)
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.0, fused=True)
     if attached is not None:
-        regularizer.attach(optimizer)
+        SpectralNormRegularizer(parameters, layouts=layouts, **attached).attach(optimizer)
     if not scaler:
         return optimizer.step
     scaling = torch.amp.GradScaler(scaler, init_scale=1.0, growth_interval=2**30)
@@ -135,7 +131,7 @@ def normalization(case: Case, device: str, weights: Tensors, grads: Tensors) -> 
     require_memory(3 * case.size, device)
     # A layer that is nothing but its weight.
     bare = [nn.ParameterDict({"weight": nn.Parameter(w)}) for w in weights.values()]
-    layers = [parametrizations.spectral_norm(layer) for layer in bare]
+    layers = [*map(parametrizations.spectral_norm, bare)]
     originals = [layer.parametrizations.weight.original for layer in layers]
     upstream = list(grads.values())
 

@@ -147,17 +147,14 @@ def case_result(section: str, case: Case, settings: Settings, bytes_per_second: 
     about = {"name": case.name, "title": case.title, "weights": len(case.shapes), "n": case.n}
     about |= {"dtype": case.dtype, "bytes_of_weights": case.size, "bytes_moved": 3 * case.size}
     # Any step must read W, and read and write G.
-    about["bytes_over_bandwidth_ms"] = floor_ms = 1e3 * about["bytes_moved"] / bytes_per_second
+    about["bytes_over_bandwidth_ms"] = floor = 1e3 * about["bytes_moved"] / bytes_per_second
     # XLA compiles each of many layers anew, which takes minutes.
     groups = [one for one in settings.groups if (section, one) != ("scaling", "jax")]
-    return about | {
-        "peers": {one: group_result(section, one, case, settings, floor_ms) for one in groups}
-    }
+    peers = {one: group_result(section, one, case, settings, floor) for one in groups}
+    return about | {"peers": peers}
 
 
-def group_result(
-    section: str, group: str, case: Case, settings: Settings, floor_ms: float
-) -> Result:
+def group_result(section: str, group: str, case: Case, settings: Settings, floor: float) -> Result:
     gc.collect()
     torch.cuda.empty_cache()  # does nothing where CUDA is not in use
     found: Result = {"steps": {}, "left_out": {}, "memory": {}}
@@ -176,7 +173,7 @@ def group_result(
     found["steps"] = interleaved(steps, settings.budget, settings.device)
     for taken in found["steps"].values():
         taken["ratio_to_ours"] = taken.pop("ratio_to_first")
-        taken["ratio_to_bytes"] = taken["median_ms"] / floor_ms
+        taken["ratio_to_bytes"] = taken["median_ms"] / floor
     # CuPy has no honest way to count.
     if group != "cupy" and section == "scaling":
         found["memory"] = {n: peak_memory(one, settings.device) for n, one in steps.items()}
