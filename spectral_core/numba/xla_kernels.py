@@ -37,6 +37,7 @@ from .kernels import (
     _pointer,
     _read,
     _scale,
+    _sum_parts,
     _wide,
 )
 
@@ -264,8 +265,14 @@ def _end(k, table, arrays):
     if not matrices[k, _ACROSS]:
         place, count = chunks[matrices[k, _CHUNK], 3], matrices[k + 1, _CHUNK] - matrices[k, _CHUNK]
         after = arrays[1][place : place + count * v.size]
+        _sum_parts(after, v.size)
     # The u of columns is a unit vector by now, which this leaves as it is.
-    sigma[0] = _normalize(after, v.size, v, start, matrices[k, _WINDOW], u)
+    inverse = _inverse(_length(u))
+    for i in range(u.size):
+        u[i] *= inverse
+    for j in range(v.size):
+        after[j] *= inverse
+    sigma[0] = _normalize(after[: v.size], v, start, matrices[k, _WINDOW])
 
 
 @_compiled
