@@ -51,7 +51,7 @@ def variants(_: Case, device: str, weights: Tensors, grads: Tensors, common: Opt
         "bound, acting": partial(bounded, weights, lambda step: 0.999**step),
         "channels-last": partial(convolutions, weights, grads, torch.channels_last, "oihw"),
         "transposed": partial(convolutions, weights, grads, torch.contiguous_format, "iohw"),
-        "torch.compile": lambda: torch.compile(adapter(weights, grads)),
+        "torch.compile": partial(compiled, weights, grads),
         "CUDA graph": partial(replayed, device, weights, grads),
         "SGD": partial(sgd, None),
         "SGD, attached": partial(sgd, {}),
@@ -94,6 +94,15 @@ def convolutions(weights: Tensors, grads: Tensors, memory_format: Any, layout: s
         for one in (weights.items(), grads.items())
     )
     return adapter(*arrays, layouts=layouts)
+
+
+def compiled(weights: Tensors, grads: Tensors) -> Step:
+    step = torch.compile(adapter(weights, grads))
+    try:
+        step()
+    except RuntimeError as error:  # where there is no compiler of C++
+        raise LeftOutError(str(error).splitlines()[0]) from error
+    return step
 
 
 def replayed(device: str, weights: Tensors, grads: Tensors) -> Step:
