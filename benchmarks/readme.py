@@ -32,8 +32,8 @@ def blocks() -> dict[str, str]:
         **{f"paper-{suite}": page.block(results) for suite, results in runs.committed().items()},
     }
     if (path := RESULTS / "digits.json").exists():
-        found["digits"] = digits(read_json(path))
-        found["vectors"] = vectors(read_json(path))
+        found["digits"] = digits(result := read_json(path))
+        found |= {"vectors": vectors(result)} if "n_vectors" in result else {}
     return found
 
 
