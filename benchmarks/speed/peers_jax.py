@@ -42,7 +42,10 @@ def peers(case: Case, device: str, params: Tree, shared: SimpleNamespace) -> Mak
 def variants(_: Case, __: str, params: Tree, shared: SimpleNamespace, common: Options) -> Makers:
     """Return the options of the transformation."""
     bound = partial(spectral_jax.constrain_spectral_norm, layouts=layouts_of(params))
-    changed = {name: ours(params, **options) for name, options in common.items()}
+    # XLA compiles eight vectors of many weights for minutes.
+    many = len(params) > 1
+    wanted = {name: one for name, one in common.items() if not many or one.get("n_vectors") != 8}
+    changed = {name: ours(params, **options) for name, options in wanted.items()}
     changed |= {"bound, idle": bound(1e6), "bound, acting": bound(lambda step: 0.999**step)}
     return {name: partial(timed, tx, params, shared) for name, tx in changed.items()}
 
