@@ -74,7 +74,11 @@ class HostEngine:
 
 def _iterate(job: Job, fresh: Vector, n_iter: int) -> Triplet:
     plan, xp = job.plan, job.xp
-    W = matrix_in_memory_order(job.weight, plan, xp)
+    # The usual matrix is the tensor reshaped: to ask NumPy for that at once is three times as fast.
+    if plan.reshapes:
+        W = job.weight.reshape(plan.matrix)
+    else:
+        W = matrix_in_memory_order(job.weight, plan, xp)
     V = to_memory_order(job.V, plan, xp)
     v, guard = V[0], _GUARDS[V.dtype]
     start = (v + fresh).reshape(-1)  # in another order, the fresh direction is a row

@@ -24,6 +24,10 @@ from ..engine import Job, JobList, Plan, Result, last_of
 # Waking a thread costs a few microseconds: not worth it for fewer elements than this.
 _GRAIN = 65536
 
+# The threads of NumPy's BLAS spin for some 10 ms after a product. A thread of Numba waits for their
+# processor: longer than a second thread saves with fewer elements than this.
+_BESIDE_BLAS = 1 << 21
+
 # Number of sets of shapes that are kept: several optimizers take turns.
 _DIVISIONS = 16
 
@@ -41,6 +45,8 @@ class Memory(NamedTuple):
     dtypes: Mapping[Any, str]
     threads: Callable[[], int | None]  # largest number of threads; None: Numba's own setting
     writeable: Callable[[Array], bool] = lambda _: True
+    # Fewer elements than this run in one thread.
+    worth_threads: Callable[[], int] = lambda: 2 * _GRAIN
 
 
 def _window(x: Any) -> int:
@@ -63,6 +69,7 @@ NUMPY = Memory(
     },
     threads=lambda: None,
     writeable=lambda x: x.flags.writeable,
+    worth_threads=lambda: _BESIDE_BLAS,
 )
 
 
@@ -162,7 +169,7 @@ class NumbaEngine:
     ) -> _Launch:
         shapes = tuple(jobs[place].plan.matrix for place in places)
         # Asking Numba for its number of threads starts them: a step for one thread does not ask.
-        few = sum(map(prod, shapes)) < 2 * _GRAIN
+        few = sum(map(prod, shapes)) < self._memory.worth_threads()
         threads = 1 if few else self._kernels.threads(most)
         address = self._memory.address
         addresses = []

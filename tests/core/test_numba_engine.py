@@ -22,12 +22,16 @@ pytest.importorskip("numba", reason="Numba is not installed")
 
 
 from spectral_core.numba import NUMPY, NumbaEngine
+from spectral_core.numba import engine as numba_engine
 from spectral_core.numba.engine import Division
+
+BESIDE_BLAS = numba_engine._BESIDE_BLAS
 
 
 @pytest.fixture(autouse=True)
-def numpy_backend():
+def numpy_backend(monkeypatch):
     get("numpy")
+    monkeypatch.setattr(numba_engine, "_BESIDE_BLAS", 2 * numba_engine._GRAIN)  # as for PyTorch
 
 
 LAYOUTS = {"grouped": sc.Layout("(go)ihw", groups=4), "dense": "io", "stack": "soi"}
@@ -38,8 +42,8 @@ SHAPES = {
     "conv": (6, 4, 3, 3),
     "grouped": (8, 2, 3, 3),
     "stack": (3, 5, 4),
-    "dense": (5, 7),  # its matrix is the transposed tensor: not accepted
-    "big": (257, 301),  # several threads share it
+    "dense": (5, 7),  # its matrix is the transposed tensor
+    "big": (457, 301),  # several threads share it
 }
 VECTORS = ("v", "sigma", "u")
 
@@ -705,6 +709,20 @@ print(parallel._is_initialized)
     assert done.stdout.strip() == "False", done.stderr
 
 
+def test_numpy_has_one_thread_for_a_step_that_blas_would_delay(monkeypatch):
+    monkeypatch.setattr(numba_engine, "_BESIDE_BLAS", BESIDE_BLAS)
+    asked = []
+    most = NUMPY._replace(threads=lambda: asked.append(1) or 2)
+    weights = {"w": np.ones((1024, 1024), "float32")}
+    jobs = make_jobs(weights, weights, sc.init(weights))
+    for memory, threads in (
+        (most, 1),
+        (most._replace(worth_threads=lambda: 0), min(2, numba_engine._kernels().threads(2))),
+    ):
+        found = NumbaEngine(memory)._launches([dataclasses.replace(j) for j in jobs])
+        assert [launch.division.threads for launch in found] == [threads]
+
+
 def test_kernels_compile_each_time_where_nothing_can_be_cached(monkeypatch):
     kernels, cached = NumbaEngine()._kernels, []
 
@@ -742,6 +760,8 @@ def test_missing_numba_says_what_to_install(monkeypatch):
 PRELUDE = """
 import os, sys, signal
 import numpy as np, spectral_core as sc
+import spectral_core.numba.engine
+spectral_core.numba.engine._BESIDE_BLAS = 0  # several threads for a small matrix
 rng = np.random.default_rng(0)
 w = {"big": rng.standard_normal((700, 600)), "small": rng.standard_normal((6, 5))}
 state = sc.init(w)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Elements of a block: 512 KiB of float32 stay in the second cache of a core.
+# Elements of a block for each thread: 512 KiB of float32 stay in the second cache of a core.
 _BLOCK = 1 << 17
 # A GPU has no such cache for itself alone, but each operation starts anew.
 _BLOCK_ON_DEVICE = 1 << 24
@@ -61,7 +61,8 @@ def _blocks(W: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, int]
     transposed matrix the columns, axis −1.
     """
     axis = -2 if W.stride(-2) >= W.stride(-1) else -1
-    size, most = W.shape[axis], _BLOCK if W.is_cpu else _BLOCK_ON_DEVICE
+    size = W.shape[axis]
+    most = _BLOCK * torch.get_num_threads() if W.is_cpu else _BLOCK_ON_DEVICE
     count = min(size, max(1, most * size // max(1, W.numel())))
     room = torch.empty_like(W.narrow(axis, 0, count), dtype=dtype)
     for start in range(0, size, count):
