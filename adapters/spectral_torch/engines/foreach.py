@@ -125,15 +125,17 @@ def _change_together_(
         sigma, u, v = found
         if bounded:
             sigma = _scale_(jobs, sigma)
+        vs: Sequence[Tensor] = torch.split_with_sizes(v, n)
         Vs: Sequence[Tensor] = torch.split_with_sizes(v.view(1, -1), n, dim=1)
         parts = zip(sigma.unbind(), torch.split_with_sizes(u, m), Vs, strict=True)
         triplets = [Triplet(*part) for part in parts]
     else:
         triplets = [last_of(job) for job in jobs]
+        vs = [triplet.V[0] for triplet in triplets]
         sigma = torch.stack([triplet.sigma for triplet in triplets])
         u = torch.cat([triplet.u for triplet in triplets])
     if not bounded:
-        _add_terms_(jobs, [triplet.V for triplet in triplets], sigma, u, owners, m)
+        _add_terms_(jobs, vs, sigma, u, owners, m)
     return triplets
 
 
@@ -189,7 +191,7 @@ def write_into(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 def _add_terms_(
     jobs: Sequence[Job],
-    Vs: Sequence[Tensor],
+    vs: Sequence[Tensor],
     sigma: Tensor,
     u: Tensor,
     owners: _Owners,
@@ -202,9 +204,9 @@ def _add_terms_(
     else:
         scaled = torch.stack([f * x for f, x in zip(factors, force.unbind(), strict=True)])
     terms = torch.split_with_sizes(u * scaled.index_select(0, owners.u), m)
-    for job, term, V in zip(jobs, terms, Vs, strict=True):
+    for job, term, v in zip(jobs, terms, vs, strict=True):
         if job.grad is not None:
-            _add_(job, term, V[0])
+            _add_(job, term, v)
 
 
 def _add_(job: Job, u: Tensor, v: Tensor, factor: float = 1.0) -> None:
