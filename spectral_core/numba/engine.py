@@ -78,7 +78,8 @@ class NumbaEngine:
 
     The engine accepts real weights. Weight and gradient are both contiguous or both channels-last.
     With several vectors for a matrix, the matrix is the contiguous tensor reshaped. With one, the
-    kernel axes may come before the inputs, and the outputs may come last, as in Flax.
+    kernel axes may come before the inputs, and the outputs may come last, as in Flax, or between
+    inputs and kernel, as in a transposed convolution of PyTorch.
 
     Parameters
     ----------
@@ -123,7 +124,7 @@ class NumbaEngine:
         self._locks: dict[int, Lock] = {}
 
     def accepts(self, job: Job) -> bool:
-        """Return True for a real job whose matrix, or its transpose, is in memory as a whole."""
+        """Return True for a real job whose elements are in memory in an order that is known."""
         return self._kernels is not None and self._kind(job) is not None
 
     def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
@@ -178,7 +179,7 @@ class NumbaEngine:
             last = last_of(job)
             arrays = (job.V, last.u, last.sigma)
             addresses.append((address(job.weight), 0, *map(address, arrays)))
-        forms = [self._form(jobs[place]) or _Form(1, False) for place in places]
+        forms = [self._form(jobs[place]) or _Form(1, 0) for place in places]
         division = self._division_of(kind, shapes, threads, rows, tuple(f.turned for f in forms))
         matrices = division.matrices(addresses, [form.window for form in forms])
         return _Launch(places, division, matrices, len(jobs) == len(places))
@@ -189,14 +190,14 @@ class NumbaEngine:
         if window == 1:
             return _contiguous_form(job.plan)
         whole_rows = job.plan.reshapes and prod(job.plan.matrix[:-1]) == job.weight.shape[0]
-        return _Form(window, False) if window and whole_rows else None
+        return _Form(window, 0) if window and whole_rows else None
 
     def _kind(self, job: Job) -> str | None:
         """Return the name of the job's dtype, or None for a job that the engine cannot run."""
         weight, grad, memory = job.weight, job.grad, self._memory
         kind = memory.dtypes.get(weight.dtype)
         form = None if kind is None else self._form(job)
-        if kind is None or form is None or (form != (1, False) and job.V.shape[-2] > 1):
+        if kind is None or form is None or (form != (1, 0) and job.V.shape[-2] > 1):
             return None
         same = grad is None or (
             grad.dtype == weight.dtype and memory.window(grad) == memory.window(weight)
@@ -219,26 +220,31 @@ class _Form(NamedTuple):
     """How the elements of a matrix follow each other in memory."""
 
     window: int  # kernel positions that come before the inputs; otherwise 1
-    turned: bool  # True if the elements of a column follow each other, not those of a row
+    # 0 if the rows of W follow each other; 1 if its columns do; 1 plus the number of kernel
+    # positions if outputs are between inputs and kernel, as in a transposed convolution.
+    turned: int
 
 
 @lru_cache(maxsize=4096)
 def _contiguous_form(plan: Plan) -> _Form | None:
-    """Return the form of a contiguous tensor, or None where its matrix is neither W nor Wᵀ."""
+    """Return the form of a contiguous tensor, or None where the kernels do not know it."""
     letters = re.sub(r"[()]", "", plan.axes)
-    stack, rows = len(plan.stack), letters.count("o")
-    axes, columns = plan.memory_order, plan.memory_order[stack + rows :]
-    in_order = tuple(range(len(axes)))
-    turned = axes != in_order
-    if turned and axes[:stack] + columns + axes[stack : stack + rows] != in_order:
-        return None
-    if columns == plan.order[stack + rows :]:
-        return _Form(1, turned)
+    stack, order, axes = len(plan.stack), plan.order, plan.memory_order
+    start = stack + letters.count("o")
+    rows, columns = axes[stack:start], axes[start:]
     inputs = tuple(axis for axis in columns if letters[axis] == "i")
     kernel = tuple(axis for axis in columns if letters[axis] != "i")
-    return (
-        _Form(prod(plan.split[i] for i in kernel), turned) if columns == kernel + inputs else None
-    )
+    in_order = tuple(range(len(axes)))
+    if axes[:stack] + inputs + rows + kernel == in_order and kernel:
+        return _Form(1, 1 + prod(plan.split[axis] for axis in kernel))
+    turned = axes != in_order
+    if turned and axes[:stack] + columns + rows != in_order:
+        return None
+    if columns == order[start:]:
+        return _Form(1, int(turned))
+    if columns == kernel + inputs:
+        return _Form(prod(plan.split[axis] for axis in kernel), int(turned))
+    return None
 
 
 def _kernels() -> Any:
@@ -330,8 +336,8 @@ class Division:
         Largest number of threads.
     rows : int
         Number of vectors of each matrix.
-    turned : sequence of bool, optional
-        True for each job whose Wᵀ is in memory: its rows there are the columns of W.
+    turned : sequence of int, optional
+        The number of each job's `_Form`. If it is not 0, rows in memory are other than those of W.
     """
 
     def __init__(
@@ -340,7 +346,7 @@ class Division:
         shapes: Sequence[tuple[int, ...]],
         threads: int,
         rows: int = 1,
-        turned: Sequence[bool] = (),
+        turned: Sequence[int] = (),
     ) -> None:
         counts = [prod(shape[:-2]) for shape in shapes]
         self._job = np.repeat(np.arange(len(shapes)), counts)
@@ -348,11 +354,12 @@ class Division:
         m, n = np.asarray([shape[-2:] for shape in shapes])[self._job].T
         total = int((m * n).sum())
         threads = max(1, min(threads, total // _GRAIN))
-        swap = np.asarray(turned or [False] * len(shapes))[self._job]
-        height, width = np.where(swap, n, m), np.where(swap, m, n)
+        swap = np.asarray(turned or [0] * len(shapes))[self._job]
+        window = np.maximum(swap - 1, 1)
+        height, width = np.where(swap, n // window, m), np.where(swap, m * window, n)
         chunks = list(_chunks(height.tolist(), width.tolist(), -(-total // threads)))
         room = 1 if rows == 1 else rows + rows % 2  # the kernels take rows in pairs
-        columns = room * width[[chunk[1] for chunk in chunks]]
+        columns = (room * width * np.where(swap > 1, 2, 1))[[chunk[1] for chunk in chunks]]
         place = np.cumsum(columns) - columns
         self.chunks = np.asarray([(*chunk[1:], p) for chunk, p in zip(chunks, place, strict=True)])
         thread = [chunk[0] for chunk in chunks]

@@ -298,6 +298,83 @@ def _adjoint_times_turned(W, u, w, lo, hi):
 
 
 @_compiled
+def _tile(t, x):
+    """Fill t with repetitions of x: what is filled is copied, twice as much each time."""
+    done = x.size
+    for j in range(done):
+        t[j] = x[j]
+    while done < t.size:
+        count = min(done, t.size - done)
+        for j in range(count):
+            t[done + j] = t[j]
+        done += count
+
+
+@_compiled
+def _stretch(t, x, scale):
+    """Fill t with the elements of x times ``scale``, each repeated as often as fits."""
+    window = t.size // x.size
+    for o in range(x.size):
+        value = x.dtype.type(scale * x[o])
+        for k in range(window):
+            t[o * window + k] = value
+
+
+@_compiled
+def _times_between(W, v, room, window, lo, hi):
+    """Compute the part of u = Wv that rows lo to hi of the memory have, in the start of ``room``.
+
+    In a transposed convolution, outputs are between inputs and kernel positions. A row of memory is
+    that of one input. Loops over a few kernel positions would not be compiled to vectors: instead,
+    the part of v of that input is repeated along the row.
+    """
+    total, t = room[: W.shape[1]], room[W.shape[1] :]
+    for j in range(total.size):
+        total[j] = 0
+    for i in range(lo, hi):
+        row = W[i]
+        _tile(t, v[i * window : (i + 1) * window])
+        for j in range(total.size):
+            total[j] += _wide(row[j]) * t[j]
+    for o in range(total.size // window):
+        value = total[o * window]
+        for k in range(1, window):
+            value += total[o * window + k]
+        total[o] = value
+
+
+@_compiled
+def _adjoint_times_between(W, u, w, room, window, lo, hi):
+    """Compute the elements of w = Wᵀu that belong to rows lo to hi of the memory."""
+    product, t = room[: W.shape[1]], room[W.shape[1] :]
+    _stretch(t, u, 1.0)
+    for i in range(lo, hi):
+        row = W[i]
+        for j in range(product.size):
+            product[j] = _wide(row[j]) * t[j]
+        # The sum over outputs, by halves.
+        rest = u.size
+        while rest > 1:
+            half = rest // 2
+            rest -= half
+            for j in range(half * window):
+                product[j] += product[rest * window + j]
+        w[i * window : (i + 1) * window] = product[:window]
+
+
+@_compiled
+def _add_between(G, u, v, weight, room, window, lo, hi):
+    """Add ``weight * u vᵀ`` to rows lo to hi of the memory of a transposed convolution."""
+    t, scaled = room[: G.shape[1]], room[G.shape[1] :]
+    _stretch(scaled, u, weight)
+    for i in range(lo, hi):
+        row = G[i]
+        _tile(t, v[i * window : (i + 1) * window])
+        for j in range(t.size):
+            _store(row, j, _wide(row[j]) + scaled[j] * t[j])
+
+
+@_compiled
 def _add(G, u, v, weight, lo, hi):
     """Add ``weight * u vᵀ`` to these rows of G."""
     for i in range(lo, hi):
@@ -351,7 +428,15 @@ def _read_part(t, second, parts, chunks, matrices, like, scratch, starts):
         m, n = matrices[k, 0], matrices[k, 1]
         start = starts[matrices[k, 8] : matrices[k, 8] + n]
         u = carray(_pointer(matrices[k, 5]), (m,), scratch.dtype)
-        if matrices[k, 10] == 1:
+        window = matrices[k, 10] - 1
+        if window > 0:
+            W = carray(_pointer(matrices[k, 2]), (n // window, m * window), like.dtype)
+            room = scratch[place : place + 2 * m * window]
+            if second:
+                _adjoint_times_between(W, u, start, room, window, lo, hi)
+            else:
+                _times_between(W, start, room, window, lo, hi)
+        elif window == 0:
             W = carray(_pointer(matrices[k, 2]), (n, m), like.dtype)
             if second:
                 _adjoint_times_turned(W, u, start, lo, hi)
@@ -400,9 +485,14 @@ def _change_part(t, parts, chunks, matrices, numbers, like, scratch, starts):
         m, n = matrices[k, 0], matrices[k, 1]
         left = carray(_pointer(matrices[k, 5]), (m,), scratch.dtype)
         right = starts[matrices[k, 8] : matrices[k, 8] + n]
-        if matrices[k, 10] == 1:
-            m, n, left, right = n, m, right, left
-        G = carray(_pointer(matrices[k, 3]), (m, n), like.dtype)
+        window = matrices[k, 10] - 1
+        if window > 0:
+            rows, columns = n // window, m * window
+        elif window == 0:
+            rows, columns, left, right = n, m, right, left
+        else:
+            rows, columns = m, n
+        G = carray(_pointer(matrices[k, 3]), (rows, columns), like.dtype)
         sigma = carray(_pointer(matrices[k, 6]), (1,), scratch.dtype)[0]
         if numbers[k, 2] >= AT_MOST:
             factor = _scale(sigma, scratch.dtype.type(numbers[k, 1]), numbers[k, 2])
@@ -410,7 +500,13 @@ def _change_part(t, parts, chunks, matrices, numbers, like, scratch, starts):
                 _multiply(G, factor, lo, hi)
         else:
             force = _force(sigma, scratch.dtype.type(numbers[k, 1]), numbers[k, 2])
-            _add(G, left, right, numbers[k, 0] * force, lo, hi)
+            weight = numbers[k, 0] * force
+            if window > 0:
+                place = chunks[p, 3]
+                room = scratch[place : place + 2 * columns]
+                _add_between(G, left, right, weight, room, window, lo, hi)
+            else:
+                _add(G, left, right, weight, lo, hi)
 
 
 @_compiled
@@ -425,7 +521,7 @@ def _scale_sigmas(matrices, numbers, scratch):
 @_compiled
 def _finish(k, second, matrices, chunks, scratch, starts):
     """Normalize the vectors of one matrix, all of whose chunks are read in this turn."""
-    turned = matrices[k, 10] == 1
+    turned = matrices[k, 10] > 0
     if second and not turned:
         return
     m, n, first, end = matrices[k, 0], matrices[k, 1], matrices[k, 7], matrices[k + 1, 7]
@@ -433,7 +529,8 @@ def _finish(k, second, matrices, chunks, scratch, starts):
     v = carray(_pointer(matrices[k, 4]), (n,), scratch.dtype)
     sigma = carray(_pointer(matrices[k, 6]), (1,), scratch.dtype)
     start = starts[matrices[k, 8] : matrices[k, 8] + n]
-    width = m if turned else n
+    window = matrices[k, 10] - 1
+    width = 2 * m * window if window > 0 else m if turned else n
     parts = scratch[chunks[first, 3] : chunks[first, 3] + (end - first) * width]
     if second:
         sigma[0] = _normalize(start, v, start, matrices[k, 9])
@@ -456,7 +553,7 @@ def _finish(k, second, matrices, chunks, scratch, starts):
 def _turns(matrices):
     """Return 2 if a matrix is turned, and otherwise 1."""
     for k in range(matrices.shape[0] - 1):
-        if matrices[k, 10] == 1:
+        if matrices[k, 10] > 0:
             return 2
     return 1
 
@@ -485,7 +582,8 @@ def _together(matrices, chunks, parts, numbers, like, scratch, starts, n_iter):
     matrices : int64, (K + 1, 11)
         m, n; addresses of W, G, v, u, σ; the first of the matrix's chunks; its place in starts; the
         kernel positions where they come before the inputs in memory, and otherwise 1; 1 where Wᵀ is
-        in memory, and otherwise 0. The last row ends the chunks of the row before.
+        in memory; 1 plus the kernel positions where outputs are between inputs and kernel; and
+        otherwise 0. The last row ends the chunks of the row before.
     chunks : int64, (P, 4)
         Rows in memory of one matrix for one thread: matrix, first row, end, place in scratch.
     parts : int64, (T + 1,)

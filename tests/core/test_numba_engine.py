@@ -437,6 +437,12 @@ TURNED = {
     "rows first": ((4, 3, 2, 5), "ohwi"),
     "column": ((1, 6), "io"),
     "row": ((6, 1), "io"),
+    "transposed convolution": ((5, 4, 3, 3), "iohw"),
+    "large transposed convolution": ((100, 67, 3, 4), "iohw"),
+    "in one channel": ((1, 3, 2), "iok"),
+    "of one output": ((3, 1, 4), "iok"),
+    "at one position": ((5, 4, 1, 1), "iohw"),
+    "in groups": ((8, 3, 2, 2), sc.Layout("(gi)ohw", groups=2)),
 }
 
 
