@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 import spectral_core as sc
+from spectral_core._host import HostEngine
 
 from .cases import Case, by_formula, filled
 from .report import COMPILED, OURS
@@ -41,7 +42,7 @@ def peers(_: Case, device: str, weights: Arrays, grads: Arrays) -> Makers:
             "G += W": lambda: lambda: [iadd(grads[name], w) for name, w in weights.items()],
         }
     return {
-        OURS["numpy"]: partial(in_place, sc.add_gradient_, weights, grads, engines=()),
+        OURS["numpy"]: partial(in_place, sc.add_gradient_, weights, grads, engines=[HostEngine()]),
         "paper's formula": partial(by_formula, np, weights, grads),
         COMPILED: partial(in_place, sc.add_gradient_, weights, grads),
     }
