@@ -8,7 +8,7 @@ runtime of their own.
 from __future__ import annotations
 
 import struct
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import prod
@@ -35,6 +35,7 @@ _MANY = 8
 # than this share of the weights.
 _SUMS = 1 / 16
 _LARGEST = 1 << 30  # rows or columns, which the kernels count in 32 bits
+_MOST_VECTORS = 8
 _GROUPS = 64  # groups of jobs whose tables are kept: one for each stream and pair of dtypes
 
 _CTYPES = {"float16": "__half", "float32": "float", "float64": "double"}
@@ -135,6 +136,7 @@ class Matrix(NamedTuple):
     apply_rows: int
     x: int
     y: int
+    start: int
     partial: int
     x_squares: int
     x_scales: int
@@ -164,7 +166,8 @@ class Places(NamedTuple):
 class Geometry:
     """Hold the tables that depend on nothing but the shapes of a group's matrices."""
 
-    table: Table  # rows of `Matrix`, then the matrix of each block: of rows, columns, and apply
+    # Rows of `Matrix`, then the matrix of each block: of rows, columns, apply, and one a matrix.
+    table: Table
     matrices: int
     row_blocks: int
     column_blocks: int
@@ -233,7 +236,8 @@ def geometry(plans: Sequence[Plan], kernels: Kernels, multiprocessors: int) -> G
         mine = (-(-m // rows), -(-n // WARP), -(-m // apply_rows))
         for entry in range(count):
             y = scratch + _padded(k * m)
-            partial = y + _padded(k * n)
+            start = y + _padded(k * n)
+            partial = start + (_padded(k * n) if k > 1 else 0)
             x_squares = partial + _padded(mine[0] * k * n)
             x_scales = x_squares + mine[0]
             y_squares = x_scales + mine[0]
@@ -243,11 +247,10 @@ def geometry(plans: Sequence[Plan], kernels: Kernels, multiprocessors: int) -> G
                 Matrix(
                     *(job, entry, m, n, *_order_of_columns(plans[job]), rows, *span(n, kernels)),
                     *(first[0], mine[0], first[1], mine[1], first[2], apply_rows),
-                    *(scratch, y, partial, x_squares, x_scales, y_squares, of_x, *found),
+                    *(scratch, y, start, partial, x_squares, x_scales, y_squares, of_x, *found),
                 )
             )
-            scratch = of_x + _padded(1)
-            scratch = _padded(scratch)
+            scratch = _padded(of_x + 1)
             blocks.append(mine)
             first = (first[0] + mine[0], first[1] + mine[1], first[2] + mine[2])
     numbers = np.arange(len(matrices), dtype=np.int64)
@@ -255,6 +258,7 @@ def geometry(plans: Sequence[Plan], kernels: Kernels, multiprocessors: int) -> G
         [
             np.asarray(matrices, dtype=np.int64).ravel(),
             *(np.repeat(numbers, [some[kind] for some in blocks]) for kind in range(3)),
+            numbers,
         ]
     )
     return Geometry(table, len(matrices), *first, scratch, results, tuple(places))
@@ -301,6 +305,7 @@ class _Launch(NamedTuple):
     geometry: Geometry
     arguments: tuple[Any, ...]  # all but the work table and the flags
     out: Array
+    lasts: list[Triplet]  # kept: the table has their addresses
 
 
 class CudaEngine:
@@ -313,8 +318,8 @@ class CudaEngine:
 
     Contiguous float16, float32 and float64 weights and gradients in an order such as ``"oihw"`` or
     ``"(go)ihw"``, whose matrix is the tensor reshaped, run together: three launches for each
-    iteration and pair of dtypes. The engine does not accept others, such as ``"hwio"``, complex
-    ones, or several vectors for each matrix.
+    iteration and pair of dtypes. Two to eight vectors for each matrix need six, and one or two for
+    the step. The engine does not accept others, such as ``"hwio"``, or complex ones.
 
     Parameters
     ----------
@@ -343,7 +348,7 @@ class CudaEngine:
         self._tables: dict[_Group, _Tables] = {}
 
     def accepts(self, job: Job) -> bool:
-        """Return True for a contiguous, real job with one vector, all on one device."""
+        """Return True for a contiguous, real job with up to 8 vectors, all on one device."""
         weight, plan = job.weight, job.plan
         if not (
             self._runtime.owns(weight)
@@ -357,17 +362,24 @@ class CudaEngine:
         if grad is not None and not (grad.dtype.name in _CTYPES and grad.flags.c_contiguous):
             return False
         real, place = _kernels_of(job).real, self._runtime.place(weight)
-        vectors = [(job.V, plan.rows(1))]
+        k = job.V.shape[-2]
+        vectors = [(job.V, plan.rows(k))]
         if job.last is not None:
             sigma, u, V = job.last
-            vectors += [(sigma, plan.stack), (u, plan.left), (V, plan.rows(1))]
+            vectors += [(sigma, plan.stack), (u, plan.left), (V, plan.rows(k))]
+        return (
+            k <= _MOST_VECTORS
+            and job.V.flags.c_contiguous
+            and all(
+                x.dtype.name == real and tuple(x.shape) == shape and self._runtime.place(x) == place
+                for x, shape in vectors
+            )
+            and self._accepts_numbers(job, place)
+        )
+
+    def _accepts_numbers(self, job: Job, place: Hashable) -> bool:
+        """Return True if the factor and the target are floats, or numbers on this device."""
         return all(
-            x.dtype.name == real
-            and tuple(x.shape) == shape
-            and x.flags.c_contiguous
-            and self._runtime.place(x) == place
-            for x, shape in vectors
-        ) and all(
             isinstance(x, float)
             or (x.dtype.name in ("float32", "float64") and self._runtime.place(x) == place)
             for x in (job.factor, 0.0 if job.slope is None else job.slope.target)
@@ -401,14 +413,9 @@ class CudaEngine:
         ]
         for launch in launches:
             with self._runtime.at(launch.group.place):
-                for i in range(n_iter):
-                    first, add = FIRST * (i == 0), ADD * (i == n_iter - 1)
-                    self._launch(launch, "spectral_rows", first)
-                    self._launch(launch, "spectral_columns", first)
-                    self._launch(launch, "spectral_apply", first | ITERATED | add)
-                if n_iter == 0:
-                    self._launch(launch, "spectral_apply", ADD)
-                else:
+                for name, flags in _sequence(n_iter, launch.group.kernels.vectors):
+                    self._launch(launch, name, flags)
+                if n_iter:
                     self._collect(launch, jobs, triplets)
         return Result([job.grad for job in jobs], triplets)
 
@@ -435,24 +442,25 @@ class CudaEngine:
         # Addresses of vectors are relative to the first one. The vectors of the step before share
         # one array, so the table stays the same though that array is another one in each step.
         came = runtime.address(mine[0].V)
+        lasts = [_contiguous(last_of(job)) for job in mine] if n_iter == 0 else []
         with runtime.at(group.place):
             tables = self._on_device(kept, "geometry", found.table)
-            addresses = self._on_device(kept, "jobs", self._table_of(mine, came, n_iter))
+            addresses = self._on_device(kept, "jobs", self._table_of(mine, came, lasts))
             out = runtime.empty(found.results if n_iter else 0, group.kernels.real)
             scratch = runtime.empty(found.scratch if n_iter else 0, group.kernels.real)
-        return _Launch(group, places, found, (addresses, tables, came, out, scratch), out)
+        return _Launch(group, places, found, (addresses, tables, came, out, scratch), out, lasts)
 
-    def _table_of(self, jobs: list[Job], came: int, n_iter: int) -> Table:
-        """Return a `Row` for each job."""
+    def _table_of(self, jobs: list[Job], came: int, lasts: list[Triplet]) -> Table:
+        """Return a `Row` for each job; ``lasts`` are the terms to add, or empty."""
         address = self._runtime.address
         rows = []
-        for job in jobs:
+        for i, job in enumerate(jobs):
             grad = 0 if job.grad is None else address(job.grad)
             target, code = (0.0, 0) if job.slope is None else (job.slope.target, job.slope.code)
             numbers = (*self._number(job.factor), *self._number(target), code)
             vectors = (address(job.V) - came, 0, 0)
-            if n_iter == 0:
-                sigma, u, V = last_of(job)
+            if lasts:
+                sigma, u, V = lasts[i]
                 vectors = (address(V) - came, address(u) - came, address(sigma) - came)
             rows.append(Row(address(job.weight), grad, *numbers, *vectors))
         return np.asarray(rows, dtype=np.int64)
@@ -472,11 +480,10 @@ class CudaEngine:
 
     def _launch(self, launch: _Launch, name: str, flags: int) -> None:
         found = launch.geometry
-        work, blocks = len(Matrix._fields) * found.matrices, found.row_blocks
-        if name != "spectral_rows":  # the tables of work follow one another
-            work, blocks = work + blocks, found.column_blocks
-        if name == "spectral_apply":
-            work, blocks = work + blocks, found.apply_blocks
+        # The tables of work follow one another.
+        numbers = (found.row_blocks, found.column_blocks, found.apply_blocks, found.matrices)
+        kind = _KINDS[name]
+        work, blocks = len(Matrix._fields) * found.matrices + sum(numbers[:kind]), numbers[kind]
         addresses, tables, *others = launch.arguments
         work_table = self._runtime.address(tables) + 8 * work
         arguments = (addresses, tables, work_table, *others, flags)
@@ -490,14 +497,49 @@ class CudaEngine:
             triplets[i] = Triplet(
                 view(launch.out, at.sigma, plan.stack),
                 view(launch.out, at.u, plan.left),
-                view(launch.out, at.v, plan.rows(1)),
+                view(launch.out, at.v, plan.rows(launch.group.kernels.vectors)),
             )
 
 
+def _contiguous(last: Triplet) -> Triplet:
+    """Return the triplet in contiguous memory: u of the reference can be part of another array."""
+    return Triplet(*(x if x.flags.c_contiguous else x.copy() for x in last))
+
+
+# The table of work of each kernel.
+_KINDS = {
+    "spectral_rows": 0,
+    "spectral_columns": 1,
+    "spectral_start": 1,
+    "spectral_apply": 2,
+    "spectral_finish": 3,
+}
+
+
+def _sequence(n_iter: int, vectors: int) -> Iterator[tuple[str, int]]:
+    """Return the launches of a step and their flags."""
+    if n_iter == 0:
+        yield "spectral_apply", ADD
+        return
+    if vectors > 1:
+        yield "spectral_start", FIRST
+    for i in range(n_iter):
+        first, add = FIRST * (i == 0), ADD * (i == n_iter - 1)
+        # Some matrices of several vectors must be read a second time. Only the device knows which:
+        # blocks of others end at once.
+        for again in (0, AGAIN) if vectors > 1 else (0,):
+            yield "spectral_rows", first | again
+            yield "spectral_columns", first | again
+            if vectors > 1:
+                yield "spectral_finish", first | again
+        if vectors == 1 or add:
+            yield "spectral_apply", first | ITERATED | add
+
+
 def _kernels_of(job: Job) -> Kernels:
-    """Return the dtypes of a job; where there is no gradient, that of the weight."""
+    """Return the dtypes and vectors of a job; without a gradient, its dtype is the weight's."""
     grad = job.weight if job.grad is None else job.grad
-    return Kernels(job.weight.dtype.name, grad.dtype.name)
+    return Kernels(job.weight.dtype.name, grad.dtype.name, int(job.V.shape[-2]))
 
 
 _BITS_IN, _BITS_OUT = struct.Struct("=d"), struct.Struct("=q")

@@ -68,7 +68,7 @@ struct Matrix {
     Int row_block, row_blocks;         // the first of its blocks in `rows`, their number
     Int column_block, column_blocks;   // the same in `columns`
     Int apply_block, apply_rows;       // the first in `apply`, the rows of each
-    Int x, y, partial;
+    Int x, y, start, partial;          // start: of several vectors, V as `rows` reads it
     Int x_squares, x_scales, y_squares, of_x;
     Int out_u, out_v, out_sigma;
 };
@@ -239,26 +239,33 @@ template <int C, int E, int R> struct Tile {
     }
 };
 
+// Return an element of v as the iteration starts from it. That of several vectors is in memory, in
+// the order of W's columns; one vector is read once, and so it needs no copy.
+static __device__ __forceinline__ Real started(const Part &part, Real v, int place)
+{
+    return K > 1 ? v : v + part.of_fresh * fresh(place);
+}
+
 // Return the elements of a row of V that a load of E columns from j on meets.
 template <int E>
 static __device__ __forceinline__ void load_v(const Part &part, int k, int j, Real *to)
 {
     const Real *row = part.v + static_cast<Int>(k) * part.n;
-    if (E % REALS == 0 && part.packed) {
+    if (E % REALS == 0 && (K > 1 || part.packed)) {
 #pragma unroll
         for (int e = 0; e < E; e += REALS) {
             const Pack<Real, REALS> some = j < part.n
                 ? *reinterpret_cast<const Pack<Real, REALS> *>(row + j + e) : Pack<Real, REALS>();
 #pragma unroll
             for (int i = 0; i < REALS; ++i)
-                if (e + i < E) to[e + i] = some.at[i] + part.of_fresh * fresh(j + e + i);
+                if (e + i < E) to[e + i] = started(part, some.at[i], j + e + i);
         }
         return;
     }
 #pragma unroll
     for (int e = 0; e < E; ++e) {
-        const int place = in_v(part.M, j + e);
-        to[e] = j < part.n ? row[place] + part.of_fresh * fresh(place) : 0;
+        const int place = K > 1 ? j + e : in_v(part.M, j + e);
+        to[e] = j < part.n ? started(part, row[place], place) : 0;
     }
 }
 
@@ -537,7 +544,7 @@ template <int C, int E> static __device__ __noinline__ void read(PARAMETERS)
     const int block = blockIdx.x - M.row_block, n = M.columns, width = M.warps * WARP;
     const int first = block * M.block_rows, end = end_of(first, M.block_rows, M);
     const Weight *W = reinterpret_cast<const Weight *>(job.weight) + (M.entry * M.rows + first) * n;
-    const Real *v = old_rows(job, M, came, out, flags);
+    const Real *v = K > 1 ? scratch + M.start : old_rows(job, M, came, out, flags);
     const Part part = {M, W, v, flags & FIRST ? FRESH_SCALE : 0, scratch + M.x + first,
                        end - first, n, static_cast<int>(threadIdx.x) % width, width,
                        M.window == 1 && n % REALS == 0 && aligned(v, 16)};
@@ -601,6 +608,363 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) spectral_columns(PARAME
     }
     if (K == 1 && block == 0 && threadIdx.x == 0) scratch[M.of_x] = inverse;
 }
+
+#if SPECTRAL_VECTORS > 1
+
+// The rounding errors of Z = L^-1 (X W) are at most those of Q W times this number. Otherwise W is
+// read again.
+#define AMPLIFIED 16.0
+
+constexpr int PAIRS = K * (K + 1) / 2;
+constexpr int SUMS = PAIRS > 2 * K ? PAIRS : 2 * K;
+
+// Sums of a block, and the k x k matrices of `finish`.
+__shared__ double of_warps[WARPS][SUMS], found[SUMS];
+__shared__ double gram_matrix[K][K], H[K][K], T[K][K];
+__shared__ bool accurate;
+
+// Store the sums over the block in `found`.
+template <int N> static __device__ __forceinline__ void block_sums(double (&x)[N])
+{
+    const int thread = threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        x[i] = warp_sum(x[i]);
+        if (thread % WARP == 0) of_warps[thread / WARP][i] = x[i];
+    }
+    __syncthreads();
+    if (thread < N) {
+        double sum = 0;
+        for (int warp = 0; warp < WARPS; ++warp) sum += of_warps[warp][thread];
+        found[thread] = sum;
+    }
+    __syncthreads();
+}
+
+// Store the inner products of k rows in `gram_matrix`, times a factor.
+static __device__ void find_gram_matrix(const Real *rows, int length, double factor)
+{
+    double sums[PAIRS] = {};
+    for (int i = threadIdx.x; i < length; i += THREADS) {
+        double x[K];
+#pragma unroll
+        for (int a = 0; a < K; ++a) x[a] = rows[static_cast<Int>(a) * length + i];
+#pragma unroll
+        for (int a = 0; a < K; ++a)
+#pragma unroll
+            for (int b = 0; b <= a; ++b) sums[a * (a + 1) / 2 + b] += x[a] * x[b];
+    }
+    block_sums(sums);
+    const int a = threadIdx.x / K, b = threadIdx.x % K;
+    if (a < K) {
+        const int most = a > b ? a : b, least = a > b ? b : a;
+        gram_matrix[a][b] = found[most * (most + 1) / 2 + least] * factor;
+    }
+    __syncthreads();
+}
+
+// Factorize the Gram matrix = L L^T and store L^-1 in T; return whether that is accurate. A row of T
+// is zero where the row adds no direction.
+static __device__ bool factorize()
+{
+    double L[K][K], sum = 0;
+    bool good = true;
+    for (int a = 0; a < K; ++a) sum += gram_matrix[a][a];
+    if (!(sum > 0 && sum - sum == 0)) {  // zero, or not finite
+        for (int a = 0; a < K * K; ++a) T[a / K][a % K] = sum == 0 ? 0 : sum - sum;
+        return true;
+    }
+    const double eps = SPECTRAL_EPS;
+    for (int a = 0; a < K; ++a) {
+        double left = gram_matrix[a][a];
+        for (int b = 0; b < K; ++b) T[a][b] = 0;
+        for (int b = 0; b < a; ++b) {
+            double entry = gram_matrix[a][b];
+            for (int c = 0; c < b; ++c) entry -= L[a][c] * L[b][c];
+            L[a][b] = entry * T[b][b];
+            left -= L[a][b] * L[a][b];
+        }
+        // Relative to all rows together, as the core's `left_rows`.
+        const bool adds = a == 0 ? left > 0 : left > eps * eps * sum;
+        // In float64 the difference says nothing about rows that are nearly dependent. For float32
+        // it says enough: eps^2 is well above the rounding errors of float64.
+        if (left * (AMPLIFIED * AMPLIFIED) < gram_matrix[a][a] && (adds || eps < 1e-12)) good = false;
+        if (!adds) continue;
+        T[a][a] = 1 / sqrt(left);
+        double amplified = sqrt(gram_matrix[a][a]) * T[a][a];
+        for (int b = 0; b < a; ++b) {
+            double entry = 0;
+            for (int c = b; c < a; ++c) entry -= L[a][c] * T[c][b];
+            T[a][b] = entry * T[a][a];
+            amplified += (T[a][b] < 0 ? -T[a][b] : T[a][b]) * sqrt(gram_matrix[b][b]);
+        }
+        good = good && amplified <= AMPLIFIED;
+    }
+    return good;
+}
+
+// Subtract from row a its parts along the unit rows before it.
+static __device__ void subtract_earlier(Real *rows, int length, int a)
+{
+    double dots[K] = {};
+    for (int i = threadIdx.x; i < length; i += THREADS)
+        for (int b = 0; b < a; ++b)
+            dots[b] += static_cast<double>(rows[static_cast<Int>(b) * length + i]) * rows[static_cast<Int>(a) * length + i];
+    block_sums(dots);
+    for (int i = threadIdx.x; i < length; i += THREADS) {
+        Real left = rows[static_cast<Int>(a) * length + i];
+        for (int b = 0; b < a; ++b)
+            left -= static_cast<Real>(found[b]) * rows[static_cast<Int>(b) * length + i];
+        rows[static_cast<Int>(a) * length + i] = left;
+    }
+}
+
+static __device__ void multiply_row(Real *row, int length, Real factor)
+{
+    for (int i = threadIdx.x; i < length; i += THREADS) row[i] *= factor;
+}
+
+// Orthonormalize rows as the core's `left_rows`: each twice. One that adds no direction becomes zero.
+static __device__ void gram_schmidt(Real *rows, int length, Real scale)
+{
+    for (int a = 0; a < K; ++a) {
+        Real *row = rows + static_cast<Int>(a) * length;
+        multiply_row(row, length, scale);
+        for (int turn = 0; a > 0 && turn < 2; ++turn) subtract_earlier(rows, length, a);
+        double square[1] = {};
+        for (int i = threadIdx.x; i < length; i += THREADS)
+            square[0] += static_cast<double>(row[i]) * row[i];
+        block_sums(square);
+        const Real length_of_row = static_cast<Real>(sqrt(found[0]));
+        const bool adds = a == 0 || length_of_row > static_cast<Real>(SPECTRAL_EPS);
+        multiply_row(row, length, adds ? inverse_length(static_cast<Real>(found[0])) : 0);
+    }
+}
+
+// Rotate two rows of X, or columns: element `lane` of each.
+static __device__ __forceinline__ void rotate(double &x, double &y, double c, double s)
+{
+    const double before = x;
+    x = c * before + s * y;
+    y = c * y - s * before;
+}
+
+// Store T G T^T in H and make it diagonal by one Jacobi sweep, the largest element first. T rotates
+// with it. See the core's `_rotation`. One warp calls this, a lane for each column.
+static __device__ void sort_by_rotations()
+{
+    const int lane = threadIdx.x % WARP;
+    if (lane < K)
+        for (int a = 0; a < K; ++a) {
+            double sum = 0;
+            for (int b = 0; b < K; ++b) sum += T[a][b] * gram_matrix[b][lane];
+            H[a][lane] = sum;
+        }
+    __syncwarp();
+    double row[K];
+    if (lane < K) {
+        for (int a = 0; a < K; ++a) {  // row `lane` of H T^T
+            row[a] = 0;
+            for (int b = 0; b < K; ++b) row[a] += H[lane][b] * T[a][b];
+        }
+        for (int a = 0; a < K; ++a) H[lane][a] = row[a];
+    }
+    __syncwarp();
+    for (int i = 0; i < K; ++i)
+        for (int j = i + 1; j < K; ++j) {
+            const double p = H[i][i], q = H[j][j], size = p + q + 1e-300;
+            const double d = (p - q) / size, b = 2 * H[i][j] / size;
+            const double w = sqrt(d * d + b * b) + (d < 0 ? -d : d) + 1e-150;
+            const double inverse = 1 / sqrt(w * w + b * b);
+            const double c = (d >= 0 ? w : b) * inverse, s = (d >= 0 ? b : w) * inverse;
+            __syncwarp();
+            if (lane < K) {
+                rotate(H[i][lane], H[j][lane], c, s);
+                rotate(T[i][lane], T[j][lane], c, s);
+            }
+            __syncwarp();
+            if (lane < K) rotate(H[lane][i], H[lane][j], c, s);
+            __syncwarp();
+        }
+}
+
+// The rows of a matrix that `renew` works on.
+struct Rows_of_V {
+    const Matrix &M;
+    const Real *old;  // as they came
+    Real *z;          // k rows of n, in the order of memory: X W, then the new V
+    int n;
+
+    __device__ __forceinline__ Real &at(int a, int j) const { return z[static_cast<Int>(a) * n + j]; }
+    __device__ __forceinline__ Real before(int a, int place) const
+    {
+        return old[static_cast<Int>(a) * n + place];
+    }
+};
+
+constexpr int CANDIDATES = K == 2 ? 2 : K - 1;  // rows of Z that go on; from k = 3 on the last is old
+
+// Make the sorted rows of Z over sigma, each with a little of the old ones, and find their parts
+// along the first.
+static __device__ void find_candidates(const Rows_of_V &V, Real inverse)
+{
+    double dots[K] = {};
+    for (int j = threadIdx.x; j < V.n; j += THREADS) {
+        Real z[K], s[K];
+        const int place = in_v(V.M, j);
+        const Real v = V.before(0, place);
+#pragma unroll
+        for (int a = 0; a < K; ++a) z[a] = V.at(a, j);
+#pragma unroll
+        for (int a = 0; a < CANDIDATES; ++a) {
+            double sum = 0;
+#pragma unroll
+            for (int b = 0; b < K; ++b) sum += T[a][b] * z[b];
+            s[a] = static_cast<Real>(sum * inverse);
+            if (a > 0)
+                s[a] += static_cast<Real>(SPECTRAL_EPS) * (V.before(a, place) + static_cast<Real>(0.5) * v);
+            dots[a] += static_cast<double>(s[a]) * s[0];
+            V.at(a, j) = s[a];
+        }
+        if (K > 2) V.at(K - 1, j) = v;
+    }
+    block_sums(dots);
+}
+
+// Subtract from the rows from `first` to `end` their parts along the rows before `first`, as they are
+// in `found`. Find the parts that rounding has left, and the squares of what is left.
+template <int FIRST_ROW, int END> static __device__ void subtract_found(const Rows_of_V &V)
+{
+    constexpr int COUNT = (END - FIRST_ROW) * FIRST_ROW;
+    double parts[COUNT], sums[COUNT + END - FIRST_ROW] = {};
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) parts[i] = found[i];
+    __syncthreads();
+    for (int j = threadIdx.x; j < V.n; j += THREADS) {
+#pragma unroll
+        for (int a = FIRST_ROW; a < END; ++a) {
+            Real left = V.at(a, j);
+#pragma unroll
+            for (int b = 0; b < FIRST_ROW; ++b)
+                left -= static_cast<Real>(parts[(a - FIRST_ROW) * FIRST_ROW + b]) * V.at(b, j);
+#pragma unroll
+            for (int b = 0; b < FIRST_ROW; ++b)
+                sums[(a - FIRST_ROW) * FIRST_ROW + b] += static_cast<double>(left) * V.at(b, j);
+            sums[COUNT + a - FIRST_ROW] += static_cast<double>(left) * left;
+            V.at(a, j) = left;
+        }
+    }
+    block_sums(sums);
+}
+
+// Make unit rows, orthogonal to the rows before `first`, of rows whose parts along these are in
+// `found`: zero where a row is in their span. See `_orthogonal_unit` of the core.
+template <int FIRST_ROW, int END> static __device__ void make_orthogonal(const Rows_of_V &V)
+{
+    constexpr int COUNT = (END - FIRST_ROW) * FIRST_ROW;
+    double once[END - FIRST_ROW];
+    subtract_found<FIRST_ROW, END>(V);
+#pragma unroll
+    for (int a = FIRST_ROW; a < END; ++a) once[a - FIRST_ROW] = found[COUNT + a - FIRST_ROW];
+    subtract_found<FIRST_ROW, END>(V);
+#pragma unroll
+    for (int a = FIRST_ROW; a < END; ++a) {
+        const Real square = static_cast<Real>(found[COUNT + a - FIRST_ROW]);
+        const bool is_new = sqrt(square) > static_cast<Real>(0.5 * sqrt(once[a - FIRST_ROW]));
+        multiply_row(V.z + static_cast<Int>(a) * V.n, V.n, is_new ? inverse_length(square) : 0);
+    }
+    __syncthreads();  // `found` may be written again
+}
+
+// Make the next V of the rows of Z: see `_next` of the core.
+static __device__ void renew(const Rows_of_V &V, Real inverse)
+{
+    find_candidates(V, inverse);
+    double parts[K] = {};  // those of row a along the first are found at a - 1
+#pragma unroll
+    for (int a = 1; a < CANDIDATES; ++a) parts[a] = found[a];
+    __syncthreads();
+    if (threadIdx.x == 0)
+        for (int a = 1; a < CANDIDATES; ++a) found[a - 1] = parts[a];
+    __syncthreads();
+    make_orthogonal<1, CANDIDATES>(V);
+    if (K == 2) return;
+    double dots[K] = {};
+    for (int j = threadIdx.x; j < V.n; j += THREADS)
+#pragma unroll
+        for (int a = 0; a < K - 1; ++a) dots[a] += static_cast<double>(V.at(K - 1, j)) * V.at(a, j);
+    block_sums(dots);
+    make_orthogonal<K - 1, K>(V);
+}
+
+// Find T so that T X / |X| has orthonormal rows, or orthonormalize X itself.
+static __device__ bool orthonormalize(const Matrix &M, Real *scratch, Real scale)
+{
+    Real *x = scratch + M.x;
+    find_gram_matrix(x, M.rows, static_cast<double>(scale) * scale);
+    if (threadIdx.x == 0) {
+        accurate = factorize();
+        scratch[M.of_x] = accurate ? 0 : 1;
+    }
+    __syncthreads();
+    if (!accurate) gram_schmidt(x, M.rows, scale);
+    return accurate;
+}
+
+// Finish an iteration of several vectors. With X = L Q and a lower triangular L, Q W is L^-1 (X W):
+// so `rows` needs no orthonormal rows, and reads W once. L follows from the inner products of X, and
+// the rotations that sort Q W from those of X W: k x k matrices in float64, since inner products
+// square the range of numbers. T is the product of all these transformations. Rows that are nearly
+// dependent, as where the rank of W is below k, would be too inaccurate: X is then orthonormalized,
+// and W read again. Algorithm and names are those of block_kernels.py in spectral_core.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) spectral_finish(PARAMETERS)
+{
+    const Matrix &M = matrices[work[blockIdx.x]];
+    if (unwanted(M, scratch, flags)) return;
+    const Row &job = jobs[M.job];
+    const int m = M.rows, n = M.columns, thread = threadIdx.x;
+    Real scale = 1;
+    if (flags & AGAIN) {
+        if (thread < K * K) T[thread / K][thread % K] = thread / K == thread % K;
+    } else {
+        scale = inverse_length(total(scratch + M.x_squares, M.row_blocks));
+        if (!orthonormalize(M, scratch, scale)) return;
+    }
+    const Rows_of_V V = {M, old_rows(job, M, came, out, flags), scratch + M.y, n};
+    find_gram_matrix(V.z, n, 1);
+    if (thread < WARP) sort_by_rotations();
+    __syncthreads();
+    const Real *x = scratch + M.x;
+    for (int i = thread; i < m; i += THREADS) {
+        double u = 0;
+#pragma unroll
+        for (int a = 0; a < K; ++a) u += T[0][a] * (x[static_cast<Int>(a) * m + i] * scale);
+        out[M.out_u + i] = static_cast<Real>(u);
+    }
+    const Real square = static_cast<Real>(H[0][0] < 0 ? 0 : H[0][0]), inverse = inverse_length(square);
+    if (thread == 0) scratch[M.y_squares] = sqrt(square);
+    if (inverse > 0) renew(V, inverse);
+    for (int a = 0; a < K; ++a)
+        for (int j = thread; j < n; j += THREADS) {
+            const int place = in_v(M, j);
+            const Real v = inverse > 0 ? V.at(a, j) : V.before(a, place);
+            out[M.out_v + static_cast<Int>(a) * n + place] = v;
+            scratch[M.start + static_cast<Int>(a) * n + j] = v;
+        }
+}
+
+// Store V plus the fresh direction, from which a step starts, in the order of memory.
+extern "C" __global__ void __launch_bounds__(THREADS, 2) spectral_start(PARAMETERS)
+{
+    const Matrix &M = matrices[work[blockIdx.x]];
+    const Real *v = old_rows(jobs[M.job], M, came, out, flags);
+    const int j = (blockIdx.x - M.column_block) * WARP + threadIdx.x % WARP, a = threadIdx.x / WARP;
+    const int place = in_v(M, j);
+    if (j < M.columns && a < K)
+        scratch[M.start + a * M.columns + j] = v[a * M.columns + place] + FRESH_SCALE * fresh(place);
+}
+
+#endif
 
 // The factors of `apply`: u = x * of_x, v = y * of_y.
 struct Term {

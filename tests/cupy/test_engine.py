@@ -177,6 +177,10 @@ static const char *g_came; static Real *g_out, *g_scratch; static Int g_flags;
 ENTRY(spectral_rows)
 ENTRY(spectral_columns)
 ENTRY(spectral_apply)
+#if SPECTRAL_VECTORS > 1
+ENTRY(spectral_start)
+ENTRY(spectral_finish)
+#endif
 """
 
 
@@ -707,15 +711,17 @@ def test_the_tables_are_those_of_the_source():
         assert int(re.search(rf"#define {name} (\d+)", source)[1]) == getattr(cuda, name)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
-def test_it_compiles_for_hopper_with_all_sums_in_registers(dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "vectors"), [("float32", 1), ("float64", 1), ("float16", 1), ("float32", 4)]
+)
+def test_it_compiles_for_hopper_with_all_sums_in_registers(dtype, vectors, tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not here to compile the kernels for a GPU")
     options = ("-arch=sm_90", "-cubin", "-ftz=true", "-std=c++17", "-Xptxas", "-v")
     files = ("-o", str(tmp_path / "kernels.cubin"), str(SOURCE))
     done = subprocess.run(
-        [nvcc, *options, *cuda.Kernels(dtype, dtype).options, *files],
+        [nvcc, *options, *cuda.Kernels(dtype, dtype, vectors).options, *files],
         capture_output=True,
         text=True,
     )
@@ -725,4 +731,101 @@ def test_it_compiles_for_hopper_with_all_sums_in_registers(dtype, tmp_path):
     assert all(int(spilled) <= 128 for spilled in re.findall(r"(\d+) bytes spill", report)), report
     # Blocks of 512 threads on a multiprocessor with 65536 registers: one of `rows`, two of others.
     found = re.findall(r"spectral_(\w+)' for.*?Used (\d+) registers", report, re.DOTALL)
-    assert all(int(used) <= (128 if name == "rows" else 64) for name, used in found), report
+    assert all(int(used) <= (128 if name in ("rows", "finish") else 64) for name, used in found), (
+        report
+    )
+
+
+SEVERAL = {
+    "conv": (12, 12, 3, 3),
+    "unaligned": (40, 301),
+    "stack": (2, 9, 20),
+    "long": (9, 9000),
+    "long, unaligned": (9, 4101),
+}
+
+
+def with_vectors(k, shapes=SEVERAL, dtype="float32"):
+    weights, grads, _ = model(dtype, shapes=shapes)
+    layouts = {"stack": "soi"} if "stack" in shapes else {}
+    return weights, grads, sc.init(weights, layouts=layouts, n_vectors=k)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 8])
+def test_several_vectors_equal_the_core(libraries, k):
+    weights, grads, state = with_vectors(k)
+    runtime, _, _ = check(libraries, weights, grads, state, 1e-4, factor=0.1)
+    once = ["spectral_rows", "spectral_columns", "spectral_finish"]
+    assert runtime.launches == 2 * ["spectral_start", *once, *once, "spectral_apply"]
+
+
+@pytest.mark.parametrize("n_iter", [0, 3])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_several_vectors_of_each_dtype_equal_the_core(libraries, dtype, n_iter):
+    shapes = {name: SEVERAL[name] for name in ("conv", "unaligned", "stack")}
+    weights, grads, state = with_vectors(4, shapes, dtype)
+    tolerance = {"float64": 1e-8}.get(dtype, 3e-3 if dtype == "float16" else 1e-3)
+    options = {"factor": 0.1, "target": 2.0, "n_iter": n_iter}
+    check(libraries, weights, grads, state, tolerance, **options)
+
+
+def test_several_vectors_bound_a_weight_as_the_core(libraries):
+    weights, _, state = with_vectors(4, {"conv": (12, 12, 3, 3), "idle": (40, 301)})
+    found, expected = copied(weights), copied(weights)
+    options = {"bound": {"conv": 0.5, "idle": 1e3}}
+    engines = [cuda.CudaEngine(Emulation(libraries)), Never()]
+    mine = sc.constrain_(found, state, engines=engines, **options)
+    plain = sc.constrain_(expected, state, engines=(), **options)
+    for name in weights:
+        assert_close(found[name], expected[name], 2e-5, name)
+        assert_close(np.asarray(mine.sigma[name]), np.asarray(plain.sigma[name]), 2e-5, name)
+    np.testing.assert_array_equal(found["idle"], weights["idle"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("k", [2, 4])
+def test_several_vectors_of_low_rank_keep_the_properties_of_the_core(libraries, k, dtype):
+    """Beside v, nothing but noise is left: rows of V are zero, or unit vectors orthogonal to v."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "rank one": np.outer(rng.standard_normal(30), rng.standard_normal(21)),
+        "row": rng.standard_normal((1, 70)),
+        "column": rng.standard_normal((90, 1)),
+        "repeated": np.eye(20, 24),
+        "small": 1e-17 * rng.standard_normal((8, 12)),
+        "zero": np.zeros((5, 6)),
+        "nan": np.full((5, 6), np.nan),
+        "inf": np.full((5, 6), np.inf),
+    }
+    weights = {name: weight.astype(dtype) for name, weight in weights.items()}
+    start = state = sc.init(weights, n_vectors=k)
+    engines = [cuda.CudaEngine(Emulation(libraries)), Never()]
+    close = {"float32": 1e-5, "float64": 1e-9}[dtype]
+    for n_iter in (1, 1, 20):
+        state = sc.iterate(weights, state, n_iter=n_iter, engines=engines)
+        for name in ("rank one", "row", "column", "repeated", "small"):
+            sigma, V, u = state.sigma[name], state.v[name], state.u[name]
+            W = weights[name]
+            np.testing.assert_allclose(u @ W, sigma * V[0], atol=close * sigma, err_msg=name)
+            lengths = np.linalg.norm(V, axis=1)
+            assert np.all((abs(lengths - 1) < close) | (lengths == 0)), name
+            np.testing.assert_allclose(V[1:] @ V[0], 0, atol=close, err_msg=name)
+            bound = np.linalg.svd(W.astype("float64"), compute_uv=False)[0]
+            assert sigma <= bound * (1 + close)
+        for name in ("zero", "nan", "inf"):
+            np.testing.assert_array_equal(state.v[name], start.v[name])
+        assert state.sigma["zero"] == 0
+        assert not np.any(state.u["zero"])
+        assert not np.isfinite(state.sigma["nan"])
+        assert not np.isfinite(state.sigma["inf"])
+    for name in ("rank one", "row", "column", "repeated", "small"):
+        exact = np.linalg.svd(weights[name].astype("float64"), compute_uv=False)[0]
+        np.testing.assert_allclose(state.sigma[name], exact, rtol=1e-2, err_msg=name)
+
+
+def test_more_vectors_than_the_kernels_have_room_for_go_to_the_reference(libraries):
+    weights, grads, state = with_vectors(9, {"conv": (12, 12, 3, 3)})
+    runtime = Emulation(libraries)
+    engines = [cuda.CudaEngine(runtime), ReferenceEngine(in_place=True)]
+    sc.add_gradient_(weights, grads, state, engines=engines)
+    assert runtime.launches == []
