@@ -7,6 +7,7 @@ runtime of their own.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -264,15 +265,19 @@ def geometry(plans: Sequence[Plan], kernels: Kernels, multiprocessors: int) -> G
     return Geometry(table, len(matrices), *first, scratch, results, tuple(places))
 
 
+def _is_channels_last(plan: Plan) -> bool:
+    """Return True if rows follow one another, and in each the one axis of channels is the last."""
+    letters = re.sub("[^oiskdhw]", "", plan.axes.replace("(g", "s"))
+    return re.fullmatch("s*o+[kdhw]+i", letters) is not None
+
+
 def _order_of_columns(plan: Plan) -> tuple[int, int]:
-    """Return the input channels and the kernel positions of columns in another order: or n and 1.
+    """Return the input channels and the kernel positions of a channels-last matrix, else n and 1.
 
     In memory, the column of channel i and position p is at ``p * channels + i``.
     """
     n = plan.matrix[-1]
-    if plan.reshapes:
-        return n, 1
-    channels = plan.columns[len(plan.stack)]
+    channels = n if plan.reshapes else plan.split[-1]
     return channels, n // channels
 
 
@@ -316,10 +321,11 @@ class CudaEngine:
     be used with other weights at any time, but not by two threads at once. It holds two tables of
     some bytes for each weight on the device.
 
-    Contiguous float16, float32 and float64 weights and gradients in an order such as ``"oihw"`` or
-    ``"(go)ihw"``, whose matrix is the tensor reshaped, run together: three launches for each
-    iteration and pair of dtypes. Two to eight vectors for each matrix need six, and one or two for
-    the step. The engine does not accept others, such as ``"hwio"``, or complex ones.
+    Contiguous float16, float32 and float64 weights and gradients run together, if the rows of their
+    matrix follow one another in memory: as in ``"oihw"``, ``"(go)ihw"`` or ``"ohwi"``. There are
+    three launches for each iteration and pair of dtypes. Two to eight vectors for each matrix need
+    six, and two more for the step. The engine does not accept other orders, such as ``"hwio"``, or
+    complex weights.
 
     Parameters
     ----------
@@ -353,7 +359,7 @@ class CudaEngine:
         if not (
             self._runtime.owns(weight)
             and weight.dtype.name in _CTYPES
-            and plan.reshapes
+            and (plan.reshapes or _is_channels_last(plan))
             and max(plan.matrix[-2:]) < _LARGEST
             and weight.flags.c_contiguous
         ):

@@ -114,15 +114,14 @@ constexpr int GRADS = 16 / sizeof(Grad);
 constexpr int REALS = 16 / sizeof(Real);
 constexpr int VALUES = 32;  // products of a warp's rows and vectors, one a lane
 
-constexpr int smaller(int a, int b) { return a < b ? a : b; }
-
 // Rows that a thread holds at once: 128 bytes of W on their way, or 64 with several vectors, since
 // their products need registers too. Single loads need more registers than packs do.
 template <int C, int E> struct Rows {
     static constexpr int bytes = C * sizeof(Weight);
     static constexpr int by_bytes = (K == 1 ? 128 : 64) / bytes;
-    static constexpr int by_products = smaller(ROOM / K2, K == 1 && C == MOST ? 1 : 8);
-    static constexpr int packs = smaller(by_bytes, by_products);
+    static constexpr int most = K == 1 && C == MOST ? 1 : 8;
+    static constexpr int by_products = ROOM / K2 < most ? ROOM / K2 : most;
+    static constexpr int packs = by_bytes < by_products ? by_bytes : by_products;
     static constexpr int at_once = E > 1 || packs == 1 ? packs : packs / 2;
 };
 

@@ -829,3 +829,47 @@ def test_more_vectors_than_the_kernels_have_room_for_go_to_the_reference(librari
     engines = [cuda.CudaEngine(runtime), ReferenceEngine(in_place=True)]
     sc.add_gradient_(weights, grads, state, engines=engines)
     assert runtime.launches == []
+
+
+@pytest.mark.parametrize("n_iter", [0, 1, 2])
+@pytest.mark.parametrize("k", [1, 3])
+def test_channels_last_convolutions_equal_the_core(libraries, k, n_iter):
+    """Only v is permuted. A zero keeps its v, in the same order."""
+    shapes = {"ohwi": (12, 3, 3, 8), "odd": (9, 3, 2, 5), "sohwi": (2, 5, 2, 2, 4)}
+    weights, grads, _ = model(shapes={**shapes, "zero": (4, 3, 3, 4)})
+    weights["zero"][...] = 0
+    layouts = {name: name if name in ("ohwi", "sohwi") else "ohwi" for name in weights}
+    state = sc.init(weights, layouts=layouts, n_vectors=k)
+    _, _, mine = check(
+        *(libraries, weights, grads, state, 1e-4), steps=3, factor=0.1, n_iter=n_iter
+    )
+    if n_iter:
+        np.testing.assert_array_equal(mine.v["zero"], state.v["zero"])
+
+
+@pytest.mark.parametrize(
+    "layout", ["ohwi", "sohwi", "(go)ki", "ohiw", "hwio", "iohw", "ohii", "io"]
+)
+def test_only_channels_last_columns_are_permuted(libraries, layout):
+    """Other orders go to the reference, and its result is right."""
+    tokens = layout.replace("(go)", "o")
+    weights, grads, _ = model(shapes={"w": (4, 6, 2, 3, 2)[: len(tokens)]})
+    state = sc.init(weights, layouts={"w": sc.Layout(layout, 2) if "g" in layout else layout})
+    runtime, expected = Emulation(libraries), copied(grads)
+    engines = [cuda.CudaEngine(runtime), ReferenceEngine(in_place=True)]
+    sc.add_gradient_(weights, grads, state, factor=0.1, engines=engines)
+    sc.add_gradient_(weights, expected, state, factor=0.1, engines=())
+    assert_close(grads["w"], expected["w"], 2e-5, layout)
+    assert bool(runtime.launches) == (layout in ("ohwi", "sohwi", "(go)ki"))
+
+
+def test_no_function_of_the_source_is_one_of_the_host():
+    """CuPy's compiler, NVRTC, refuses those, and nvcc does not: each says where it runs."""
+    source = re.sub(r"//.*", "", SOURCE.read_text())
+    heads = re.findall(r"^([^\n#]*)\b\w+\([^;{}()]*\)(?: const)?\s*{", source, re.MULTILINE)
+    heads = [
+        head for head in heads if not re.match(r"\s*(if|for|while|return|switch|else|})", head)
+    ]
+    functions = [head for head in heads if head.strip()]
+    assert len(functions) > 30
+    assert all("__device__" in head or "__global__" in head for head in functions), functions
