@@ -1,8 +1,8 @@
 """Spectral norm regularization for hand-written CuPy loops.
 
 `spectral_core` runs on CuPy arrays as on NumPy's. This package adds an engine that runs a step of
-all weights in three kernels, however many there are. It reads each weight once, and writes each
-gradient once.
+all weights in three kernels, or eight with several vectors, however many weights there are. It
+reads each weight once, and writes each gradient once.
 """
 
 from __future__ import annotations

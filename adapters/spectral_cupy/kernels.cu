@@ -550,7 +550,7 @@ template <int C, int E> static __device__ __noinline__ void read(PARAMETERS)
     Real *partial = scratch + M.partial + static_cast<Int>(block) * K * n, scale = 0;
     const bool again = K > 1 && flags & AGAIN;
     const Real square = block_sum(C > 0 ? read_rows<C ? C : LEAST, E>(part, again, partial, scale)
-                                        : read_long_rows<LEAST, E>(part, again, partial, scale));
+                                        : read_long_rows<WEIGHTS, E>(part, again, partial, scale));
     if (threadIdx.x == 0) {
         if (!again) scratch[M.x_squares + block] = square;
         scratch[M.x_scales + block] = scale;
