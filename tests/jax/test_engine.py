@@ -10,9 +10,15 @@ optax = pytest.importorskip("optax", reason="optax is not installed")
 import jax.numpy as jnp  # noqa: E402
 
 from jax_params import assert_trees_close, by_core, run, zeros  # noqa: E402
-from spectral_jax import XlaEngine, add_spectral_norm_regularization  # noqa: E402
+from spectral_jax import XlaEngine, _regularize, add_spectral_norm_regularization  # noqa: E402
 
 THOROUGH = pytest.mark.thorough
+
+
+@pytest.fixture(autouse=True)
+def _without_numba(monkeypatch):
+    """Leave compiled steps to XlaEngine too."""
+    monkeypatch.setattr(_regularize, "ENGINES", [XlaEngine()])
 
 
 @pytest.mark.parametrize(
