@@ -150,6 +150,8 @@ def _numbers(jobs: Sequence[Job]) -> jax.Array:
     """Return λ and target of each job."""
     rows = [(job.factor, 0.0 if job.slope is None else job.slope.target) for job in jobs]
     dtype = jnp.float64 if jobs[0].weight.dtype == jnp.float64 else jnp.float32
+    if all(isinstance(x, float) for row in rows for x in row):
+        return jnp.asarray(rows, dtype)  # one constant; below are operations for each number
     return jnp.stack([jnp.asarray(x, dtype) for row in rows for x in row]).reshape(-1, 2)
 
 
