@@ -219,7 +219,12 @@ def test_accepts_only_what_the_kernels_can_run():
     assert not accepts(replace(one, factor=torch.tensor([0.1], device=DEVICE)))
     assert not accepts(replace(one, slope=Slope(torch.tensor([0.1], device=DEVICE), 2)))
     assert not accepts(replace(one, weight=one.weight.to(torch.complex64)))
-    assert not accepts(job((6, 40), layout="io"))
+    assert accepts(job((6, 40), layout="io"))
+    assert not accepts(job((3, 6, 40), layout="kio"))
+    assert not accepts(job((3, 6, 40), layout="iso"))
+    turned = job((40, 6), layout="io")
+    assert not accepts(replace(turned, weight=torch.zeros(6, 40, device=DEVICE).T))
+    assert not accepts(replace(turned, grad=torch.zeros(6, 40, device=DEVICE).T))
     assert accepts(job((6, 40), k=8))
     assert not accepts(job((6, 40), k=9))
     with pytest.raises(ArgumentError, match="iterate at least once"):
@@ -283,6 +288,32 @@ def test_channels_last(dtype, n_iter):
         bound = in_channels_last(bounded((8, 16, 3, 3), 0.5, dtype))
         jobs.append(replace(bound, grad=bound.weight))
     check([*jobs, job((6, 40), dtype)], n_iter)
+
+
+@runs
+@pytest.mark.parametrize(
+    ("dtype", "n_iter", "k"), [(f32, 1, 1), (f64, 2, 2), (bf16, 0, 1)], ids=str
+)
+def test_inputs_before_outputs(dtype, n_iter, k):
+    """Transposed convolutions, alone and in groups, and layers as GPT-2's, beside others."""
+    jobs = [
+        job((10, 12, 3, 3), dtype, layout="iohw", k=k),
+        job((20, 6, 5), dtype, layout="iok", k=k, slope=Slope(0.5, 2)),
+        job((8, 6, 3, 3), dtype, layout=Layout("(gi)ohw", 2), k=k),
+        job((8, 40), dtype, layout="io", k=k),
+        job((6, 7, 5), dtype, layout="sio", k=k),
+        job((6, 4, 3), dtype, layout="ioo", k=k),
+        job((9, 13), dtype, k=k),
+    ]
+    if n_iter:
+        jobs.append(bounded((9, 5, 2, 2), 0.5, dtype, layout="iohw", k=k))
+    check(jobs, n_iter)
+
+
+@runs
+def test_wide_matrices_with_inputs_before_outputs(monkeypatch):
+    monkeypatch.setattr(triton_engine, "_most_columns", lambda *args: 64)
+    check([job((100, 6, 3, 3), layout="iohw"), job((9, 7), layout="io")])
 
 
 @runs
@@ -772,11 +803,14 @@ models += [[((12, 108 + 108 * i), f32, f32) for i in range(36)] + [((24, 27), f3
 models += [[((64, 128, 3, 3), W, W)] for W in (f32, bf16)]
 models = [(model, 1) for model in models]
 models += [([((64, 20000), f32, f32)], 1)]  # read twice
+turned = [here.job((64, 128, 4, 4), W, layout="iohw", k=k) for W in (f32, bf16) for k in (1, 2)]
 models += [([((40000, 256), f32, f32)], k) for k in (1, 4)]  # with many sums
 models += [
     ([((64, n), W, W)], k) for W in (f32, bf16, f64) for k in (2, 4, 8) for n in (1024, 20000)
 ]
 models += [([((64, 8192), f32, f32)], 2), ([((64, 4096), f32, f32)], 4), ([((9, 99), f32, f32)], 3)]
+for one in turned:
+    engine.TritonEngine().run([one], 1)
 for model, k in models:
     jobs = [here.job(shape, W, grad=G, k=k) for shape, W, G in model]
     if len(model[0][0]) == 4:
@@ -829,4 +863,5 @@ def test_compiles_for_hopper_without_spills():
         assert int(kernel[3]) <= (24 if many else 0), kernel
     # 16-byte loads wherever a large tensor is read.
     large = "products", "row_products", "update"
-    assert all(int(kernel[4]) > 0 for kernel in kernels if kernel[1] in large)
+    turned = "TRANSPOSED=True"  # their elements are apart in memory
+    assert all(int(one[4]) > 0 for one in kernels if one[1] in large and turned not in one)

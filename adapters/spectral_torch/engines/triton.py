@@ -15,6 +15,7 @@ is used for both products while it is in registers, so W is not read twice.
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -94,6 +95,8 @@ _SETS = 64  # sets of jobs whose tables and scratch memory are kept: optimizers 
 # program whose matrix is absent costs a few ns, but new tables cost allocations and uploads.
 _WORTH_A_PART = 8
 
+_INPUTS_FIRST = re.compile("[sg]*i+o+[kdhw]*")
+
 _REFERENCE = ReferenceEngine(in_place=True)
 
 
@@ -140,13 +143,14 @@ class _Kind(NamedTuple):
     weight: torch.dtype
     grad: torch.dtype
     n_vectors: int
+    transposed: bool = False
 
 
 class _Shape(NamedTuple):
     """Describe a weight to the tables: they depend on nothing else."""
 
     plan: Plan
-    window: int
+    window: int  # as `_window`
 
     def __hash__(self) -> int:
         # Plans are cached, and a group keeps its own: one id stands for all their numbers.
@@ -238,8 +242,10 @@ class TritonEngine:
         """Return True if the kernels can run this job.
 
         They need a real weight and gradient on a GPU, both contiguous or both in the channels-last
-        format of convolutions, whose matrix is the tensor reshaped. V and the last triplet must be
-        contiguous, in the dtype of the iteration, with at most `MOST_VECTORS` for each matrix.
+        format of convolutions, whose matrix is the tensor reshaped. A layer that has its inputs
+        before its outputs, such as a transposed convolution, needs contiguous ones. V and the last
+        triplet must be contiguous, in the dtype of the iteration, with at most `MOST_VECTORS` for
+        each matrix.
         """
         weight, plan = job.weight, job.plan
         dtype = _ITERATED.get(weight.dtype)
@@ -249,8 +255,8 @@ class TritonEngine:
         device = weight.get_device()
         return (
             type(weight) in _PLAIN_TENSORS
-            and plan.reshapes
-            and (positions := _window(job)) > 0
+            and (found := _window(job)) != 0
+            and (positions := max(found, 1)) > 0
             and _fits(weight, weight.shape, weight.dtype, device, positions=positions)
             and _fits_grad(job.grad, weight.shape, device, positions)
             and (n_vectors := job.V.shape[-2]) <= MOST_VECTORS
@@ -311,7 +317,8 @@ class TritonEngine:
         places: dict[_Kind, list[int]] = {}
         for place, job in enumerate(jobs):
             grad = job.weight if job.grad is None else job.grad
-            kind = _Kind(job.weight.device, job.weight.dtype, grad.dtype, job.V.shape[-2])
+            dtypes = job.weight.dtype, grad.dtype
+            kind = _Kind(job.weight.device, *dtypes, job.V.shape[-2], not job.plan.reshapes)
             places.setdefault(kind, []).append(place)
         shares = [
             _Share(kind, mine, _addresses_of(jobs, triplets, mine)) for kind, mine in places.items()
@@ -433,9 +440,23 @@ def power_of_two(n: int) -> int:
 
 
 def _window(job: Job) -> int:
-    """Return the `window` of a job's weight, or 0 where its rows are not whole in memory."""
+    """Return the `window` of a job's weight, or 0 where the kernels cannot find its rows.
+
+    The number is negative for a layer with inputs before outputs: the length of a run of a row.
+    """
     found = window(job.weight)
+    if not job.plan.reshapes:
+        return -_run_of(job.plan) if found == 1 else 0
     return found if found == 1 or prod(job.plan.matrix[:-1]) == len(job.weight) else 0
+
+
+@cache
+def _run_of(plan: Plan) -> int:
+    """Return the kernel positions of a plan with stack, input, output and kernel axes, or 0."""
+    letters = "".join(letter for letter in plan.axes if letter not in "()")
+    if not _INPUTS_FIRST.fullmatch(letters):
+        return 0
+    return prod(plan.split[axis] for axis, letter in enumerate(letters) if letter in "kdhw")
 
 
 def _fits(
@@ -548,6 +569,7 @@ class _Group:
         # Where a convolution is channels-last: the columns of each input channel.
         self.windows = np.repeat([job.window for job in jobs], self.counts)
         self.permuted = bool(self.windows.max() > 1)
+        self.transposed = kind.transposed
         # The place of each matrix in its stack: it decides where the matrix begins in each tensor.
         self.nth = np.concatenate([np.arange(count) for count in self.counts])
         held = self.n <= _most_columns(kind.weight, self.device, self.n_vectors)
@@ -705,6 +727,7 @@ class _Group:
             "STAGES": _stages(self.weight_dtype, self.n_vectors),
             "FIRST": first,
             "PERMUTED": self.permuted,
+            "TRANSPOSED": self.transposed,
         }
         return constants, {"num_warps": self.n_warps, "maxnreg": _PRODUCT_REGISTERS}
 
@@ -759,6 +782,7 @@ class _Group:
             "SLOPED": sloped,
             "BOUNDED": bounded,
             "PERMUTED": self.permuted,
+            "TRANSPOSED": self.transposed,
             "SORTED": iterated and self.n_vectors > 1,
         }
         return constants, {"num_warps": _UPDATE_WARPS}
@@ -790,6 +814,8 @@ class _Group:
         )
         wide = (addresses[:, 0] | addresses[:, 2] | row_bytes) % 16 == 0
         wide_grad = (addresses[:, 1] | grad_row_bytes) % 16 == 0
+        if self.transposed:  # the elements that a thread loads do not follow each other
+            wide, wide_grad = np.zeros_like(wide), np.zeros_like(wide)
         classes = np.stack([2 * self.product_widths + wide, 2 * self.update_widths + wide_grad], 1)
         present = addresses[:, 0] != 0
         bits = np.bitwise_or.reduce(1 << classes[present], axis=0)
@@ -871,8 +897,9 @@ class _Group:
             [
                 *(m, n, _starts(n_items), n_items, _starts(n_items * strides), strides),
                 *(_starts(n_blocks), n_blocks, _starts(m), _starts(n)),
-                *(np.where(self.windows > 1, n // self.windows, n), self.windows),
+                *(np.where(self.windows > 1, n // self.windows, n), np.maximum(self.windows, 1)),
                 np.where(n_items > _MANY_SUMS, _SUMS_TOGETHER, 1),
+                np.where(self.windows < 0, -self.windows, n),
             ],
             axis=1,
         )

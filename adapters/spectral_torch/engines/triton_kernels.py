@@ -34,11 +34,12 @@ from spectral_core.engine import FRESH, FRESH_64
 # The columns of the tables `pointers`, `shapes` and `penalties`.
 N_POINTERS = tl.constexpr(7)
 W, G, V, U, SIGMA, PRODUCTS_CLASS, UPDATE_CLASS = (tl.constexpr(i) for i in range(7))
-N_SHAPES = tl.constexpr(13)
+N_SHAPES = tl.constexpr(14)
 ROWS, COLUMNS, FIRST_ITEM, N_ITEMS, PARTIAL, STRIDE, FIRST_BLOCK, N_BLOCKS, T, Z = (
     tl.constexpr(i) for i in range(10)
 )
 CHANNELS, WINDOW = tl.constexpr(10), tl.constexpr(11)  # n and 1 where memory has v's order
+RUN = tl.constexpr(13)  # columns of a row that follow each other in memory
 STEP = tl.constexpr(12)  # sums of so many items are added beforehand, and are in the first's place
 
 N_PENALTIES = tl.constexpr(5)
@@ -109,12 +110,31 @@ def _fresh_direction(cols, ACC: tl.constexpr):
 
 
 @triton.jit
-def _tile(matrix_ptr, rows, cols, end, n, VECTOR: tl.constexpr, ACC: tl.constexpr):
+def _places(ptr, rows, cols, n, shapes, matrix, TRANSPOSED: tl.constexpr):
+    """Return the addresses of a tile.
+
+    A transposed convolution has its inputs before its outputs in memory. So a row of its matrix is
+    one run of kernel positions for each input, and the runs of all rows lie between.
+    """
+    if TRANSPOSED:
+        run = _size(shapes, matrix, RUN)
+        stride = _shape(shapes, matrix, ROWS) * run
+        across = (cols // run) * stride + cols % run
+        return (ptr + rows.to(tl.int64) * run)[:, None] + across[None, :]
+    else:  # noqa: RET505 — Triton compiles both branches otherwise
+        return (ptr + rows.to(tl.int64) * n)[:, None] + cols[None, :]
+
+
+@triton.jit
+def _tile(
+    matrix_ptr, rows, cols, end, n, shapes, matrix,
+    VECTOR: tl.constexpr, ACC: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
     """Return a tile of W in the dtype of the iteration, with zeros past the end."""
     if VECTOR > 1:  # the launcher has checked it: the compiler may load 16 bytes at once
         n = n // VECTOR * VECTOR
     there = (rows < end)[:, None] & (cols < n)[None, :]
-    places = (matrix_ptr + rows.to(tl.int64) * n)[:, None] + cols[None, :]
+    places = _places(matrix_ptr, rows, cols, n, shapes, matrix, TRANSPOSED)
     if VECTOR > 1:
         places = tl.multiple_of(places, [1, 16])
     return tl.load(places, mask=there, other=0.0).to(ACC)
@@ -136,7 +156,8 @@ def _start(
 def _wide_products(
     matrix_ptr, v_ptr, y_ptr, sum_ptr, stride, row, end, n, m, shapes, matrix,
     TILE: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
-    FIRST: tl.constexpr, PERMUTED: tl.constexpr, K: tl.constexpr, AGAIN: tl.constexpr,
+    FIRST: tl.constexpr, PERMUTED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    K: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """Store y = Wv and the sum of yᵀW of some rows, in chunks of columns, for each of K vectors.
 
@@ -151,7 +172,9 @@ def _wide_products(
             dots = (tl.zeros((WIDE_HEIGHT, WIDTH), ACC),) * K
             for col in tl.range(0, n, WIDTH, num_stages=STAGES):
                 cols = col + width
-                tile = _tile(matrix_ptr, rows, cols, end, n, VECTOR, ACC)
+                tile = _tile(
+                    matrix_ptr, rows, cols, end, n, shapes, matrix, VECTOR, ACC, TRANSPOSED
+                )
                 more = ()
                 for a in tl.static_range(K):
                     v = _start(v_ptr + a * n, cols, n, shapes, matrix, ACC, FIRST, PERMUTED)
@@ -165,7 +188,7 @@ def _wide_products(
         totals = (tl.zeros((WIDE_HEIGHT, WIDTH), ACC),) * K
         for start in tl.range(row, end, WIDE_HEIGHT, num_stages=STAGES):
             rows = start + lines
-            tile = _tile(matrix_ptr, rows, cols, end, n, VECTOR, ACC)
+            tile = _tile(matrix_ptr, rows, cols, end, n, shapes, matrix, VECTOR, ACC, TRANSPOSED)
             more = ()
             for a in tl.static_range(K):
                 y = tl.load(y_ptr + a * m + rows, mask=rows < end, other=0.0)
@@ -179,7 +202,7 @@ def _wide_products(
 def _rows_of_products(
     matrix_ptr, v_ptr, t_ptr, sum_ptr, row, end, n, shapes, matrix,
     TILE: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr,
-    STAGES: tl.constexpr, FIRST: tl.constexpr, PERMUTED: tl.constexpr,
+    STAGES: tl.constexpr, FIRST: tl.constexpr, PERMUTED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """Store t and the sum of tᵀW of the rows ``row`` to ``end``, and return ‖t‖².
 
@@ -207,7 +230,7 @@ def _rows_of_products(
     for start in tl.range(row, end, HEIGHT, num_stages=STAGES):
         rows = start + lines
         there = (rows < end)[:, None] & inside
-        places = (matrix_ptr + rows.to(tl.int64) * n)[:, None] + cols[None, :]
+        places = _places(matrix_ptr, rows, cols, n, shapes, matrix, TRANSPOSED)
         if VECTOR > 1:
             places = tl.multiple_of(places, [1, 16])
         tile = tl.load(places, mask=there, other=0.0).to(ACC)
@@ -235,6 +258,7 @@ def products(
     pointers, shapes, items, sums, ts, squares,
     DTYPE: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
     CLASSES: tl.constexpr, STAGES: tl.constexpr, FIRST: tl.constexpr, PERMUTED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """Compute ``t = Wv`` and ``Wᵀt`` of the rows of an item (matrix, first row, end).
 
@@ -257,6 +281,7 @@ def products(
                 square = _rows_of_products(
                     matrix_ptr, v_ptr, t_ptr, sum_ptr, row, end, n, shapes, matrix,
                     TILE, 1 << (c // 2), VECTOR if c % 2 else 1, ACC, STAGES, FIRST, PERMUTED,
+                    TRANSPOSED,
                 )  # fmt: skip
                 tl.store(squares + item, square)
     for c in tl.static_range(2 * WIDE, 2 * WIDE + 2):
@@ -264,7 +289,8 @@ def products(
             if kind == c:
                 _wide_products(
                     matrix_ptr, v_ptr, t_ptr, sum_ptr, 0, row, end, n, 0, shapes, matrix,
-                    TILE // 2, VECTOR if c % 2 else 1, ACC, STAGES, FIRST, PERMUTED, 1, False,
+                    TILE // 2, VECTOR if c % 2 else 1, ACC, STAGES, FIRST, PERMUTED,
+                    TRANSPOSED, 1, False,
                 )  # fmt: skip
                 tl.store(squares + item, _square(t_ptr, row, end, ACC))
 
@@ -377,9 +403,9 @@ def directions(
 
 @triton.jit
 def _rows_of_update(
-    grad_ptr, u_ptr, t_ptr, inverse, scale, weight, v, col, row, end, n,
+    grad_ptr, u_ptr, t_ptr, inverse, scale, weight, v, col, row, end, n, shapes, matrix,
     TILE: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
-    SUM: tl.constexpr, ITERATED: tl.constexpr,
+    SUM: tl.constexpr, ITERATED: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """Store ``scale·G + weight·u·vᵀ`` in the rows ``row`` to ``end`` of a block of n columns."""
     HEIGHT: tl.constexpr = TILE // WIDTH
@@ -390,7 +416,7 @@ def _rows_of_update(
     for start in range(row, end, HEIGHT):
         rows = start + tl.arange(0, HEIGHT)
         there = (rows < end)[:, None] & (cols < n)[None, :]
-        places = (grad_ptr + rows.to(tl.int64) * n)[:, None] + cols[None, :]
+        places = _places(grad_ptr, rows, cols, n, shapes, matrix, TRANSPOSED)
         if VECTOR > 1:
             places = tl.multiple_of(places, [1, 16])
         grad = tl.load(places, mask=there, other=0.0).to(SUM)
@@ -478,7 +504,7 @@ def update(
     DTYPE: tl.constexpr, ACC: tl.constexpr, SUM: tl.constexpr, TINY: tl.constexpr,
     TILE: tl.constexpr, VECTOR: tl.constexpr, CLASSES: tl.constexpr,
     ITERATED: tl.constexpr, GATHERED: tl.constexpr, SLOPED: tl.constexpr, BOUNDED: tl.constexpr,
-    PERMUTED: tl.constexpr, SORTED: tl.constexpr,
+    PERMUTED: tl.constexpr, TRANSPOSED: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     """Add ``factor·slope(σ)·u·vᵀ`` to G in a tile (matrix, first row, end, nth block).
 
@@ -530,6 +556,7 @@ def update(
                 )  # fmt: skip
                 _rows_of_update(
                     grad_ptr, u_ptr, t_ptr, inverse_t, scale, weight, v, col, row, end, n_grad,
+                    shapes, matrix,
                     TILE if c % 2 else TILE // 2, 1 << (c // 2), VECTOR if c % 2 else 1,
-                    SUM, ITERATED,
+                    SUM, ITERATED, TRANSPOSED,
                 )  # fmt: skip

@@ -113,7 +113,7 @@ def _sum_of_small(ptr, count, KP: tl.constexpr):
 def _held_products(
     matrix_ptr, v_ptr, y_ptr, sum_ptr, stride, row, end, n, m, shapes, matrix,
     TILE: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr,
-    STAGES: tl.constexpr, FIRST: tl.constexpr, PERMUTED: tl.constexpr,
+    STAGES: tl.constexpr, FIRST: tl.constexpr, PERMUTED: tl.constexpr, TRANSPOSED: tl.constexpr,
     K: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """Store Y and the sums of YW of some rows, reading them once.
@@ -131,7 +131,7 @@ def _held_products(
     totals = (tl.zeros((HEIGHT, WIDTH), ACC),) * K
     for start in tl.range(row, end, HEIGHT, num_stages=STAGES):
         rows = start + lines
-        tile = _tile(matrix_ptr, rows, cols, end, n, VECTOR, ACC)
+        tile = _tile(matrix_ptr, rows, cols, end, n, shapes, matrix, VECTOR, ACC, TRANSPOSED)
         more = ()
         for a in tl.static_range(K):
             places = y_ptr + a * m + rows
@@ -163,7 +163,7 @@ def row_products(
     pointers, shapes, items, sums, ys, grams, again,
     DTYPE: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr,
     CLASSES: tl.constexpr, STAGES: tl.constexpr, FIRST: tl.constexpr, PERMUTED: tl.constexpr,
-    K: tl.constexpr, KP: tl.constexpr, AGAIN: tl.constexpr,
+    TRANSPOSED: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """Compute Y = VWᵀ, YW and YYᵀ of the rows of an item (matrix, first row, end).
 
@@ -190,14 +190,15 @@ def row_products(
                 _held_products(
                     matrix_ptr, v_ptr, y_ptr, sum_ptr, stride, row, end, n, m, shapes, matrix,
                     TILE, 1 << (c // 2), VECTOR if c % 2 else 1, ACC, STAGES, FIRST, PERMUTED,
-                    K, AGAIN,
+                    TRANSPOSED, K, AGAIN,
                 )  # fmt: skip
     for c in tl.static_range(2 * WIDE, 2 * WIDE + 2):
         if (CLASSES >> c) & 1:  # noqa: SIM102 — Triton 3.3 has no `and` of both
             if kind == c:
                 _wide_products(
                     matrix_ptr, v_ptr, y_ptr, sum_ptr, stride, row, end, n, m, shapes, matrix,
-                    TILE, VECTOR if c % 2 else 1, ACC, STAGES, FIRST, PERMUTED, K, AGAIN,
+                    TILE, VECTOR if c % 2 else 1, ACC, STAGES, FIRST, PERMUTED,
+                    TRANSPOSED, K, AGAIN,
                 )  # fmt: skip
     if not AGAIN and kind >= 0:
         tl.debug_barrier()  # other threads read what these have stored
