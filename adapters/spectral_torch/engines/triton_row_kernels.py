@@ -244,7 +244,10 @@ def _gram_schmidt(
     y_ptr, m, scale, ACC: tl.constexpr, EPS: tl.constexpr, TINY: tl.constexpr,
     K: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """Orthonormalize the rows of Y times ``scale`` in place, as the core's `left_rows`."""
+    """Orthonormalize the rows of Y times ``scale`` in place, as the core's `left_rows`.
+
+    Warps may hold copies of a small tile. Before one of them stores a row, all have read it.
+    """
     a = tl.arange(0, KP)
     lines = tl.arange(0, ROW_CHUNK)
     for start in range(0, m, ROW_CHUNK):
@@ -263,6 +266,7 @@ def _gram_schmidt(
                 Q = tl.load(y_ptr + a[:, None] * m + (start + lines), mask=before, other=0.0)
                 dots += Q * y[None, :]
             parts = tl.sum(dots, axis=1)
+            tl.debug_barrier()
             for start in range(0, m, ROW_CHUNK):
                 there = start + lines < m
                 y = tl.load(y_places + start, mask=there, other=0.0)
@@ -278,6 +282,7 @@ def _gram_schmidt(
         square = tl.sum(squares, axis=0)
         length = tl.sqrt(square)
         inverse = tl.where((length > EPS) | (i == 0), length / (square + TINY), 0.0)
+        tl.debug_barrier()
         for start in range(0, m, ROW_CHUNK):
             y = tl.load(y_places + start, mask=start + lines < m, other=0.0)
             tl.store(y_places + start, y * inverse, mask=start + lines < m)
