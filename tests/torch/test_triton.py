@@ -807,7 +807,7 @@ turned = [here.job((64, 128, 4, 4), W, layout="iohw", k=k) for W in (f32, bf16) 
 models += [([((40000, 256), f32, f32)], k) for k in (1, 4)]  # with many sums
 models += [([((64, 1024), f32, f32)], k) for k in (2, 4, 8)]
 models += [([((64, n), W, W)], 4) for W, n in ((bf16, 1024), (f64, 1024), (f32, 20000))]
-models += [([((64, 20000), W, W)], 8) for W in (f32, bf16)]
+models += [([((64, 20000), f32, f32)], 8)]
 models += [([((64, 8192), f32, f32)], 2), ([((64, 4096), f32, f32)], 4), ([((9, 99), f32, f32)], 3)]
 for one in turned:
     engine.TritonEngine().run([one], 1)
@@ -857,12 +857,13 @@ def test_compiles_for_hopper_without_spills():
     assert {kernel[1] for kernel in kernels} == of_one | of_rows
     # Spilled registers lie on the stack: none, but for an address or two that wait there, outside
     # of the loop, in a kernel of many widths or of float64. Eight vectors of more columns than
-    # registers hold are the exception: up to 136 bytes.
+    # registers hold are the exception.
     for kernel in kernels:
         classes = [int(part[8:]) for part in kernel if part.startswith("CLASSES=")]
         many = (classes and classes[0].bit_count() > 2) or "ACC=fp64" in kernel
         in_chunks = "K=8" in kernel and classes == [1 << 31]
-        assert int(kernel[3]) <= (136 if in_chunks else 24 if many else 0), kernel
+        allowed = 64 if in_chunks else 24 if many else 0
+        assert int(kernel[3]) <= allowed, " ".join(kernel)
     # 16-byte loads wherever a large tensor is read.
     large = "products", "row_products", "update"
     turned = "TRANSPOSED=True"  # their elements are apart in memory
