@@ -42,7 +42,12 @@ BACKENDS = {
 HERE = [name for name in BACKENDS if name != "cupy"]
 
 # Modules of spectral_torch that need Triton, Lightning and transformers.
-NEED_MORE = ("engines/triton_kernels", "lightning", "transformers")
+NEED_MORE = (
+    "engines/triton_kernels",
+    "engines/triton_row_kernels",
+    "lightning",
+    "transformers",
+)
 
 TEN_STEPS = """
 import importlib.util, sys
