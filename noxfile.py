@@ -45,6 +45,7 @@ HERE = [name for name in BACKENDS if name != "cupy"]
 NEED_MORE = (
     "engines/triton_kernels",
     "engines/triton_row_kernels",
+    "engines/triton_rows",
     "lightning",
     "transformers",
 )
