@@ -63,7 +63,7 @@ def convolution_norm(
 ) -> ConvolutionNorm:
     r"""Bound the norm of a convolution as a linear map of images, from below and above.
 
-    .. math:: \sup_{x ≠ 0} \frac{‖K * x‖}{‖x‖} ≤ \sup_ω σ_1\Big(\sum_t K_t\,e^{-iω·t}\Big)
+    .. math:: \sup_{x ≠ 0} \frac{‖K * x‖}{‖x‖} ≤ \sup_ω σ_1\left(\sum_t K_t\,e^{-iω·t}\right)
 
     The right side is the norm on an infinite grid, S. It bounds the norm at every size with zero
     or circular padding that repeats no sample, and the norms of growing sizes tend to it.
