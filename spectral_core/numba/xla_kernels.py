@@ -27,6 +27,7 @@ from .kernels import (
     FRESH,
     FRESH_64,
     _add,
+    _adjoint_times_turned,
     _compiled,
     _force,
     _fraction,
@@ -38,7 +39,7 @@ from .kernels import (
     _read,
     _scale,
     _sum_parts,
-    _wide,
+    _times_turned,
 )
 
 # Numba puts the code of such a function into its caller. Each level of calls is optimized anew,
@@ -123,52 +124,6 @@ def _data(buffers, i):
 
 
 @_compiled
-def _gather(W, x, z, lo, hi):
-    """Compute ``z = x[lo:hi] W[lo:hi]``, four rows at a time."""
-    for j in range(z.size):
-        z[j] = 0
-    i = lo
-    while i + 4 <= hi:
-        a, b, c, d = x[i], x[i + 1], x[i + 2], x[i + 3]
-        for j in range(z.size):
-            z[j] += (
-                a * _wide(W[i, j])
-                + b * _wide(W[i + 1, j])
-                + c * _wide(W[i + 2, j])
-                + d * _wide(W[i + 3, j])
-            )
-        i += 4
-    while i < hi:
-        a = x[i]
-        for j in range(z.size):
-            z[j] += a * _wide(W[i, j])
-        i += 1
-
-
-@_compiled
-def _dots(W, u, y, lo, hi):
-    """Compute ``y[lo:hi] = W[lo:hi] u``, four rows at a time."""
-    zero = u.dtype.type(0)
-    i = lo
-    while i + 4 <= hi:
-        p = q = r = s = zero
-        for j in range(u.size):
-            x = u[j]
-            p += _wide(W[i, j]) * x
-            q += _wide(W[i + 1, j]) * x
-            r += _wide(W[i + 2, j]) * x
-            s += _wide(W[i + 3, j]) * x
-        y[i], y[i + 1], y[i + 2], y[i + 3] = p, q, r, s
-        i += 4
-    while i < hi:
-        p = zero
-        for j in range(u.size):
-            p += _wide(W[i, j]) * u[j]
-        y[i] = p
-        i += 1
-
-
-@_compiled
 def _vector(address, size, like):
     """Return a vector in memory."""
     return carray(_pointer(address), (size,), like.dtype)
@@ -219,7 +174,7 @@ def _first(p, table, arrays):
     _, u, _, start, _ = _vectors(k, table, arrays)
     W, part = _matrix(k, 0, table, arrays), room[place : place + table[0][k, _COLUMNS]]
     if table[0][k, _ACROSS]:
-        _gather(W, start, part, lo, hi)
+        _times_turned(W, start, part, lo, hi)
     else:
         _read(W, start, u, part, lo, hi)
 
@@ -254,7 +209,7 @@ def _second(p, table, arrays):
     k = chunks[p, 0]
     if table[0][k, _ACROSS]:
         _, u, _, _, after = _vectors(k, table, arrays)
-        _dots(_matrix(k, 0, table, arrays), u, after, chunks[p, 1], chunks[p, 2])
+        _adjoint_times_turned(_matrix(k, 0, table, arrays), u, after, chunks[p, 1], chunks[p, 2])
 
 
 @_inlined
