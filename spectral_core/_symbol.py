@@ -84,7 +84,10 @@ class Symbol:
         sums = absolute.sum(axis=2).max(axis=1) * absolute.sum(axis=1).max(axis=1)
         terms = len(self.places) * (kernel.shape[2] + 2) + 2 * len(self._differences) + 16
         angle = 8 * pi * sum(self.sizes) * _UNIT
-        self.rounding = (gamma(terms, self.taps) + 4 * gamma(4, self.taps) + angle) * sums
+        rate = gamma(terms, self.taps) + 4 * gamma(4, self.taps) + angle
+        self.rounding = rate * sums
+        # A vector's product with the symbol is one of complex numbers.
+        self.error = (rate + 4 * gamma(self.rows + 4, absolute)) * sums**0.5
 
     @property
     def half_degrees(self) -> Host:
@@ -130,8 +133,7 @@ class Symbol:
         length = float(np.linalg.norm(vector))
         product = float(np.linalg.norm(vector.conj() @ self.at(group, frequency)))
         rate = gamma(sum(self.taps.shape[-2:]) + 8, np.empty(0, complex))
-        error = (self.rounding[group] / max(product, 1e-300)) if product else 0.0
-        lower = max(0.0, product * (1 - 2 * rate) - min(error, self.rounding[group] ** 0.5) * 1.01)
+        lower = max(0.0, product * (1 - 2 * rate) - self.error[group] * length * 1.01)
         return Peak(lower / length * (1 - rate), group, frequency, vector / length)
 
 
