@@ -11,6 +11,8 @@ it: nothing overflows, and what underflows is far below the allowances.
 
 from __future__ import annotations
 
+from math import inf, ldexp, nextafter
+from sys import float_info
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -134,3 +136,27 @@ def allowance(gram: Host, square: float) -> float:
     rate = gamma(n + 1, gram)
     trace = n * square * (1 + 4 * n * _UNIT) - float(diagonal.sum())
     return rate / (1 - rate) * trace + 4 * _UNIT * (square + float(diagonal.max()))
+
+
+def times_power_of_two(W: Array, exponent: int) -> Array:
+    """Return W·2^exponent, in two steps: the number itself may be out of range."""
+    first = exponent // 2
+    return W * 2.0**first * 2.0 ** (exponent - first)
+
+
+def scaled_down(value: float, exponent: int) -> float:
+    """Return value·2^exponent, rounded down where it is subnormal."""
+    try:
+        found = ldexp(value, exponent)
+    except OverflowError:
+        return float_info.max
+    return found if found >= float_info.min else max(0.0, nextafter(found, -inf))
+
+
+def scaled_up(value: float, exponent: int) -> float:
+    """Return value·2^exponent, rounded up where it is subnormal."""
+    try:
+        found = ldexp(value, exponent)
+    except OverflowError:
+        return inf
+    return found if found >= float_info.min else nextafter(found, inf)

@@ -7,13 +7,13 @@ singular value of the symbol over all frequencies: see `_symbol` for how it is b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil, frexp, gcd, prod
+from math import ceil, frexp, gcd, inf, prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ._arrays import Array, array_namespace, as_numpy, cast, constant, is_complex, plain, traits
-from ._certificate import Host, gamma
+from ._certificate import Host, gamma, scaled_down, scaled_up, times_power_of_two
 from ._lanczos import top_ritz
 from ._layout import Layout, as_layout
 from ._padding import MODES, Axis, Operator, repeats, sources
@@ -134,7 +134,7 @@ def convolution_norm(
     >>> round(lower, 4)
     3.7321
     """
-    host, scale = _canonical(kernel, layout)
+    host, exponent = _canonical(kernel, layout)
     n = host.ndim - 3
     options = _options(n, stride, padding, padding_mode, dilation, transposed, output_padding)
     tol = check_number(tol, "tol")
@@ -147,7 +147,8 @@ def convolution_norm(
     sizes = None if size is None else _sizes(size, n, host.shape[3:], options)
     found = _bounds(host, sizes, options, tol)
     frequency = tuple(float(angle) for angle in found.peak.frequency)
-    return ConvolutionNorm(float(found.lower) * scale, float(found.upper) * scale, frequency)
+    lower, upper = scaled_down(found.lower, exponent), scaled_up(found.upper, exponent)
+    return ConvolutionNorm(lower, upper, frequency)
 
 
 def _bounds(kernel: Host, sizes: tuple[int, ...] | None, options: _Options, tol: float) -> Supremum:
@@ -211,8 +212,8 @@ def _wave(shape: tuple[int, ...], peak: Peak, is_complex: bool) -> Host:
     return found / np.linalg.norm(found)
 
 
-def _canonical(kernel: Array, layout: Layout | str) -> tuple[Host, float]:
-    """Return the kernel as (groups, outputs, inputs, taps…) in float64, scaled, and the scale."""
+def _canonical(kernel: Array, layout: Layout | str) -> tuple[Host, int]:
+    """Return the kernel as (groups, outputs, inputs, taps…) in float64, divided by 2^exponent."""
     kernel = plain(kernel, "kernel")
     xp = array_namespace(kernel, name="kernel")
     kind, layout = traits(kernel, xp, "kernel"), as_layout(layout)
@@ -233,8 +234,8 @@ def _canonical(kernel: Array, layout: Layout | str) -> tuple[Host, float]:
     host = host if axes[0] else host[None]
     largest = float(np.abs(host).max())
     # A power of two, so that nothing overflows in the squares, and scaling is exact.
-    scale = 2.0 ** (frexp(largest)[1] - 1) if 0 < largest < np.inf else 1.0
-    return host / scale, scale
+    exponent = frexp(largest)[1] - 1 if 0 < largest < inf else 0
+    return times_power_of_two(host, -exponent), exponent
 
 
 def _options(

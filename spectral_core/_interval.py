@@ -12,8 +12,7 @@ An iteration approaches σ₁ from below and never says how far it is. Three way
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import frexp, inf, isfinite, ldexp, log, nextafter, prod
-from sys import float_info
+from math import frexp, inf, isfinite, log, prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,10 +31,10 @@ from ._arrays import (
     to_host,
     traits,
 )
-from ._certificate import Host
+from ._certificate import Host, scaled_down, scaled_up, times_power_of_two
 from ._certificate import bounds as proven
 from ._lanczos import as_matrices, top_ritz
-from ._layout import Layout
+from ._layout import Layout, stack_layout
 from ._power import matvec, rmatvec, start_vector
 from ._validate import check_number
 from .errors import ArgumentError, check_int
@@ -184,7 +183,8 @@ def gram_bound(W: Array, *, n_iter: int = 10) -> Array:
     >>> bool(4.8541019 < sc.gram_bound(np.array([[3.0, 3.0], [0.0, 3.0]])) < 4.857)
     True
     """
-    W = as_matrices(W, None if len(getattr(W, "shape", ())) == 2 else _stack_layout(W))
+    ndim = len(getattr(W, "shape", ()))
+    W = as_matrices(W, stack_layout(ndim) if ndim > 2 else None)
     xp = array_namespace(W)
     kind = traits(W, xp, "W")
     G = cast(W, kind.iteration_dtype, xp)
@@ -216,11 +216,6 @@ def gram_bound(W: Array, *, n_iter: int = 10) -> Array:
     return xp.where(largest == 0, xp.zeros_like(bound), bound)[..., 0, 0]
 
 
-def _stack_layout(W: Array) -> str | None:
-    ndim = len(getattr(W, "shape", ()))
-    return "s" * (ndim - 2) + "oi" if ndim > 2 else None
-
-
 def _frobenius(G: Array, xp: Namespace) -> Array:
     return xp.sqrt(xp.sum(squared(G, xp), axis=(-2, -1), keepdims=True))
 
@@ -241,12 +236,12 @@ def _factorized(W: Array, seed: int, xp: Namespace) -> tuple[float, float]:
     if largest == 0 or not isfinite(largest):
         return (0.0, 0.0) if largest == 0 else (np.nan, np.nan)
     exponent = frexp(largest)[1] - 1
-    host = _times_power_of_two(host, -exponent)
+    host = times_power_of_two(host, -exponent)
     exact = host.astype(wide)
     x = start_vector((host.shape[1],), exact, seed=seed)
     v, _ = top_ritz(_gram_of(exact, np), x, _CONVERGED, _MOST_PRODUCTS, np)
     found = proven(host, v, 0.0, np, most=inf)
-    return _scaled_down(found.lower, exponent), _scaled_up(found.upper, exponent)
+    return scaled_down(found.lower, exponent), scaled_up(found.upper, exponent)
 
 
 def _random(W: Array, steps: int, chance: float, seed: int, xp: Namespace) -> tuple[float, float]:
@@ -257,7 +252,7 @@ def _random(W: Array, steps: int, chance: float, seed: int, xp: Namespace) -> tu
     if largest == 0 or not isfinite(largest):
         return (0.0, 0.0) if largest == 0 else (np.nan, np.nan)
     exponent = frexp(largest)[1] - 1
-    W = _times_power_of_two(W, -exponent)
+    W = times_power_of_two(W, -exponent)
     m, n = W.shape
     if m < n:
         W, m, n = conj(xp.matrix_transpose(W), xp), n, m
@@ -276,31 +271,7 @@ def _random(W: Array, steps: int, chance: float, seed: int, xp: Namespace) -> tu
     # Where the steps say nothing, the sums of rows and columns do.
     upper = ((theta + rounding) / (1 - missed)) ** 0.5 if missed < 1 else np.inf
     upper = min(upper, (sums * (1 + 8 * (m + n) * eps)) ** 0.5) * (1 + 8 * eps)
-    return _scaled_down(lower * (1 - 8 * eps), exponent), _scaled_up(upper, exponent)
-
-
-def _times_power_of_two(W: Array, exponent: int) -> Array:
-    """Return W·2^exponent, in two steps: the number itself may be out of range."""
-    first = exponent // 2
-    return W * 2.0**first * 2.0 ** (exponent - first)
-
-
-def _scaled_down(value: float, exponent: int) -> float:
-    """Return value·2^exponent, rounded down where it is subnormal."""
-    try:
-        found = ldexp(value, exponent)
-    except OverflowError:
-        return float_info.max
-    return found if found >= float_info.min else max(0.0, nextafter(found, -inf))
-
-
-def _scaled_up(value: float, exponent: int) -> float:
-    """Return value·2^exponent, rounded up where it is subnormal."""
-    try:
-        found = ldexp(value, exponent)
-    except OverflowError:
-        return inf
-    return found if found >= float_info.min else nextafter(found, inf)
+    return scaled_down(lower * (1 - 8 * eps), exponent), scaled_up(upper, exponent)
 
 
 def _widest(is_complex: bool, dtype: Any, xp: Namespace) -> Any:

@@ -31,7 +31,7 @@ from ._arrays import (
     traits,
 )
 from ._certificate import bounds
-from ._layout import Layout, as_matrix
+from ._layout import Layout, as_matrix, stack_layout
 from ._power import matvec, rmatvec, start_vector
 from ._validate import check_number
 from .errors import DeviceError, DTypeError, ShapeError, check_int
@@ -159,7 +159,7 @@ def as_matrices(W: Array, layout: Layout | str | None) -> Array:
     if layout is not None:
         return as_matrix(W, layout, name="W")
     if len(shape) > 2:
-        stack = "s" * (len(shape) - 2) + "oi"
+        stack = stack_layout(len(shape)).axes
         raise ShapeError(
             f"W has shape {shape}: say which matrix it is by layout=, such as 'oihw' (PyTorch's "
             f"convolutions), 'hwio' (Flax, Keras) or {stack!r} (a stack of matrices)"

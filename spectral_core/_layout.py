@@ -115,6 +115,15 @@ def default_layout(ndim: int) -> Layout:
     return Layout("oi" + "k" * (ndim - 2))
 
 
+def stack_layout(ndim: int) -> Layout:
+    """Return the layout of a stack of matrices: its last two axes are rows and columns.
+
+    >>> stack_layout(4)
+    Layout(axes='ssoi', groups=1)
+    """
+    return Layout("s" * (ndim - 2) + "oi")
+
+
 def as_matrix(weight: Array, layout: Layout | str, *, name: str = "weight") -> Array:
     """View a weight tensor as a matrix, or as a stack of matrices (paper, section 3.2).
 

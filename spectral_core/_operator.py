@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ._arrays import Array, Namespace, array_namespace, cast, conj, constant, norm, plain, traits
 from ._lanczos import SpectralNorm, spectral_norm, top_ritz
+from ._layout import stack_layout
 from ._validate import check_number
 from .errors import DTypeError, ShapeError, check_int
 
@@ -199,8 +200,7 @@ def product_norm(
     left, R_left = thin_qr(A, xp)
     right, R_right = thin_qr(conj(xp.matrix_transpose(B), xp), xp)
     core = xp.matmul(R_left, conj(xp.matrix_transpose(R_right), xp))
-    stack = "s" * (len(a) - 2)
-    found = spectral_norm(core, layout=stack + "oi", tol=tol, max_iter=max_iter)
+    found = spectral_norm(core, layout=stack_layout(len(a)), tol=tol, max_iter=max_iter)
     u = xp.matmul(left, found.u[..., None])[..., 0]
     v = xp.matmul(right, found.v[..., None])[..., 0]
     return found._replace(u=u, v=v)

@@ -21,7 +21,7 @@ from ._arrays import (
     traits,
 )
 from ._lanczos import as_matrices, scale_of, spectral_norm
-from ._layout import Layout
+from ._layout import Layout, stack_layout
 from ._operator import thin_qr
 from ._power import start_vector
 from ._validate import check_number
@@ -176,7 +176,7 @@ def stable_rank(W: Array, *, layout: Layout | str | None = None) -> Array:
     W = cast(W, traits(W, xp, "W").iteration_dtype, xp)
     largest = xp.max(xp.abs(W), axis=(-2, -1), keepdims=True)
     W = W / xp.where(largest == 0, xp.ones_like(largest), largest)
-    sigma = spectral_norm(W, layout="s" * (W.ndim - 2) + "oi").sigma
+    sigma = spectral_norm(W, layout=stack_layout(W.ndim)).sigma
     square = xp.sum(squared(W, xp), axis=(-2, -1))
     zero = sigma == 0
     return xp.where(zero, sigma, square / xp.where(zero, xp.ones_like(sigma), sigma * sigma))
