@@ -117,3 +117,23 @@ def check(jobs, n_iter=1, engine=None):
         )  # the term may cancel the gradient
         close(grad, grad_, rtol + half, 5 * atol * max(1.0, size))
     return found
+
+
+def check_others_stay(shape, k, atol):
+    """Zero and what is not finite change no other matrix, and not their own V."""
+    jobs = [job(shape, seed=i, k=k) for i in range(5)]
+    jobs[0].weight.zero_()
+    jobs[1].weight[2, 3] = torch.nan
+    jobs[2].weight[2, 3] = torch.inf
+    jobs[3].weight.fill_(3e38)
+    before = [one.V.clone() for one in jobs]
+    grads = [one.grad.clone() for one in jobs]
+    found = TritonEngine().run(jobs, 2)
+    for one, V in zip(jobs[:4], before[:4], strict=True):
+        close(one.V, V, 0, 0)
+    close(found.grads[0], grads[0], 0, 0)
+    assert found.triplets[0].sigma == 0
+    assert not found.triplets[0].u.any()
+    assert not any(found.triplets[i].sigma.isfinite() for i in (1, 2, 3))
+    expected = REFERENCE.run([job(shape, seed=4, k=k)], 2)
+    close(found.grads[4], expected.grads[0], 1e-5, atol)

@@ -38,6 +38,7 @@ from triton_jobs import (  # noqa: E402
     bf16,
     bounded,
     check,
+    check_others_stay,
     close,
     copy,
     f16,
@@ -140,23 +141,8 @@ def test_iterations(n_iter):
 
 @runs
 def test_zero_and_what_is_not_finite_are_their_own():
-    jobs = [job((4, 8), seed=i) for i in range(5)]
-    jobs[0].weight.zero_()
-    jobs[1].weight[2, 3] = torch.nan
-    jobs[2].weight[2, 3] = torch.inf
-    jobs[3].weight.fill_(3e38)
-    before = [one.V.clone() for one in jobs]
-    grads = [one.grad.clone() for one in jobs]
-    found = TritonEngine().run(jobs, 2)
-    for one, v in zip(jobs[:4], before[:4], strict=True):
-        close(one.V, v, 0, 0)
-    close(found.grads[0], grads[0], 0, 0)
-    assert found.triplets[0].sigma == 0
-    assert not found.triplets[0].u.any()
-    assert not any(found.triplets[i].sigma.isfinite() for i in (1, 2, 3))
+    check_others_stay((4, 8), 1, 1e-5)
     check([job((4, 8), seed=4)], 2)
-    expected = REFERENCE.run([job((4, 8), seed=4)], 2)
-    close(found.grads[4], expected.grads[0], 1e-5, 1e-5)
 
 
 @runs
