@@ -137,6 +137,9 @@ class Symbol:
         return Peak(lower / length * (1 - rate), group, frequency, vector / length)
 
 
+_OF_EACH = ("group", "low", "high", "vectors")  # the fields of `Cells` with an entry a cell
+
+
 @dataclass
 class Cells:
     """Boxes of frequencies. On a grid, ``low`` and ``high`` are its points, else angles."""
@@ -151,8 +154,7 @@ class Cells:
         return len(self.group)
 
     def __getitem__(self, chosen: Any) -> Cells:
-        parts = {name: getattr(self, name)[chosen] for name in ("group", "low", "high", "vectors")}
-        return replace(self, **parts)
+        return replace(self, **{name: getattr(self, name)[chosen] for name in _OF_EACH})
 
     @property
     def centres(self) -> Host:
@@ -189,11 +191,8 @@ class Cells:
 
 def joined(parts: Sequence[Cells]) -> Cells:
     """Return all cells in one."""
-    names = ("group", "low", "high", "vectors")
-    return replace(
-        parts[0],
-        **{name: np.concatenate([getattr(one, name) for one in parts]) for name in names},
-    )
+    together = {name: np.concatenate([getattr(one, name) for one in parts]) for name in _OF_EACH}
+    return replace(parts[0], **together)
 
 
 def supremum(
@@ -227,7 +226,7 @@ def supremum(
         # Points of a grid cannot be split. They are tested again if the peak is a higher one.
         stuck = len(new) == len(cells) and before is not None and best.lower == before.lower
         if stuck or evaluated > max_evaluations:
-            tol *= 4
+            tol = 4 * max(tol, _UNIT)
         else:
             cells = new
     return Supremum(best.lower, best.lower * (1 + tol) * (1 + 8 * _UNIT), best)

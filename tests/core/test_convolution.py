@@ -174,6 +174,13 @@ def test_many_equal_maxima_end_and_say_how_far_they_came():
     assert 1 <= found.upper < 1.01
 
 
+@pytest.mark.parametrize("size", [None, 6])
+def test_a_tolerance_of_zero_ends_at_rounding(size):
+    kernel = np.random.default_rng(0).standard_normal((2, 3, 3))
+    found = sc.convolution_norm(kernel, "oik", size=size, padding_mode="circular", tol=0)
+    assert found.lower <= found.upper <= found.lower * (1 + 1e-10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.complex64])
 def test_the_stored_numbers_are_bounded(dtype):
     torch.manual_seed(0)
