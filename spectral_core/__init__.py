@@ -7,6 +7,7 @@ from ._interval import SigmaBounds, bounds, gram_bound
 from ._lanczos import SpectralNorm, spectral_norm
 from ._layout import Layout, as_matrix, from_matrix
 from ._logging import Watch
+from ._norms import embedding_norm, schatten_norm
 from ._operator import OperatorNorm, operator_norm, product_norm
 from ._penalty import penalty, penalty_at, rank_one, slope
 from ._power import (
@@ -58,6 +59,7 @@ __all__ = [
     "constrain",
     "constrain_",
     "convolution_norm",
+    "embedding_norm",
     "from_matrix",
     "gram_bound",
     "init",
@@ -69,6 +71,7 @@ __all__ = [
     "power_iteration",
     "product_norm",
     "rank_one",
+    "schatten_norm",
     "slope",
     "spectral_norm",
     "stable_rank",
