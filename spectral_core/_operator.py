@@ -145,14 +145,15 @@ def product_norm(
     """Compute the largest singular values of products A·B of thin matrices, without forming them.
 
     Attention has such products: ``product_norm(Wq.T, Wk)`` of a head, whose core is as small as the
-    head. So has a low-rank update: ``product_norm(lora_B, lora_A)``.
+    head. So has a low-rank update: ``product_norm(lora_B, lora_A)``. Stacks broadcast: heads that
+    share a key need it once.
 
     Parameters
     ----------
     A : array, shape (..., m, r)
     B : array, shape (..., r, n)
-        Both of one floating-point dtype, with the same axes before the last two, or without any.
-        float16 and bfloat16 are computed in float32.
+        Both of one floating-point dtype. The axes before the last two broadcast. float16 and
+        bfloat16 are computed in float32.
     tol : float, optional
         As in `spectral_norm`.
     max_iter : int
@@ -168,7 +169,7 @@ def product_norm(
     Raises
     ------
     ShapeError
-        If the shapes do not fit, or an axis is empty.
+        If the shapes do not fit or broadcast, or an axis is empty.
     DTypeError
         If A or B is not floating-point, or they have two dtypes.
     ArgumentError
@@ -186,6 +187,12 @@ def product_norm(
     >>> A, B = np.array([[3.0], [4.0]]), np.array([[2.0, 0.0]])
     >>> round(float(sc.product_norm(A, B).sigma), 10)
     10.0
+
+    Six heads of queries, of which each three share one of two heads of keys:
+
+    >>> Wq, Wk = np.ones((2, 3, 4, 8)), np.ones((2, 1, 4, 8))
+    >>> sc.product_norm(Wq.swapaxes(-1, -2), Wk).sigma.shape
+    (2, 3)
     """
     A, B = constant(plain(A, "A")), constant(plain(B, "B"))
     xp = array_namespace(A, B, name="A and B")
@@ -194,16 +201,22 @@ def product_norm(
     if A.dtype != B.dtype:
         raise DTypeError(f"A has dtype {A.dtype} but B has {B.dtype}: convert one")
     a, b = tuple(A.shape), tuple(B.shape)
-    if len(a) < 2 or len(b) < 2 or a[-1] != b[-2] or a[:-2] != b[:-2] or 0 in a + b:
+    if len(a) < 2 or len(b) < 2 or a[-1] != b[-2] or not _broadcast(a[:-2], b[:-2]) or 0 in a + b:
         raise ShapeError(f"A has shape {a} and B {b}: they must be (..., m, r) and (..., r, n)")
     A, B = cast(A, kind.iteration_dtype, xp), cast(B, kind.iteration_dtype, xp)
     left, R_left = thin_qr(A, xp)
     right, R_right = thin_qr(conj(xp.matrix_transpose(B), xp), xp)
     core = xp.matmul(R_left, conj(xp.matrix_transpose(R_right), xp))
-    found = spectral_norm(core, layout=stack_layout(len(a)), tol=tol, max_iter=max_iter)
+    found = spectral_norm(core, layout=stack_layout(core.ndim), tol=tol, max_iter=max_iter)
     u = xp.matmul(left, found.u[..., None])[..., 0]
     v = xp.matmul(right, found.v[..., None])[..., 0]
     return found._replace(u=u, v=v)
+
+
+def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Return True if two shapes broadcast."""
+    each = zip(reversed(a), reversed(b), strict=False)
+    return all(m == n or 1 in (m, n) for m, n in each)
 
 
 def thin_qr(A: Array, xp: Namespace) -> tuple[Array, Array]:

@@ -120,3 +120,18 @@ def test_maps_that_are_zero_or_not_finite():
 def test_errors_name_the_argument(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_heads_that_share_a_key_broadcast(backend):
+    """Grouped queries: two heads of keys, three of queries for each."""
+    rng = np.random.default_rng(0)
+    Wq, Wk = (rng.standard_normal(s).astype("f4") for s in ((2, 3, 8, 4), (2, 1, 4, 8)))
+    found = sc.product_norm(backend.asarray(Wq), backend.asarray(Wk))
+    exact = np.linalg.norm(Wq.astype(float) @ Wk, 2, axis=(-2, -1))
+    np.testing.assert_allclose(backend.to_numpy(found.sigma), exact, rtol=1e-4)
+    u, v = backend.to_numpy(found.u), backend.to_numpy(found.v)
+    assert u.shape == v.shape == (2, 3, 8)
+    image = np.einsum("...i,...ij,...j->...", u, Wq.astype(float) @ Wk, v)
+    np.testing.assert_allclose(image, exact, rtol=1e-4)
+    with pytest.raises(sc.ShapeError, match="r"):
+        sc.product_norm(backend.asarray(Wq), backend.asarray(np.repeat(Wk, 2, axis=1)))
