@@ -275,7 +275,7 @@ def top_ritz(
     size = min(x.shape[0], _BASIS)
     rows = xp.arange(size)
     basis = image = x[None, :] * xp.zeros_like(x)[:size, None]
-    T = np.zeros((size, size), dtype=complex)
+    T = np.zeros((size, size), dtype=complex if is_complex(x, xp) else float)
     used, ritz = 0, x
     n_iter = 0
     while n_iter < max_iter:
@@ -284,7 +284,8 @@ def top_ritz(
         slot = xp.astype(rows == used, x.dtype)[:, None]
         basis, image = basis + slot * x[None, :], image + slot * Gx[None, :]
         used += 1
-        T[:used, used - 1] = to_host(xp.matmul(conj(basis, xp), Gx))[:used]
+        column = to_host(xp.matmul(conj(basis, xp), Gx))[:used]
+        T[:used, used - 1] = column if np.iscomplexobj(T) else column.real
         T[used - 1, :used] = T[:used, used - 1].conj()
         values, vectors = np.linalg.eigh(T[:used, :used])
         top = _coefficients(vectors[:, -1:], size, x, xp)
@@ -307,10 +308,9 @@ def top_ritz(
 
 def _coefficients(vectors: np.ndarray[Any, Any], size: int, like: Array, xp: Namespace) -> Array:
     """Return columns of ``vectors`` as rows of an array of ``size`` columns, zero elsewhere."""
-    padded = np.zeros((1 if vectors.shape[1] == 1 else size, size), dtype=complex)
+    padded = np.zeros((1 if vectors.shape[1] == 1 else size, size), dtype=vectors.dtype)
     padded[: vectors.shape[1], : vectors.shape[0]] = vectors.T
-    host = padded if is_complex(like, xp) else padded.real
-    return xp.asarray(host.copy(), dtype=like.dtype, device=like.device)
+    return xp.asarray(padded, dtype=like.dtype, device=like.device)
 
 
 def _orthonormal(x: Array, basis: Array, xp: Namespace) -> tuple[Array, float]:

@@ -183,3 +183,50 @@ def test_gram_bound_of_special_matrices():
     assert np.isnan(float(sc.gram_bound(np.array([[np.nan, 1.0]]))))
     for scale in (1e-300, 1e300):
         assert 5 * scale <= float(sc.gram_bound(np.array([[3.0, 4.0]]) * scale)) <= 5.001 * scale
+
+
+@given(integer_matrices(), st.sampled_from([np.float64, np.float32, np.float16]))
+def test_cheap_bounds_hold_in_rational_arithmetic(W, dtype):
+    from fractions import Fraction
+
+    stored = np.clip(W, -60000, 60000).astype(dtype)
+    whole = stored.astype(int)
+    lower, upper, method = sc.bounds(stored, method="cheap")
+    assert method == "cheap"
+    assert exceeds(Fraction(float(upper)) ** 2, whole)
+    assert lower == 0 or not exceeds(Fraction(float(lower)) ** 2 * (1 - Fraction(1, 10**15)), whole)
+    size = np.abs(whole)
+    least = min(np.sum(size**2), size.sum(axis=0).max() * size.sum(axis=1).max()) ** 0.5
+    assert upper <= least * (1 + 1e-12)
+    longest = max((size**2).sum(axis=0).max(), (size**2).sum(axis=1).max()) ** 0.5
+    assert lower >= longest * (1 - 1e-12)
+
+
+def test_cheap_bounds_of_each_backend(backend):
+    host = np.random.default_rng(0).standard_normal((2, 30, 20)).astype(np.float32)
+    lower, upper, _ = sc.bounds(backend.asarray(host), layout="soi", method="cheap")
+    exact = np.linalg.norm(host.astype(float), 2, axis=(-2, -1))
+    assert np.all((exact / 3 < lower) & (lower < exact) & (exact < upper) & (upper < 3 * exact))
+
+
+def test_the_largest_of_many_rows_is_bounded_closely():
+    """Sums of more than a thousand rows are cut: rounding decides how close the bounds are."""
+    W = np.random.default_rng(0).standard_normal((5000, 60))
+    lower, upper, _ = sc.bounds(W)
+    exact = np.linalg.norm(W, 2)
+    assert lower <= exact * (1 + 1e-14)
+    assert exact * (1 - 1e-14) <= upper <= lower * (1 + 6e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "svd"}, "factorization, lanczos, cheap"),
+        ({"method": "lanczos"}, "needs a probability"),
+        ({"method": "cheap", "probability": 0.1}, "no probability"),
+        ({"method": "factorization", "probability": 0.1}, "no probability"),
+    ],
+)
+def test_a_method_that_does_not_fit_is_named(options, words):
+    with pytest.raises(sc.ArgumentError, match=words):
+        sc.bounds(np.ones((2, 2)), **options)
