@@ -218,10 +218,14 @@ def gram_bound(W: Array, *, n_iter: int = 10) -> Array:
     unit = kind.eps / 2
     rate = (4 if kind.complex else 1) * (max(m, n) + 4) * unit
     # The logarithm of the scale of G, divided by 2^t. The largest element comes first: a squared
-    # norm could overflow.
+    # norm could overflow. Small numbers are lifted before: a division by a subnormal one may.
+    least = float(xp.finfo(G.dtype).smallest_normal)
     largest = xp.max(xp.abs(G), axis=(-2, -1), keepdims=True)
-    safe = xp.where(largest == 0, xp.ones_like(largest), largest)  # NaN stays
-    G, exponent = G / safe, xp.log(safe)
+    small = largest < 1
+    lift = xp.where(small, xp.full_like(largest, least**-0.5), xp.ones_like(largest))
+    safe = xp.where(largest == 0, xp.ones_like(largest), largest * lift)  # NaN stays
+    exponent = xp.log(safe) - xp.log(lift)
+    G = G * cast(lift, G.dtype, xp) / cast(safe, G.dtype, xp)
     for t in range(products):
         length = _frobenius(G, xp)
         nonzero = xp.where(length == 0, xp.ones_like(length), length)
@@ -237,6 +241,10 @@ def gram_bound(W: Array, *, n_iter: int = 10) -> Array:
     bound = xp.exp(exponent + total / 2**products) * (1 + 8 * (products + 8) * kind.eps)
     # Exponents lose digits in proportion to their size.
     bound = bound * (1 + 8 * kind.eps * (1 + xp.abs(exponent)))
+    # Below the normal numbers, rounding is absolute.
+    bound = bound + xp.where(
+        bound < least, xp.full_like(bound, 2 * kind.eps * least), xp.zeros_like(bound)
+    )
     return xp.where(largest == 0, xp.zeros_like(bound), bound)[..., 0, 0]
 
 

@@ -250,10 +250,14 @@ def _error_bound(W: Array, v: Array, sigma: Array, scale: float, xp: Namespace) 
     """Return a number ≥ the error of ``sigma * scale``, in the dtype of sigma."""
     estimate, info = float(sigma), xp.finfo(sigma.dtype)
     lower, upper = bounds(W, v, estimate, xp)
-    error = max(upper - estimate, estimate - lower, 0.0) * (1 + 4 * float(info.eps))
+    error = max(upper - estimate, estimate - lower, 0.0) * (1 + 4 * float(info.eps)) * scale
     # Scaling back rounds where the result is subnormal, or is flushed to zero.
-    least = float(info.smallest_normal) if estimate * scale < 8 * float(info.smallest_normal) else 0
-    return xp.asarray(error * scale + least, dtype=sigma.dtype, device=device_of(sigma, xp))
+    normal = float(info.smallest_normal)
+    if estimate * scale < 8 * normal:
+        error += normal
+    elif error < normal:
+        error += 2 * float(info.eps) * normal
+    return xp.asarray(error, dtype=sigma.dtype, device=device_of(sigma, xp))
 
 
 def _trivial(W: Array, value: float, xp: Namespace) -> SpectralNorm:

@@ -230,3 +230,28 @@ def test_the_largest_of_many_rows_is_bounded_closely():
 def test_a_method_that_does_not_fit_is_named(options, words):
     with pytest.raises(sc.ArgumentError, match=words):
         sc.bounds(np.ones((2, 2)), **options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exponent"),
+    [("complex128", -1074), ("complex128", -1000), ("float32", -149), ("complex64", -140)],
+)
+def test_gram_bound_of_subnormal_numbers_is_rounded_up(dtype, exponent):
+    """A division by a subnormal number overflows, and the last digit of a result rounds down."""
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        whole = rng.integers(-9, 10, (4, 3)) + 1j * rng.integers(-9, 10, (4, 3))
+        whole = whole if dtype.startswith("c") else whole.real
+        values = whole.astype(complex).view(float) * 2.0 ** (exponent // 2)
+        W = (values * 2.0 ** (exponent - exponent // 2)).view(complex)
+        W = (W if dtype.startswith("c") else W.real).astype(dtype)
+        with np.errstate(all="raise", under="ignore"):
+            above = float(sc.gram_bound(W))
+        exact = np.linalg.norm(whole, 2)
+        assert exact <= math.ldexp(above, -exponent) <= exact * 1.01 + 3
+
+
+def test_gram_bound_where_rounding_leaves_none_is_infinite():
+    W = np.ones((2**12, 2), np.float32)
+    assert np.isfinite(sc.gram_bound(W))
+    assert np.isinf(sc.gram_bound(np.ones((2**23, 2), np.float32), n_iter=1))

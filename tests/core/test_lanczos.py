@@ -316,3 +316,15 @@ def test_non_finite_matrix_has_sigma_nan(backend, value):
 def test_wrong_arguments_raise(W, arguments, error, words):
     with pytest.raises(error, match=re.escape(words)):
         spectral_norm(W, **arguments)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_bound_that_is_subnormal_is_rounded_up(dtype, seed):
+    """The result is a normal number there, and its error bound is not."""
+    rng = np.random.default_rng(seed)
+    whole = rng.integers(-9, 10, (6, 6)).astype(dtype)
+    sigma = np.linalg.norm(whole.astype(complex), 2)
+    found = sc.spectral_norm(whole * np.asarray(2.0**-125, dtype))
+    error = abs(float(found.sigma) * 2.0**125 - sigma)
+    assert error <= float(found.error_bound) * 2.0**125 <= 1e-4 * sigma
