@@ -168,9 +168,15 @@ def is_below(gram: Host, square: float) -> bool:
 
 
 def _factor(gram: Host, square: float) -> Host | None:
-    """Return the Cholesky factor L of square·I − gram, or None if there is none."""
-    shifted = -gram
-    shifted[np.diag_indices(len(gram))] += square
+    """Return the Cholesky factor of square·I − gram or of its conjugate, or None if it has none.
+
+    NumPy copies columns to LAPACK and back. So it is given the transpose, whose columns are rows
+    here, and rows that are not a power of two apart: those would displace each other in the cache.
+    """
+    n = len(gram)
+    shifted = np.empty((n, n + 8), gram.dtype)[:, :n].T
+    np.negative(gram.T, out=shifted)
+    shifted[np.diag_indices(n)] += square
     try:
         return np.linalg.cholesky(shifted)
     except np.linalg.LinAlgError:

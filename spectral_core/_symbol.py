@@ -175,17 +175,21 @@ class Cells:
         found: Host = np.round(frequency / self.step) * self.step
         return found
 
-    def split(self, active: Host) -> Cells:
-        """Return the halves of each cell along each active axis; points are not split."""
+    def split(self, halved: Host) -> Cells:
+        """Return the halves of each cell along its axes that ``halved`` (B, d) names.
+
+        Points are not split.
+        """
         cells = self
-        for axis in np.flatnonzero(active):
+        for axis in range(halved.shape[1]):
             low, high = cells.low[:, axis], cells.high[:, axis]
+            chosen = halved[:, axis] & (high > low)
             middle = (low + high) / 2 if self.step is None else np.floor((low + high) / 2)
-            left, right = cells[:], cells[high > low]
+            left, right = cells[:], cells[chosen]
             left.high, right.low = left.high.copy(), right.low.copy()
-            left.high[:, axis] = middle
-            right.low[:, axis] = middle[high > low] + (0 if self.step is None else 1)
-            cells = joined([left, right])
+            left.high[chosen, axis] = middle[chosen]
+            right.low[:, axis] = middle[chosen] + (0 if self.step is None else 1)
+            cells, halved = joined([left, right]), np.concatenate([halved, halved[chosen]])
         return cells
 
 
@@ -212,7 +216,6 @@ def supremum(
         the cells is dropped.
     """
     cells = _first_cells(symbol, grid)
-    active = np.array(symbol.sizes) > 1
     best: Peak | None = None
     evaluated = 0
     while True:
@@ -222,7 +225,7 @@ def supremum(
         before, best = best, _highest(symbol, cells, estimates, best)
         if not len(cells):
             break
-        new = cells.split(active)
+        new = cells.split(_halved(symbol, cells, estimates, best))
         # Points of a grid cannot be split. They are tested again if the peak is a higher one.
         stuck = len(new) == len(cells) and before is not None and best.lower == before.lower
         if stuck or evaluated > max_evaluations:
@@ -238,8 +241,12 @@ def _tested_(symbol: Symbol, cells: Cells, best: Peak | None, tol: float) -> tup
     The estimates are lower bounds. The cells' vectors are improved.
     """
     estimates, kept = np.zeros(len(cells)), np.ones(len(cells), bool)
-    slack = np.cos(np.minimum(symbol.half_degrees * cells.halves, pi / 2)).prod(axis=1)
-    limits = (slack * (1 - 16 * _UNIT) * (0 if best is None else best.lower) * (1 + tol)) ** 2
+    limits = (
+        _slack(symbol.half_degrees * cells.halves)
+        * (1 - 16 * _UNIT)
+        * (0 if best is None else best.lower)
+        * (1 + tol)
+    ) ** 2
     for places, grams in _chunks(symbol, cells):
         estimates[places], cells.vectors[places] = _ritz(grams, cells.vectors[places], 1)
         for place, gram in zip(places, grams, strict=True):
@@ -248,6 +255,27 @@ def _tested_(symbol: Symbol, cells: Cells, best: Peak | None, tol: float) -> tup
                 error = symbol.rounding[cells.group[place]]
                 kept[place] = not _is_below(gram, limits[place], error)
     return estimates, kept
+
+
+def _slack(reach: Host) -> Host:
+    """Return ∏cos(n_j·h_j) of each cell: the share of a maximum that its centre has at least."""
+    found: Host = np.cos(np.minimum(reach, pi / 2)).prod(axis=1)
+    return found
+
+
+def _halved(symbol: Symbol, cells: Cells, estimates: Host, best: Peak) -> Host:
+    """Return the axes (B, d) along which each cell is to be split.
+
+    They are the longest ones, as many as it takes until children with the estimate of their parent
+    would be dropped. Most cells of a flat symbol miss that by little: halves are enough for them.
+    """
+    reach = symbol.half_degrees * cells.halves
+    halved = np.zeros(reach.shape, bool)
+    for _ in range(reach.shape[1]):
+        hopeful = estimates <= (_slack(np.where(halved, reach / 2, reach)) * best.lower) ** 2
+        longest = np.where(halved, -1.0, reach).argmax(axis=1)
+        halved[np.arange(len(cells)), longest] |= ~hopeful
+    return halved & (np.array(symbol.sizes) > 1)
 
 
 def _is_below(gram: Host, limit: float, error: float) -> bool:
