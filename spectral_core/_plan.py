@@ -19,6 +19,20 @@ Shape: TypeAlias = tuple[int, ...]
 _TOKEN = re.compile(r"\(g[oi]\)|[oiskdhw]")
 
 
+class MemoryForm(NamedTuple):
+    """How the elements of a matrix follow each other in memory.
+
+    Each engine knows some forms by ``kinds`` alone. The axes of a stack that come first are left
+    out: its matrices then follow each other, and each of them has this form.
+    """
+
+    # Kinds of the axes, the fastest last: o outputs, i inputs, k kernel, s stack or groups. Axes of
+    # one kind that follow each other are one letter. "oik" has the rows of the matrix one after
+    # another, "oki" too but channels-last, "kio" is the transpose.
+    kinds: str
+    window: int  # kernel positions: the elements of a row of one input
+
+
 class Plan(NamedTuple):
     """Shapes and permutations for one layout and one shape. Axes count in ``split``."""
 
@@ -34,6 +48,8 @@ class Plan(NamedTuple):
     columns: Shape  # sizes of the stack and column axes
     column_order: Shape  # permutes `columns` into memory order, stack axes first
     reshapes: bool  # True if the matrix is the tensor reshaped: no axis moves
+    contiguous: MemoryForm  # of a contiguous tensor
+    rows_on_first_axis: bool  # True if the first axis alone counts the rows of all matrices
 
     @property
     def stack(self) -> Shape:
@@ -53,6 +69,17 @@ class Plan(NamedTuple):
     def rows(self, k: int) -> Shape:
         """Shape of V with k vectors, (*stack, k, n)."""
         return (*self.matrix[:-2], k, self.matrix[-1])
+
+    def form(self, window: int) -> MemoryForm | None:
+        """Return the form of a tensor, or None where it has none.
+
+        ``window`` is 1 for a contiguous tensor. It is the number of kernel positions of a tensor
+        with its second axis last in memory, and 0 for any other.
+        """
+        if window == 1:
+            return self.contiguous
+        channels_last = window > 1 and self.reshapes and self.rows_on_first_axis
+        return MemoryForm("oki", window) if channels_last else None
 
 
 def tokens_of(axes: str) -> list[str]:
@@ -145,9 +172,11 @@ def make_plan(axes: str, groups: int, shape: Shape) -> Plan:
     def sizes(axes: Shape) -> Shape:
         return tuple(split[axis] for axis in axes)
 
-    stack, rows, columns = pick("sg"), pick("o"), pick("i") + pick("kdhw")
+    stack, rows, kernel = pick("sg"), pick("o"), pick("kdhw")
+    columns = pick("i") + kernel
     order, n_stack = stack + rows + columns, sizes(stack)
     stack_and_columns = stack + columns
+    matrix = (*n_stack, prod(sizes(rows)), prod(sizes(columns)))
     return Plan(
         axes=axes,
         groups=groups,
@@ -155,13 +184,21 @@ def make_plan(axes: str, groups: int, shape: Shape) -> Plan:
         order=order,
         memory_order=stack + rows + pick("ikdhw"),
         back=inverse(order),
-        matrix=(*n_stack, prod(sizes(rows)), prod(sizes(columns))),
+        matrix=matrix,
         left_broadcast=(*n_stack, *sizes(rows), *(1 for _ in columns)),
         right_broadcast=(*n_stack, *(1 for _ in rows), *sizes(columns)),
         columns=sizes(stack_and_columns),
         column_order=tuple(stack_and_columns.index(axis) for axis in stack + pick("ikdhw")),
         reshapes=order == tuple(range(len(order))),
+        contiguous=MemoryForm(_kinds(letters), prod(sizes(kernel))),
+        rows_on_first_axis=prod(matrix[:-1]) == shape[0],
     )
+
+
+def _kinds(letters: str) -> str:
+    """Return the kinds of the axes with these letters, as in a `MemoryForm`."""
+    kinds = re.sub(r"(.)\1+", r"\1", re.sub("[dhw]", "k", letters.replace("g", "s")))
+    return kinds[1:] if kinds.rfind("s") == 0 else kinds
 
 
 def inverse(order: Shape) -> Shape:

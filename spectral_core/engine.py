@@ -32,6 +32,7 @@ from ._layout import as_layout, default_layout, plan_of
 from ._logging import AsyncCopy, Log, Snapshot
 from ._penalty import Slope, add_outer, add_outer_, outer_factors, same_slope, slope_of
 from ._plan import (
+    MemoryForm,
     Plan,
     Shape,
     broadcast_outer,
@@ -88,6 +89,7 @@ __all__ = [
     "Job",
     "JobList",
     "Log",
+    "MemoryForm",
     "Namespace",
     "Number",
     "Plan",

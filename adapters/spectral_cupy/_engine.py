@@ -7,7 +7,6 @@ runtime of their own.
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -265,20 +264,14 @@ def geometry(plans: Sequence[Plan], kernels: Kernels, multiprocessors: int) -> G
     return Geometry(table, len(matrices), *first, scratch, results, tuple(places))
 
 
-def _is_channels_last(plan: Plan) -> bool:
-    """Return True if rows follow one another, and in each the one axis of channels is the last."""
-    letters = re.sub("[^oiskdhw]", "", plan.axes.replace("(g", "s"))
-    return re.fullmatch("s*o+[kdhw]+i", letters) is not None
-
-
 def _order_of_columns(plan: Plan) -> tuple[int, int]:
     """Return the input channels and the kernel positions of a channels-last matrix, else n and 1.
 
     In memory, the column of channel i and position p is at ``p * channels + i``.
     """
-    n = plan.matrix[-1]
-    channels = n if plan.reshapes else plan.split[-1]
-    return channels, n // channels
+    n, form = plan.matrix[-1], plan.contiguous
+    window = form.window if form.kinds == "oki" else 1
+    return n // window, window
 
 
 def _padded(size: int) -> int:
@@ -359,7 +352,7 @@ class CudaEngine:
         if not (
             self._runtime.owns(weight)
             and weight.dtype.name in _CTYPES
-            and (plan.reshapes or _is_channels_last(plan))
+            and plan.contiguous.kinds in ("oi", "oik", "oki")
             and max(plan.matrix[-2:]) < _LARGEST
             and weight.flags.c_contiguous
         ):

@@ -14,7 +14,6 @@ import ctypes
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from importlib.util import find_spec
-from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -97,20 +96,17 @@ def _is_divided(x: jax.Array) -> bool:
     return bool(getattr(kind, "vma", ())) or not kind.sharding.mesh.empty
 
 
-@lru_cache
 def _across(plan: Plan) -> tuple[bool, int] | None:
     """Return whether memory holds the transpose, and the kernel positions before the channels.
 
     None stands for a layout with neither.
     """
+    kinds, window = plan.contiguous
     if plan.stack:
         return None
     if plan.reshapes:
         return False, 1
-    axes = plan.axes
-    if axes[-2:] == "io" and axes.count("i") == axes.count("o") == 1:
-        return True, prod(plan.split[:-2])
-    return None
+    return (True, window) if kinds in ("io", "kio") else None
 
 
 @lru_cache

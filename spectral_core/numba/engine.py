@@ -7,7 +7,6 @@ speed, and a small layer costs a dozen of their calls.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from math import prod
@@ -19,7 +18,7 @@ import numpy as np
 
 from .._arrays import PROCESS, Array, Namespace
 from .._power import Triplet
-from ..engine import Job, JobList, Plan, Result, last_of
+from ..engine import Job, JobList, MemoryForm, Result, last_of
 
 # Waking a thread costs a few microseconds: not worth it for fewer elements than this.
 _GRAIN = 65536
@@ -186,11 +185,7 @@ class NumbaEngine:
 
     def _form(self, job: Job) -> _Form | None:
         """Return the form of the weight in memory, or None where the kernels do not know it."""
-        window = self._memory.window(job.weight)
-        if window == 1:
-            return _contiguous_form(job.plan)
-        whole_rows = job.plan.reshapes and prod(job.plan.matrix[:-1]) == job.weight.shape[0]
-        return _Form(window, 0) if window and whole_rows else None
+        return _numbers_of(job.plan.form(self._memory.window(job.weight)))
 
     def _kind(self, job: Job) -> str | None:
         """Return the name of the job's dtype, or None for a job that the engine cannot run."""
@@ -217,7 +212,7 @@ class NumbaEngine:
 
 
 class _Form(NamedTuple):
-    """How the elements of a matrix follow each other in memory."""
+    """The numbers that tell the kernels how a matrix is in memory."""
 
     window: int  # kernel positions that come before the inputs; otherwise 1
     # 0 if the rows of W follow each other; 1 if its columns do; 1 plus the number of kernel
@@ -225,26 +220,16 @@ class _Form(NamedTuple):
     turned: int
 
 
-@lru_cache(maxsize=4096)
-def _contiguous_form(plan: Plan) -> _Form | None:
-    """Return the form of a contiguous tensor, or None where the kernels do not know it."""
-    letters = re.sub(r"[()]", "", plan.axes)
-    stack, order, axes = len(plan.stack), plan.order, plan.memory_order
-    start = stack + letters.count("o")
-    rows, columns = axes[stack:start], axes[start:]
-    inputs = tuple(axis for axis in columns if letters[axis] == "i")
-    kernel = tuple(axis for axis in columns if letters[axis] != "i")
-    in_order = tuple(range(len(axes)))
-    if axes[:stack] + inputs + rows + kernel == in_order and kernel:
-        return _Form(1, 1 + prod(plan.split[axis] for axis in kernel))
-    turned = axes != in_order
-    if turned and axes[:stack] + columns + rows != in_order:
-        return None
-    if columns == order[start:]:
-        return _Form(1, int(turned))
-    if columns == kernel + inputs:
-        return _Form(prod(plan.split[axis] for axis in kernel), int(turned))
-    return None
+def _numbers_of(form: MemoryForm | None) -> _Form | None:
+    """Return the numbers of a form, or None where the kernels do not know it."""
+    kinds, window = form or ("", 0)
+    if kinds in ("oi", "oik"):
+        return _Form(1, 0)
+    if kinds in ("io", "iko"):
+        return _Form(1, 1)
+    if kinds in ("oki", "kio"):
+        return _Form(window, int(kinds == "kio"))
+    return _Form(1, 1 + window) if kinds == "iok" else None
 
 
 def _kernels() -> Any:

@@ -141,3 +141,41 @@ def test_tokens_are_one_for_each_axis():
 def test_shape_that_does_not_fit_raises(axes, groups, shape, words):
     with pytest.raises(sc.ShapeError, match=words):
         make_plan(axes, groups, shape)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "kinds", "window"),
+    [
+        ("oi", (2, 3), "oi", 1),
+        ("oihw", (2, 3, 4, 5), "oik", 20),
+        ("(go)ihw", (6, 2, 2, 2), "oik", 4),
+        ("ohwi", (2, 4, 5, 3), "oki", 20),
+        ("sio", (2, 3, 4), "io", 1),
+        ("ioo", (3, 2, 2), "io", 1),
+        ("hwio", (4, 5, 3, 2), "kio", 20),
+        ("ihwo", (3, 4, 5, 2), "iko", 20),
+        ("iohw", (3, 2, 2, 5), "iok", 10),
+        ("(gi)ohw", (4, 3, 2, 2), "iok", 4),
+        ("hwi(go)", (2, 2, 3, 4), "kiso", 4),
+        ("shwi(go)", (2, 2, 2, 3, 4), "skiso", 4),
+        ("iso", (3, 2, 4), "iso", 1),
+    ],
+)
+def test_form_names_the_order_of_axes_in_memory(axes, shape, kinds, window):
+    plan = make_plan(axes, 2 if "(" in axes else 1, shape)
+    assert plan.form(1) == plan.contiguous == (kinds, window)
+    assert plan.form(0) is None
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "known"),
+    [
+        ("oihw", (4, 3, 2, 2), True),
+        ("(go)ihw", (4, 3, 2, 2), True),
+        ("soik", (2, 4, 3, 4), False),  # the second axis is that of outputs
+        ("hwio", (2, 2, 3, 4), False),
+    ],
+)
+def test_form_of_a_tensor_with_its_second_axis_last(axes, shape, known):
+    plan = make_plan(axes, 2 if "(" in axes else 1, shape)
+    assert plan.form(4) == (("oki", 4) if known else None)

@@ -15,7 +15,6 @@ is used for both products while it is in registers, so W is not read twice.
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -94,8 +93,6 @@ _SETS = 64  # sets of jobs whose tables and scratch memory are kept: optimizers 
 # A step of a part of these jobs uses their tables, if it has more than one in so many of them. A
 # program whose matrix is absent costs a few ns, but new tables cost allocations and uploads.
 _WORTH_A_PART = 8
-
-_INPUTS_FIRST = re.compile("[sg]*i+o+[kdhw]*")
 
 _REFERENCE = ReferenceEngine(in_place=True)
 
@@ -444,19 +441,12 @@ def _window(job: Job) -> int:
 
     The number is negative for a layer with inputs before outputs: the length of a run of a row.
     """
-    found = window(job.weight)
-    if not job.plan.reshapes:
-        return -_run_of(job.plan) if found == 1 else 0
-    return found if found == 1 or prod(job.plan.matrix[:-1]) == len(job.weight) else 0
-
-
-@cache
-def _run_of(plan: Plan) -> int:
-    """Return the kernel positions of a plan with stack, input, output and kernel axes, or 0."""
-    letters = "".join(letter for letter in plan.axes if letter not in "()")
-    if not _INPUTS_FIRST.fullmatch(letters):
+    form = job.plan.form(window(job.weight))
+    if form is None:
         return 0
-    return prod(plan.split[axis] for axis, letter in enumerate(letters) if letter in "kdhw")
+    if job.plan.reshapes:
+        return form.window if form.kinds == "oki" else 1
+    return -form.window if form.kinds in ("io", "iok") else 0
 
 
 def _fits(
