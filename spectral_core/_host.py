@@ -29,8 +29,6 @@ Vector: TypeAlias = np.ndarray[Any, Any]
 
 # The dtypes that it accepts, and what is added to a squared norm before it divides.
 _GUARDS = {np.dtype(name): float(np.finfo(name).smallest_normal) for name in ("f4", "f8")}
-# Elements of an outer product that are added at once: a quarter of the second cache of a core.
-_CHUNK = 1 << 16
 
 
 class HostEngine:
@@ -107,23 +105,10 @@ def _add_(job: Job, triplet: Triplet) -> None:
     force = sigma if job.slope is None else job.slope.of(sigma)  # type: ignore[union-attr]
     u, v = u * (force * job.factor), V[0]
     if plan.reshapes and grad.dtype == u.dtype and grad.flags.c_contiguous:
-        _add_outer_(grad.reshape(plan.matrix), u, v)
+        add_outer_(grad.reshape(plan.matrix), u[:, None], v[None, :])
     else:
         outer = broadcast_outer(u, v, plan, job.xp)
         add_outer_(reshaped(grad, plan.split, job.xp), *outer)
-
-
-def _add_outer_(grad: Vector, u: Vector, v: Vector) -> None:
-    """Add ``u vᵀ`` to a matrix by blocks of rows, which stay in the cache."""
-    m, n = grad.shape
-    if m * n <= _CHUNK:
-        grad += u[:, None] * v
-        return
-    rows = max(1, _CHUNK // n)
-    room = np.empty((rows, n), grad.dtype)
-    for start in range(0, m, rows):
-        here = grad[start : start + rows]
-        here += np.multiply(u[start : start + rows, None], v, out=room[: len(here)])
 
 
 def _scale_(job: Job, scale: Any, triplet: Triplet) -> Triplet:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import spectral_core as sc
 from backends import gaussian, get, matrix, on, outer, unit
 from spectral_core import penalty, penalty_at, power_iteration, rank_one
-from spectral_core._penalty import Slope, is_paper, same_slope, slope_of
+from spectral_core._penalty import Slope, add_outer_, is_paper, same_slope, slope_of
 
 CASES = pytest.mark.parametrize(
     ("shape", "dtype"),
@@ -275,3 +275,17 @@ def test_slopes_with_equal_numbers_are_the_same(backend):
     assert same_slope(Slope(one, 2), Slope(one, 2))
     assert not same_slope(Slope(one, 2), Slope(other, 2))  # comparing would wait for the device
     assert not same_slope(Slope(one, 2), Slope(1.0, 2))
+
+
+@pytest.mark.parametrize("order", ["C", "F", "cut"])
+@pytest.mark.parametrize("shape", [(300, 701), (3, 90000), (2, 500, 211), (70000, 3)])
+def test_large_outer_products_are_added_by_parts(shape, order):
+    rng = np.random.default_rng(0)
+    grad = rng.standard_normal(shape)
+    if order == "cut":
+        grad = np.repeat(grad, 2, axis=-1)[..., ::2]
+    grad = np.asfortranarray(grad) if order == "F" else grad
+    u, v = (rng.standard_normal((*shape[:-2], *last)) for last in ((shape[-2], 1), (1, shape[-1])))
+    expected = grad + u * v
+    assert add_outer_(grad, u, v) is grad
+    np.testing.assert_array_equal(grad, expected)
