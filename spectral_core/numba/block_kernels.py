@@ -510,11 +510,16 @@ def _rows_of(k, table, arrays):
 def _start(k, table, arrays):
     """Store V plus the core's `fresh_direction`, from which the step starts."""
     V, S, _ = _rows_of(k, table, arrays)
-    fresh, v = S[0], V[0]
+    fresh = S[0]
     largest = FRESH if fresh.itemsize == 4 else FRESH_64
     scale = fresh.dtype.type(largest / 2**31)
-    for j in range(v.size):
-        fresh[j] = fresh.dtype.type(_fraction(j)) * scale
+    # V may be in the order of memory, with its kernel positions first.
+    window = table[0][k, 9]
+    channels = fresh.size // window
+    for i in range(window):
+        for c in range(channels):
+            j = c * window + i
+            fresh[i * channels + c] = fresh.dtype.type(_fraction(j)) * scale
     for a in range(1, V.shape[0]):
         start, v = S[a], V[a]
         for j in range(v.size):

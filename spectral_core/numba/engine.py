@@ -27,6 +27,9 @@ _GRAIN = 65536
 # processor: longer than a second thread saves with fewer elements than this.
 _BESIDE_BLAS = 1 << 21
 
+# As in turned_block_kernels.py.
+_TURNED_AT_ONCE = 4
+
 # Number of sets of shapes that are kept: several optimizers take turns.
 _DIVISIONS = 16
 
@@ -76,9 +79,9 @@ class NumbaEngine:
     """Run jobs in place, in one compiled call for all weights of a dtype and number of vectors.
 
     The engine accepts real weights. Weight and gradient are both contiguous or both channels-last.
-    With several vectors for a matrix, the matrix is the contiguous tensor reshaped. With one, the
-    kernel axes may come before the inputs, and the outputs may come last, as in Flax, or between
-    inputs and kernel, as in a transposed convolution of PyTorch.
+    The kernel axes may come before the inputs, and the outputs may come last, as in Flax, or
+    between inputs and kernel, as in a transposed convolution of PyTorch. Groups come first, or are
+    between the inputs and the outputs, as in Flax.
 
     Parameters
     ----------
@@ -140,8 +143,8 @@ class NumbaEngine:
                 tables = launch.matrices, division.chunks, division.parts
                 room = division.like, division.scratch, division.starts
                 if division.block:
-                    block = division.block
-                    _block_kernels().run(division.threads, tables, numbers, room, block, n_iter)
+                    step = _block_kernels(in_order=division.in_order).run
+                    step(division.threads, tables, numbers, room, division.block, n_iter)
                 else:
                     self._kernels.run(division.threads, *tables, numbers, *room, n_iter)
         lasts: Any = jobs.lasts if isinstance(jobs, JobList) else [job.last for job in jobs]
@@ -155,17 +158,29 @@ class NumbaEngine:
             if known is not None and known[0] == most:
                 launches: list[_Launch] = known[1]
                 return launches
-        kinds: dict[tuple[str, int], list[int]] = {}
-        for place, job in enumerate(jobs):
-            kind = self._memory.dtypes[job.weight.dtype], job.V.shape[-2]
+        kinds: dict[tuple[str, int, int], list[int]] = {}
+        forms = [self._form(job) or _PLAIN for job in jobs]
+        for place, (job, form) in enumerate(zip(jobs, forms, strict=True)):
+            k = job.V.shape[-2]
+            # With one vector, the same kernel runs all forms. With several, there are two.
+            kind = self._memory.dtypes[job.weight.dtype], k, int(k > 1 and form.turned > 0)
             kinds.setdefault(kind, []).append(place)
-        launches = [self._launch(*kind, jobs, places, most) for kind, places in kinds.items()]
+        launches = [
+            self._launch(dtype, k, jobs, places, forms, most)
+            for (dtype, k, _), places in kinds.items()
+        ]
         if isinstance(jobs, JobList):
             jobs.memo[self] = most, launches
         return launches
 
     def _launch(
-        self, kind: str, rows: int, jobs: Sequence[Job], places: list[int], most: int | None
+        self,
+        kind: str,
+        rows: int,
+        jobs: Sequence[Job],
+        places: list[int],
+        forms: Sequence[_Form],
+        most: int | None,
     ) -> _Launch:
         shapes = tuple(jobs[place].plan.matrix for place in places)
         # Asking Numba for its number of threads starts them: a step for one thread does not ask.
@@ -178,9 +193,9 @@ class NumbaEngine:
             last = last_of(job)
             arrays = (job.V, last.u, last.sigma)
             addresses.append((address(job.weight), 0, *map(address, arrays)))
-        forms = [self._form(jobs[place]) or _Form(1, 0) for place in places]
-        division = self._division_of(kind, shapes, threads, rows, tuple(f.turned for f in forms))
-        matrices = division.matrices(addresses, [form.window for form in forms])
+        mine = tuple(forms[place] for place in places)
+        division = self._division_of(kind, shapes, threads, rows, mine)
+        matrices = division.matrices(addresses)
         return _Launch(places, division, matrices, len(jobs) == len(places))
 
     def _form(self, job: Job) -> _Form | None:
@@ -192,7 +207,7 @@ class NumbaEngine:
         weight, grad, memory = job.weight, job.grad, self._memory
         kind = memory.dtypes.get(weight.dtype)
         form = None if kind is None else self._form(job)
-        if kind is None or form is None or (form != (1, 0) and job.V.shape[-2] > 1):
+        if kind is None or form is None:
             return None
         same = grad is None or (
             grad.dtype == weight.dtype and memory.window(grad) == memory.window(weight)
@@ -218,17 +233,23 @@ class _Form(NamedTuple):
     # 0 if the rows of W follow each other; 1 if its columns do; 1 plus the number of kernel
     # positions if outputs are between inputs and kernel, as in a transposed convolution.
     turned: int
+    apart: bool = False  # True if the groups of a turned matrix are between its columns
+
+
+_PLAIN = _Form(1, 0)
 
 
 def _numbers_of(form: MemoryForm | None) -> _Form | None:
     """Return the numbers of a form, or None where the kernels do not know it."""
     kinds, window = form or ("", 0)
     if kinds in ("oi", "oik"):
-        return _Form(1, 0)
+        return _PLAIN
     if kinds in ("io", "iko"):
         return _Form(1, 1)
     if kinds in ("oki", "kio"):
         return _Form(window, int(kinds == "kio"))
+    if kinds in ("iso", "kiso"):  # without a kernel, the window is 1
+        return _Form(window, 1, apart=True)
     return _Form(1, 1 + window) if kinds == "iok" else None
 
 
@@ -245,11 +266,18 @@ def _kernels() -> Any:
     return kernels
 
 
-def _block_kernels() -> Any:
-    """Return the compiled kernels for several vectors: whoever has one vector never loads them."""
-    from . import block_kernels
+def _block_kernels(*, in_order: bool) -> Any:
+    """Return the compiled kernels for several vectors: whoever has one vector never loads them.
 
-    return block_kernels
+    ``in_order`` is True if all matrices are in memory as they are.
+    """
+    if in_order:
+        from . import block_kernels
+
+        return block_kernels
+    from . import turned_block_kernels
+
+    return turned_block_kernels
 
 
 class _Launch:
@@ -321,8 +349,8 @@ class Division:
         Largest number of threads.
     rows : int
         Number of vectors of each matrix.
-    turned : sequence of int, optional
-        The number of each job's `_Form`. If it is not 0, rows in memory are other than those of W.
+    forms : sequence of _Form, optional
+        The form of each job's matrix in memory. The default is rows that follow each other.
     """
 
     def __init__(
@@ -331,7 +359,7 @@ class Division:
         shapes: Sequence[tuple[int, ...]],
         threads: int,
         rows: int = 1,
-        turned: Sequence[int] = (),
+        forms: Sequence[_Form] = (),
     ) -> None:
         counts = [prod(shape[:-2]) for shape in shapes]
         self._job = np.repeat(np.arange(len(shapes)), counts)
@@ -339,12 +367,15 @@ class Division:
         m, n = np.asarray([shape[-2:] for shape in shapes])[self._job].T
         total = int((m * n).sum())
         threads = max(1, min(threads, total // _GRAIN))
-        swap = np.asarray(turned or [0] * len(shapes))[self._job]
+        windows, swap, apart = np.asarray(forms or [_PLAIN] * len(shapes))[self._job].T
         window = np.maximum(swap - 1, 1)
         height, width = np.where(swap, n // window, m), np.where(swap, m * window, n)
         chunks = list(_chunks(height.tolist(), width.tolist(), -(-total // threads)))
         room = 1 if rows == 1 else rows + rows % 2  # the kernels take rows in pairs
-        columns = (room * width * np.where(swap > 1, 2, 1))[[chunk[1] for chunk in chunks]]
+        size = np.where(swap > 1, room * m + _TURNED_AT_ONCE * width, room * width)
+        if rows == 1:
+            size = np.where(swap > 1, 2, 1) * width
+        columns = size[[chunk[1] for chunk in chunks]]
         place = np.cumsum(columns) - columns
         self.chunks = np.asarray([(*chunk[1:], p) for chunk, p in zip(chunks, place, strict=True)])
         thread = [chunk[0] for chunk in chunks]
@@ -353,35 +384,40 @@ class Division:
         self.scratch = np.empty(int(columns.sum()), _VECTORS[kind])
         self.starts = np.empty(room * int(n.sum()), _VECTORS[kind])
         self.like = np.empty(0, kind)
-        self._table = np.zeros((len(m) + 1, 11), np.int64)
+        self._table = np.zeros((len(m) + 1, 12), np.int64)
         self._table[:-1, 0], self._table[:-1, 1] = m, n
         self._table[:-1, 8] = room * (np.cumsum(n) - n)
-        self._table[:-1, 10] = swap
+        self._table[:-1, 9], self._table[:-1, 10] = windows, swap
+        count_of = np.asarray(counts)[self._job]
+        self._table[:-1, 11] = np.where(apart, m * count_of, m)
         self._table[:, 7] = np.searchsorted(self.chunks[:, 0], np.arange(len(m) + 1))
         within = np.concatenate([np.arange(count) for count in counts])
         element, vector = self.like.itemsize, self.scratch.itemsize
-        strides = [element * m * n, element * m * n, vector * rows * n, vector * m, vector + 0 * m]
+        stride = element * np.where(apart, m, m * n)
+        strides = [stride, stride, vector * rows * n, vector * m, vector + 0 * m]
         self._offsets = within[:, None] * np.stack(strides, axis=1)
         # More arguments of the kernels for several vectors.
         self.block: tuple[np.ndarray[Any, Any], ...] = ()
+        self.in_order = True
         if rows > 1:
             lefts = np.empty(room * int(m.sum()), _VECTORS[kind])
             small = np.empty((len(m), 3, rows, rows))
             self.block = room * (np.cumsum(m) - m), lefts, small
+            self.in_order = bool((windows == 1).all() and not swap.any())
+            if swap.any():
+                self.block += (np.empty_like(self.starts),)
 
     def of_each(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Return the value of each job for each of its matrices."""
         return values[self._job] if self._stacked else values
 
-    def matrices(
-        self, addresses: Sequence[tuple[int, ...]], windows: Sequence[int]
-    ) -> np.ndarray[Any, Any]:
+    def matrices(self, addresses: Sequence[tuple[int, ...]]) -> np.ndarray[Any, Any]:
         """Return the kernel's table for jobs whose arrays are at these addresses."""
         start = self.of_each(np.asarray(addresses, np.int64))
         if self._stacked:
             start = np.where(start > 0, start + self._offsets, 0)
         table = self._table.copy()
-        table[:-1, 2:7], table[:-1, 9] = start, self.of_each(np.asarray(windows))
+        table[:-1, 2:7] = start
         return table
 
     def place_grads(self, matrices: np.ndarray[Any, Any], addresses: Sequence[int]) -> None:

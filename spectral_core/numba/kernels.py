@@ -437,7 +437,7 @@ def _read_part(t, second, parts, chunks, matrices, like, scratch, starts):
             else:
                 _times_between(W, start, room, window, lo, hi)
         elif window == 0:
-            W = carray(_pointer(matrices[k, 2]), (n, m), like.dtype)
+            W = carray(_pointer(matrices[k, 2]), (n, matrices[k, 11]), like.dtype)
             if second:
                 _adjoint_times_turned(W, u, start, lo, hi)
             else:
@@ -467,12 +467,18 @@ def _scale(sigma, target, code):
 
 
 @_compiled
-def _multiply(G, factor, lo, hi):
-    """Multiply these rows of G."""
+def _multiply_columns(G, columns, factor, lo, hi):
+    """Multiply the first columns of these rows of G."""
     for i in range(lo, hi):
         row = G[i]
-        for j in range(row.size):
+        for j in range(columns):
             _store(row, j, _wide(row[j]) * factor)
+
+
+@_compiled
+def _multiply(G, factor, lo, hi):
+    """Multiply these rows of G."""
+    _multiply_columns(G, G.shape[1], factor, lo, hi)
 
 
 @_compiled
@@ -492,12 +498,13 @@ def _change_part(t, parts, chunks, matrices, numbers, like, scratch, starts):
             rows, columns, left, right = n, m, right, left
         else:
             rows, columns = m, n
-        G = carray(_pointer(matrices[k, 3]), (rows, columns), like.dtype)
+        length = matrices[k, 11] if window == 0 else columns
+        G = carray(_pointer(matrices[k, 3]), (rows, length), like.dtype)
         sigma = carray(_pointer(matrices[k, 6]), (1,), scratch.dtype)[0]
         if numbers[k, 2] >= AT_MOST:
             factor = _scale(sigma, scratch.dtype.type(numbers[k, 1]), numbers[k, 2])
             if factor != 1:  # a bound that does not act leaves the weight in peace
-                _multiply(G, factor, lo, hi)
+                _multiply_columns(G, columns, factor, lo, hi)
         else:
             force = _force(sigma, scratch.dtype.type(numbers[k, 1]), numbers[k, 2])
             weight = numbers[k, 0] * force
@@ -579,11 +586,12 @@ def _together(matrices, chunks, parts, numbers, like, scratch, starts, n_iter):
 
     Parameters
     ----------
-    matrices : int64, (K + 1, 11)
+    matrices : int64, (K + 1, 12)
         m, n; addresses of W, G, v, u, σ; the first of the matrix's chunks; its place in starts; the
         kernel positions where they come before the inputs in memory, and otherwise 1; 1 where Wᵀ is
         in memory; 1 plus the kernel positions where outputs are between inputs and kernel; and
-        otherwise 0. The last row ends the chunks of the row before.
+        otherwise 0; where Wᵀ is in memory, elements from one of its rows to the next, which are
+        more than m if groups come last. The last row ends the chunks of the row before.
     chunks : int64, (P, 4)
         Rows in memory of one matrix for one thread: matrix, first row, end, place in scratch.
     parts : int64, (T + 1,)

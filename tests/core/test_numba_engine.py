@@ -140,7 +140,7 @@ def test_engine_has_the_slope_of_the_reference(
 
 def assert_same_block_step(weights, grads, state, rtol, fields=VECTORS, **options):
     """Run both engines from the same state, and compare σ, the terms and the first rows of V."""
-    mine, theirs = ({name: grad.copy() for name, grad in grads.items()} for _ in range(2))
+    mine, theirs = ({name: grad.copy("K") for name, grad in grads.items()} for _ in range(2))
     before = {name: V.copy() for name, V in state.v.items()}
     engine, jobs_run = NumbaEngine(), []
     counted = engine.run
@@ -443,6 +443,10 @@ TURNED = {
     "of one output": ((3, 1, 4), "iok"),
     "at one position": ((5, 4, 1, 1), "iohw"),
     "in groups": ((8, 3, 2, 2), sc.Layout("(gi)ohw", groups=2)),
+    "flax in groups": ((3, 2, 5, 12), sc.Layout("hwi(go)", groups=3)),
+    "each channel alone": ((3, 3, 1, 40), sc.Layout("hwi(go)", groups=40)),
+    "heads": ((50, 4, 80), "iso"),
+    "large flax in groups": ((3, 3, 60, 300), sc.Layout("hwi(go)", groups=3)),
 }
 
 
@@ -481,13 +485,58 @@ def test_a_transposed_matrix_that_is_not_finite_keeps_its_v():
     assert np.isfinite(grads["good"]).all()
 
 
-@pytest.mark.parametrize(("shape", "layout"), [((4, 5), "io"), ((2, 3, 4, 5), "hwio")])
-def test_several_vectors_of_a_transposed_matrix_go_to_the_reference(shape, layout):
-    weights, grads = model("float64", {"w": shape})
+@pytest.mark.parametrize("k", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_several_vectors_of_other_orders_equal_the_reference(dtype, k):
+    """Outputs last or between, channels last, groups: in one thread and in several."""
+    shapes = {name: shape for name, (shape, _) in TURNED.items()} | BLOCKS
+    layouts = {name: layout for name, (_, layout) in TURNED.items()}
+    layouts |= {name: layout for name, layout in LAYOUTS.items() if name in BLOCKS}
+    weights, grads = model(dtype, shapes)
+    for name in ("conv", "grouped"):
+        weights[name], grads[name] = in_channels_last(weights[name]), in_channels_last(grads[name])
+    state = sc.init(weights, layouts=layouts, n_vectors=k)
+    options = {"factor": {"*": 0.3, "conv": 0.7}, "rtol": 2 * TOLERANCE[dtype]}
+    for n_iter in (1, 3, 1, 0):
+        state = assert_same_block_step(weights, grads, state, n_iter=n_iter, **options)
+
+
+@given(
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(1, 6),
+    st.sampled_from(["kio", "iok", "oki", "i(go)", "kiso", "siok"]),
+    st.integers(2, 9),
+    st.integers(0, 2**32 - 1),
+)
+def test_several_vectors_of_any_order_have_the_sigma_of_the_svd(m, n, window, axes, k, seed):
+    rng = np.random.default_rng(seed)
+    sizes = {"o": m, "i": n, "k": window, "s": 3, "(go)": 2 * m}
+    tokens = ["i", "(go)"] if "(" in axes else [*axes]
+    layout = sc.Layout(axes, groups=2 if "(" in axes else 1)
+    weights = {"w": rng.standard_normal([sizes[token] for token in tokens])}
+    state = sc.init(weights, layouts=layout, n_vectors=k, seed=seed)
     seen = Seen(NumbaEngine())
-    state = sc.init(weights, layouts=layout, n_vectors=2)
-    sc.add_gradient_(weights, grads, state, engines=[seen])
-    assert seen.names == []
+    state = sc.iterate(weights, state, n_iter=300, engines=[seen])
+    assert seen.names == ["w"]
+    matrices = sc.as_matrix(weights["w"], layout)
+    found = np.linalg.svd(matrices, compute_uv=False)[..., 0]
+    assert np.all(state.sigma["w"] <= found * (1 + 1e-9))
+    np.testing.assert_allclose(state.sigma["w"], found, rtol=1e-2)
+    V = state.v["w"]
+    product = np.einsum("...mn,...m->...n", matrices, state.u["w"])
+    np.testing.assert_allclose(product, state.sigma["w"][..., None] * V[..., 0, :], atol=1e-9)
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+@pytest.mark.parametrize("axes", ["kio", "iok", "oki"])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_several_vectors_of_other_orders_stay_where_sigma_is_zero_or_not_finite(axes, value):
+    weights = {"w": np.full((3, 4, 2), value, "float32")}
+    grads = {"w": np.ones((3, 4, 2), "float32")}
+    state = sc.init(weights, layouts=axes, n_vectors=3)
+    after = sc.add_gradient_(weights, grads, state, n_iter=2, engines=[NumbaEngine()])
+    np.testing.assert_array_equal(after.v["w"], state.v["w"])
 
 
 class Seen:
