@@ -20,12 +20,15 @@ from spectral_core.engine import (
 )
 
 triton_engine = importlib.import_module("spectral_torch.engines.triton")
+triton_device = importlib.import_module("spectral_torch.engines.triton_device")
+triton_group = importlib.import_module("spectral_torch.engines.triton_group")
+triton_tables = importlib.import_module("spectral_torch.engines.triton_tables")
 graph_tables = importlib.import_module("spectral_torch.engines.graph_tables")
 TritonEngine = triton_engine.TritonEngine
 REFERENCE = ReferenceEngine(in_place=True)
 
 CUDA = torch.cuda.is_available()
-INTERPRETED = not CUDA and triton_engine.interpreted()
+INTERPRETED = not CUDA and triton_device.interpreted()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 runs = pytest.mark.skipif(
     not (CUDA or INTERPRETED), reason="no GPU: runs in the process of the interpreter's test"

@@ -22,7 +22,7 @@ from oracle import Oracle  # noqa: E402
 from spectral_core.engine import ReferenceEngine  # noqa: E402
 from spectral_torch import SpectralNormRegularizer  # noqa: E402
 from spectral_torch.engines import TritonEngine  # noqa: E402
-from spectral_torch.engines.triton import interpreted  # noqa: E402
+from spectral_torch.engines.triton_device import interpreted  # noqa: E402
 
 LR = 0.05
 SHAPES = {"a": (5, 4), "b": (5, 4), "c": (4, 2, 3, 3)}

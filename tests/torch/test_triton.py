@@ -48,7 +48,10 @@ from triton_jobs import (  # noqa: E402
     in_channels_last,
     job,
     runs,
+    triton_device,
     triton_engine,
+    triton_group,
+    triton_tables,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +64,7 @@ on_gpu = pytest.mark.skipif(not CUDA, reason="no CUDA GPU")
 def processors(request, monkeypatch):
     """A machine of few programs, and one of many: then there are many sums to add."""
     if INTERPRETED:
-        monkeypatch.setattr(triton_engine, "_processors", lambda device: request.param)
+        monkeypatch.setattr(triton_device, "processors", lambda device: request.param)
     elif request.param != 1:
         pytest.skip("a GPU has the multiprocessors that it has")
 
@@ -103,8 +106,8 @@ def test_sizes(shape, processors):
 @pytest.mark.parametrize(("dtype", "k"), [(f32, 1), (f64, 2)], ids=str)
 def test_many_sums_are_added_in_two_levels(dtype, k, monkeypatch):
     for name, value in (("_MANY_SUMS", 3), ("_SUMS_TOGETHER", 4)):
-        monkeypatch.setattr(triton_engine, name, value)
-    monkeypatch.setattr(triton_engine, "_processors", lambda device: 200)
+        monkeypatch.setattr(triton_tables, name, value)
+    monkeypatch.setattr(triton_device, "processors", lambda device: 200)
     engine = TritonEngine()
     jobs = [job((150, 40), dtype, k=k), job((9, 40), dtype, k=k), job((110, 70), dtype, k=k)]
     check(jobs, engine=engine)
@@ -121,10 +124,10 @@ def test_many_sums_are_added_in_two_levels(dtype, k, monkeypatch):
 )
 def test_sums_are_a_small_share_and_enough_programs_add_them(shape, share, programs, monkeypatch):
     """On an H100, by the tables: bytes of sums over bytes of W, and programs of `columns`."""
-    monkeypatch.setattr(triton_engine, "_processors", lambda device: 132)
-    monkeypatch.setattr(triton_engine, "_most_columns", lambda *args: 16384)
-    shapes = [triton_engine._Shape(plan_of("oi", shape, "w"), 1)]
-    group = triton_engine._Group(triton_engine._Kind(torch.device("cpu"), f32, f32, 1), shapes)
+    monkeypatch.setattr(triton_device, "processors", lambda device: 132)
+    monkeypatch.setattr(triton_device, "most_columns", lambda *args: 16384)
+    shapes = [triton_tables.Shape(plan_of("oi", shape, "w"), 1)]
+    group = triton_group.Group(triton_tables.Kind(torch.device("cpu"), f32, f32, 1), shapes)
     assert len(group.work.sums) <= share * shape[0] * shape[1]
     assert len(group.work.blocks) == programs
     # No program adds more of them one after another than it loads in a few µs.
@@ -298,7 +301,7 @@ def test_inputs_before_outputs(dtype, n_iter, k):
 
 @runs
 def test_wide_matrices_with_inputs_before_outputs(monkeypatch):
-    monkeypatch.setattr(triton_engine, "_most_columns", lambda *args: 64)
+    monkeypatch.setattr(triton_device, "most_columns", lambda *args: 64)
     check([job((100, 6, 3, 3), layout="iohw"), job((9, 7), layout="io")])
 
 
@@ -390,14 +393,14 @@ def test_the_number_of_columns_follows_the_shared_memory(monkeypatch, room, expe
     """A wider weight goes elsewhere, alone: no launch fails and turns the kernels off for all."""
     properties = SimpleNamespace(shared_memory_per_block_optin=room)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    most = triton_engine._most_columns.__wrapped__
+    most = triton_device.most_columns.__wrapped__
     assert tuple(most(dtype, torch.device("cuda")) for dtype in (f32, f64, bf16)) == expected
 
 
 @runs
 def test_a_factor_on_the_cpu_is_read_in_each_step(monkeypatch):
     if INTERPRETED:  # where the weights are on the CPU too
-        monkeypatch.setattr(triton_engine._Group, "_is_on_device", lambda self, x: False)
+        monkeypatch.setattr(triton_group.Group, "_is_on_device", lambda self, x: False)
     engine, factor, target = TritonEngine(), torch.tensor(0.1), torch.tensor(0.5, dtype=f64)
     jobs = JobList([job((6, 40)), job((5, 7), slope=Slope(target, 2))])
     for one in jobs:
@@ -408,7 +411,7 @@ def test_a_factor_on_the_cpu_is_read_in_each_step(monkeypatch):
         target.fill_(2 * value)
         jobs.addresses = [one.grad.data_ptr() for one in jobs]
         check(jobs, engine=engine)
-    monkeypatch.setattr(triton_engine, "capturing", lambda device: True)
+    monkeypatch.setattr(triton_group, "capturing", lambda device: True)
     with pytest.raises(ArgumentError, match="on the CPU, which the replays of a CUDA graph"):
         engine._groups[next(iter(engine._groups))]._penalties(list(jobs), None)
 
@@ -443,9 +446,9 @@ class Launches:
 def test_triton_launches_each_case_once(monkeypatch):
     """Later steps launch the compiled kernels: Triton's own launch costs 16 µs each time."""
     names = ("products", "columns", "directions", "update")
-    real = triton_engine._kernels()
+    real = triton_device.kernels()
     kernels = {name: Launches(getattr(real, name)) for name in names}
-    monkeypatch.setattr(triton_engine, "_kernels", lambda: SimpleNamespace(tl=real.tl, **kernels))
+    monkeypatch.setattr(triton_device, "kernels", lambda: SimpleNamespace(tl=real.tl, **kernels))
     engine, jobs = TritonEngine(), JobList([job((6, 40)), job((5, 7))])
 
     def steps(n_iter):
@@ -541,7 +544,7 @@ def failing(monkeypatch, error, *, of=lambda group: True):
         if error is not None and of(self):
             raise error
 
-    monkeypatch.setattr(triton_engine._Group, "run", run)
+    monkeypatch.setattr(triton_group.Group, "run", run)
 
 
 @pytest.mark.parametrize("last", [True, False])
@@ -613,7 +616,8 @@ def test_memory_that_runs_out_is_an_error_from_the_start(monkeypatch):
 
 def test_a_failure_in_a_capture_is_an_error(monkeypatch):
     engine, jobs = TritonEngine(fallback=REFERENCE), [job((6, 40))]
-    monkeypatch.setattr(triton_engine, "capturing", lambda device: True)
+    for module in (triton_engine, triton_group):
+        monkeypatch.setattr(module, "capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="run one first"):
         engine.run(jobs, 1)
 
@@ -738,9 +742,9 @@ WITHOUT = """
 import sys
 sys.modules["triton"] = None
 sys.path[:0] = ["adapters"]
-from spectral_torch.engines import triton
-assert not triton.available()
-assert not triton.interpreted()
+from spectral_torch.engines import triton, triton_device
+assert not triton_device.available()
+assert not triton_device.interpreted()
 assert triton.TritonEngine().run([], 1) == ([], [])
 """
 
@@ -757,7 +761,7 @@ from dataclasses import replace
 sys.path[:0] = ["adapters", "tests/support"]
 import triton_jobs as here
 from spectral_core.engine import Bound, Slope
-from spectral_torch.engines import triton as engine
+from spectral_torch.engines import triton as engine, triton_device
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -768,8 +772,8 @@ class Driver:
     get_current_stream = staticmethod(lambda device: 0)
 
 driver.set_active(Driver())
-engine._processors = lambda device: 132
-kernels, run = engine._kernels(), triton.JITFunction.run
+triton_device.processors = lambda device: 132
+kernels, run = triton_device.kernels(), triton.JITFunction.run
 compiled = {}
 
 def compile_only(self, *args, grid, warmup, **kwargs):

@@ -26,7 +26,8 @@ from triton_jobs import (  # noqa: E402
     in_channels_last,
     job,
     runs,
-    triton_engine,
+    triton_device,
+    triton_group,
 )
 
 SHAPES = [
@@ -47,7 +48,7 @@ SHAPES = [
 )
 def test_equals_the_reference(dtype, k, monkeypatch):
     if INTERPRETED:  # several programs: then there are sums to add
-        monkeypatch.setattr(triton_engine, "_processors", lambda device: 4)
+        monkeypatch.setattr(triton_device, "processors", lambda device: 4)
     check([job(shape, dtype, seed=i, k=k, **more) for i, (shape, more) in enumerate(SHAPES)])
 
 
@@ -62,7 +63,7 @@ def test_iterations(n_iter, k):
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
 def test_matrices_that_are_read_twice(k, n_iter, dtype, monkeypatch):
     """Rows that do not fit into the registers, beside some that do."""
-    monkeypatch.setattr(triton_engine, "_most_columns", lambda *args: 64)
+    monkeypatch.setattr(triton_device, "most_columns", lambda *args: 64)
     jobs = [job((20, 1100), dtype, k=k), job((19, 301), dtype, k=k), job((9, 40), dtype, k=k)]
     jobs.append(in_channels_last(job((9, 16, 3, 3), dtype, k=k)))
     check(jobs, n_iter)
@@ -181,7 +182,7 @@ def test_it_converges_where_one_vector_follows_the_second_direction():
 def test_as_many_launches_for_many_weights(n_iter, monkeypatch):
     launches = []
     monkeypatch.setattr(
-        triton_engine._Group, "_launch", lambda self, name, *args: launches.append(name)
+        triton_group.Group, "_launch", lambda self, name, *args: launches.append(name)
     )
     counts = []
     for count in (1, 30):

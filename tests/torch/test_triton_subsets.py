@@ -17,7 +17,7 @@ from triton_jobs import (  # noqa: E402
     graph_tables,
     job,
     runs,
-    triton_engine,
+    triton_group,
 )
 
 # Of these, two have the same shape.
@@ -43,14 +43,14 @@ def as_list(jobs):
 @pytest.mark.parametrize("kind", [list, as_list])
 def test_a_new_set_of_weights_needs_no_new_tables(kind, monkeypatch):
     groups, filled = [], []
-    make, fill = triton_engine._Group._make_work, graph_tables.GraphTable._fill
+    make, fill = triton_group.Group._make_work, graph_tables.GraphTable._fill
     monkeypatch.setattr(
-        triton_engine._Group, "_make_work", lambda self: groups.append(self) or make(self)
+        triton_group.Group, "_make_work", lambda self: groups.append(self) or make(self)
     )
     monkeypatch.setattr(
         graph_tables.GraphTable, "_fill", lambda *args: filled.append(args) or fill(*args)
     )
-    monkeypatch.setattr(triton_engine._Group, "_launch", lambda *args: None)
+    monkeypatch.setattr(triton_group.Group, "_launch", lambda *args: None)
     engine, jobs, counts = TritonEngine(), weights(), []
     for step, mine in enumerate(subsets(50, len(jobs))):
         engine.run(kind([jobs[i] for i in mine]), step % 3)

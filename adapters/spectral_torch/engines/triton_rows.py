@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from . import triton_row_kernels
-from .triton import _Group, _Kind, _language, _Shape, power_of_two
+from .triton_device import language, power_of_two
+from .triton_group import Group
+from .triton_tables import Kind, Shape
 
 _SUMS_AT_ONCE = 2048  # elements of a tile of `row_columns`
 
@@ -27,10 +29,10 @@ class _Room(NamedTuple):
     xs: Tensor  # the rows of the next V, before they are ready
 
 
-class RowsGroup(_Group):
+class RowsGroup(Group):
     """Iterate several vectors of the matrices of one kind, in six launches an iteration."""
 
-    def __init__(self, kind: _Kind, jobs: Sequence[_Shape]) -> None:
+    def __init__(self, kind: Kind, jobs: Sequence[Shape]) -> None:
         super().__init__(kind, jobs)
         size, count = power_of_two(self.n_vectors), len(self.n)
         work = self.work
@@ -106,7 +108,7 @@ class RowsGroup(_Group):
 
     def _numbers_of(self, *names: str) -> dict[str, Any]:
         limits = torch.finfo(self.dtype)
-        numbers = {"ACC": _language(self.dtype), "EPS": limits.eps, "TINY": limits.tiny}
+        numbers = {"ACC": language(self.dtype), "EPS": limits.eps, "TINY": limits.tiny}
         return {name: numbers[name] for name in names}
 
     def _small_constants(self) -> tuple[dict[str, Any], dict[str, Any]]:
