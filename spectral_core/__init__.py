@@ -3,6 +3,7 @@
 from ._algorithm import add_gradient, add_gradient_, init, iterate
 from ._constraint import constrain, constrain_
 from ._convolution import ConvolutionNorm, convolution_norm
+from ._geometry import Convolution
 from ._interval import SigmaBounds, bounds, gram_bound
 from ._lanczos import SpectralNorm, spectral_norm
 from ._layout import Layout, as_matrix, from_matrix
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "BlockIteration",
+    "Convolution",
     "ConvolutionNorm",
     "DTypeError",
     "DeviceError",

@@ -11,6 +11,7 @@ from warnings import warn
 import numpy as np
 
 from ._arrays import Array, array_namespace, plain
+from ._geometry import FLATTENED, OPERATOR, check_norm, settled, tell_assumed, with_operator_norm
 from ._host import HostEngine
 from ._layout import plan_of
 from ._penalty import slope_of
@@ -18,6 +19,7 @@ from ._power import Triplet, start_vector
 from ._select import Layouts, choose_layouts
 from ._state_dict import Arrays, SpectralState
 from ._validate import Factor, check_factors, check_grads, check_weights, check_writeable
+from ._wave import first_rows
 from .engine import Engine, Job, ReferenceEngine, dispatch, make_jobs
 from .errors import ArgumentError, NamesError, SpectralWarning, check_int
 
@@ -28,6 +30,7 @@ def init(
     seed: int = 0,
     layouts: Layouts | None = None,
     n_vectors: int = 1,
+    norm: str = FLATTENED,
     engines: Sequence[Engine] = (),
 ) -> SpectralState:
     """Draw the start vectors (Algorithm 1, line 1).
@@ -44,6 +47,11 @@ def init(
         mapping does not cover.
     n_vectors : int
         Number of vectors for each matrix. With more than one, a step runs `block_iteration`.
+    norm : str
+        "flattened", the norm of each weight's matrix, or "operator": for a convolution, the norm of
+        the map of images at any size with zero or circular padding. Each layout with kernel axes
+        then counts as a `Convolution` of stride 1. Give layouts that are a `Convolution` to say the
+        stride, or to choose the norm for some weights alone.
     engines : sequence of Engine
         Faster ways to compute the first sigma (see `add_gradient`).
 
@@ -61,7 +69,12 @@ def init(
     NamesError
         If there is no weight, or a layout's name or pattern matches none.
     ArgumentError
-        If ``seed``, ``n_vectors`` or a layout is not valid.
+        If ``seed``, ``n_vectors``, ``norm`` or a layout is not valid.
+
+    Warns
+    -----
+    SpectralWarning
+        With ``norm="operator"``, if the stride of a convolution is taken to be one.
 
     Examples
     --------
@@ -81,10 +94,18 @@ def init(
     weights = plain_arrays(weights, "weight")
     n_vectors = check_int(n_vectors, "n_vectors")
     chosen = choose_layouts({name: len(weight.shape) for name, weight in weights.items()}, layouts)
+    if check_norm(norm) == OPERATOR:
+        chosen, assumed = with_operator_norm(chosen, {})
+        tell_assumed(assumed, chosen)
     v = {}
-    for name, layout in chosen.items():
-        plan = plan_of(layout, weights[name].shape, f"weight {name!r}")
-        v[name] = start_vector(plan.rows(n_vectors), weights[name], seed=seed, name=name)
+    for name in chosen:
+        weight = weights[name]
+        chosen[name], wave = settled(chosen[name], weight, f"weight {name!r}")
+        plan = plan_of(chosen[name], weight.shape, f"weight {name!r}")
+        shape = plan.rows(n_vectors) if wave is None else wave.rows(plan)
+        v[name] = start_vector(shape, weight, seed=seed, name=name)
+        if wave is not None:
+            v[name] = first_rows(v[name], wave, array_namespace(weight))
     state = SpectralState(v=v, sigma={}, layouts=chosen)
     jobs = make_jobs(v, weights, state)
     found = dict(zip(v, dispatch(jobs, 1, with_reference(engines)).triplets, strict=True))

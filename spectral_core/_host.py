@@ -49,6 +49,7 @@ class HostEngine:
         dtype = job.weight.dtype
         return (
             isinstance(job.weight, np.ndarray)
+            and job.wave is None
             and dtype in _GUARDS
             and len(job.plan.matrix) == 2
             and job.V.dtype == dtype

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -19,6 +19,7 @@ from ._arrays import (
     norm,
     to_host,
 )
+from ._geometry import FLATTENED, OPERATOR, Convolution
 from ._layout import Layout
 from ._plan import reshaped
 from ._validate import Checks
@@ -35,14 +36,15 @@ class SpectralState:
     ----------
     v : mapping of name to array, shape (*stack, n_vectors, n_in · kernel size)
         The right singular vectors, one in each row, in the order of `as_matrix`'s columns. The
-        first row is v. The other rows are there when ``n_vectors`` is more than 1.
+        first row is v. The other rows are there when ``n_vectors`` is more than 1. With a
+        `Convolution`, each row is a wave: its amplitudes, real and imaginary, then its frequency.
     sigma : mapping of name to array, shape (*stack,)
         The newest estimates. NaN or infinite where the weight was not finite.
     layouts : mapping of name to Layout
         How each weight is viewed as a matrix. Constant.
     u : mapping of name to array, shape (*stack, n_out)
-        The left singular vectors that belong to sigma. A step with ``n_iter=0`` needs them. Other
-        steps do not, and keep none where there were none.
+        The left singular vectors that belong to sigma, complex with a `Convolution`. A step with
+        ``n_iter=0`` needs them. Other steps do not, and keep none where there were none.
     checks : Checks
         Record of the checks that passed. Not part of the computation.
 
@@ -103,7 +105,7 @@ def state_dict(state: SpectralState) -> dict[str, Array]:
     -------
     dict of str to array
         ``"<name>.v"`` and ``"<name>.sigma"`` of each weight, and ``"<name>.u"`` where the state
-        holds u.
+        holds u. With a `Convolution`, ``"<name>.waves"`` instead of v.
 
     Examples
     --------
@@ -115,11 +117,17 @@ def state_dict(state: SpectralState) -> dict[str, Array]:
     """
     fields = {"v": state.v, "sigma": state.sigma, "u": state.u}
     return {
-        f"{name}.{field}": arrays[name]
+        _key(state, name, field): arrays[name]
         for name in state.v
         for field, arrays in fields.items()
         if name in arrays
     }
+
+
+def _key(state: SpectralState, name: str, field: str) -> str:
+    """Return the key of an array. Waves are no v: one cannot be loaded as the other."""
+    waves = field == "v" and isinstance(state.layouts[name], Convolution)
+    return f"{name}.{'waves' if waves else field}"
 
 
 def load_state_dict(state: SpectralState, arrays: Mapping[str, Array]) -> SpectralState:
@@ -175,7 +183,7 @@ def load_state_dict(state: SpectralState, arrays: Mapping[str, Array]) -> Spectr
     loaded = loaded_arrays(state_dict(state), arrays, [f"{name}.u" for name in state.v])
 
     def of(field: str, own: Mapping[str, Array]) -> dict[str, Array]:
-        return {name: loaded[f"{name}.{field}"] for name in own}
+        return {name: loaded[_key(state, name, field)] for name in own}
 
     return replace(state, v=of("v", state.v), sigma=of("sigma", state.sigma), u=of("u", state.u))
 
@@ -203,6 +211,7 @@ def loaded_arrays(
     given = {key: arrays[key] for key in own if key in arrays}  # a file is read at each access
     missing = [key for key in own if key not in arrays]
     unexpected = [key for key in arrays if key not in own and key not in optional]
+    _check_norm(missing, unexpected)
     for key, value in given.items():
         _check_entry(key, value, own[key])
     misfits = [
@@ -216,7 +225,7 @@ def loaded_arrays(
             f"{listed(unexpected)}, of another shape {listed(misfits)}"
         )
     copies = {key: like_own(value, own[key], key) for key, value in given.items()}
-    useless = [key for key, x in copies.items() if key.endswith(".v") and not _is_unit(x)]
+    useless = [key for key, x in copies.items() if not _is_useful(key, x)]
     if useless:
         raise ArgumentError(
             f"the state's {listed(useless)} must be unit vectors, one in each row, without NaN: "
@@ -248,6 +257,25 @@ def _number_kind(x: Array) -> str:
     """Return "float", "complex" or the name of another dtype, in any library."""
     name = str(getattr(x.dtype, "name", x.dtype))
     return next((kind for kind in ("complex", "float") if kind in name), name)
+
+
+def _check_norm(missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """Raise `NamesError` if the state was saved with the other norm."""
+    for mine, theirs, saved_norm in (("waves", "v", FLATTENED), ("v", "waves", OPERATOR)):
+        saved = {x.removesuffix(f".{theirs}") for x in unexpected if x.endswith(f".{theirs}")}
+        names = [name for key in missing if (name := key.removesuffix(f".{mine}")) in saved]
+        if names:
+            raise NamesError(
+                f'the state of {listed(names)} was saved with norm="{saved_norm}": load it with '
+                "this norm, or start from a new state, which needs some steps to find σ"
+            )
+
+
+def _is_useful(key: str, x: Array) -> bool:
+    """Return False for rows that would never recover: of no length, NaN or infinite."""
+    if key.endswith(".waves"):  # amplitudes of at most one, and angles
+        return float(array_namespace(x).max(array_namespace(x).abs(x))) < 7
+    return not key.endswith(".v") or _is_unit(x)
 
 
 def _is_unit(V: Array) -> bool:

@@ -22,6 +22,7 @@ from ._arrays import (
     is_complex,
     traits,
 )
+from ._geometry import wave_of
 from ._layout import Layout, plan_of
 from ._plan import Plan
 from ._select import by_name
@@ -291,7 +292,7 @@ def _kinds(*things: Any) -> tuple[Any, ...]:
     try:
         for x in things:
             kinds.append(x if isinstance(x, Layout) else type(x))
-            if not (x is None or type(x) in (float, Layout)):
+            if not (x is None or isinstance(x, (float, Layout))):
                 kinds += (x.shape, x.dtype, x.device)
     except AttributeError:  # not an array: the full check explains what it is instead
         return ()
@@ -310,8 +311,12 @@ def _check_fit(
     plan = plan_of(layout, weight.shape, f"weight {name!r}")
     traits(weight, xp, f"weight {name!r}")
     k = V.shape[-2] if V.ndim > 1 else 0
-    expected = ", ".join(map(str, plan.rows("k")))  # type: ignore[arg-type]
-    _check_shape(name, weight, "v", V, plan.rows(k) if k else None, f"({expected})")
+    wave = wave_of(layout, tuple(weight.shape))
+    if wave is None:
+        expected = ", ".join(map(str, plan.rows("k")))  # type: ignore[arg-type]
+        _check_shape(name, weight, "v", V, plan.rows(k) if k else None, f"({expected})")
+    else:
+        _check_shape(name, weight, "v", V, wave.rows(plan), str(wave.rows(plan)))
     if traits(V, xp, f"weight {name!r}: v").complex and not is_complex(weight, xp):
         raise DTypeError(
             f"weight {name!r}: v has dtype {V.dtype}, but the weight is real ({weight.dtype})"

@@ -28,6 +28,16 @@ from ._arrays import (
     traits_of,
 )
 from ._bound import AT_MOST, EXACTLY, Bound, bounds_of
+from ._geometry import (
+    FLATTENED,
+    OPERATOR,
+    Geometry,
+    Wave,
+    check_norm,
+    tell_assumed,
+    wave_of,
+    with_operator_norm,
+)
 from ._layout import as_layout, default_layout, plan_of
 from ._logging import AsyncCopy, Log, Snapshot
 from ._penalty import Slope, add_outer, add_outer_, outer_factors, same_slope, slope_of
@@ -71,21 +81,37 @@ from ._validate import (
     check_power,
     check_weights,
 )
+from ._wave import (
+    Climb,
+    climb,
+    iterate_waves,
+    parts_of,
+    read,
+    rows_of,
+    spread_of,
+    taps_of,
+    turned,
+    wave_rows,
+)
 from .errors import ArgumentError, ShapeError
 
 __all__ = [
     "AT_MOST",
     "EXACTLY",
+    "FLATTENED",
     "FRESH",
     "FRESH_64",
+    "OPERATOR",
     "Add",
     "Array",
     "AsyncCopy",
     "Bound",
     "Checks",
     "Choice",
+    "Climb",
     "Engine",
     "Factor",
+    "Geometry",
     "Job",
     "JobList",
     "Log",
@@ -107,6 +133,7 @@ __all__ = [
     "Summary",
     "Traits",
     "Triplet",
+    "Wave",
     "add_outer",
     "add_outer_",
     "address_of",
@@ -120,9 +147,11 @@ __all__ = [
     "cast",
     "check_factor",
     "check_factors",
+    "check_norm",
     "check_power",
     "check_weights",
     "choose",
+    "climb",
     "clipped",
     "conj",
     "constant",
@@ -135,6 +164,7 @@ __all__ = [
     "from_memory_order",
     "iterate_rows",
     "iteration_arrays",
+    "iteration_matrix",
     "last_of",
     "left_rows",
     "loaded_arrays",
@@ -144,19 +174,30 @@ __all__ = [
     "merge",
     "ordered",
     "outer_factors",
+    "parts_of",
     "plan_of",
+    "read",
     "reshaped",
     "right_rows",
+    "rows_of",
     "same_slope",
     "scale_",
     "scaled",
     "select",
     "shards_of",
     "slope_of",
+    "spread_of",
+    "taps_of",
+    "tell_assumed",
     "times_rows",
     "to_memory_order",
     "traits",
     "traits_of",
+    "turned",
+    "wave_iteration",
+    "wave_of",
+    "wave_rows",
+    "with_operator_norm",
 ]
 
 
@@ -190,6 +231,9 @@ class Job:
     xp : namespace
     last : Triplet or None
         The result of the step before. None if the state does not keep u.
+    wave : Wave or None
+        None for the norm of the matrix. With a `Wave`, the step is one of `iterate_waves`, each row
+        of V is a wave, and u is complex. An engine that does not know waves must refuse the job.
     """
 
     name: str
@@ -201,6 +245,7 @@ class Job:
     plan: Plan
     xp: Namespace
     last: Triplet | None
+    wave: Wave | None = None
 
 
 class Result(NamedTuple):
@@ -367,6 +412,9 @@ class ReferenceEngine:
             if n_iter == 0:
                 triplets.append(last_of(job))
                 continue
+            if job.wave is not None:
+                triplets.append(wave_iteration(job, n_iter, fresh[i]))
+                continue
             W, V, kind = iteration_arrays(job)
             products = partial(times_rows, W, xp=job.xp), partial(adjoint_times_rows, W, xp=job.xp)
             sigma, u, V = iterate_rows(*products, V, n_iter, kind, job.xp, fresh[i])
@@ -376,15 +424,39 @@ class ReferenceEngine:
 
 def iteration_arrays(job: Job) -> tuple[Array, Array, Traits]:
     """Return W and V of a job in memory order and in the dtype of the iteration."""
+    W, kind = iteration_matrix(job)
+    V = to_memory_order(job.V, job.plan, job.xp)
+    return W, cast(V, kind.iteration_dtype, job.xp), kind
+
+
+def iteration_matrix(job: Job) -> tuple[Array, Traits]:
+    """Return W of a job in memory order, in the dtype of the iteration, and its traits."""
     kind = traits(job.weight, job.xp, f"weight {job.name!r}")
     W = matrix_in_memory_order(job.weight, job.plan, job.xp)
-    V = to_memory_order(job.V, job.plan, job.xp)
-    dtype = kind.iteration_dtype
-    return cast(W, dtype, job.xp), cast(V, dtype, job.xp), kind
+    return cast(W, kind.iteration_dtype, job.xp), kind
+
+
+def wave_iteration(job: Job, n_iter: int, fresh: Array | float) -> Triplet:
+    """Return the triplet of a job with a `Wave` after so many iterations."""
+    assert job.wave is not None
+    plan, xp = job.plan, job.xp
+    W, kind = iteration_matrix(job)
+
+    def times(V: Array) -> Array:
+        return times_rows(W, to_memory_order(V, plan, xp), xp)
+
+    def adjoint_times(Q: Array) -> Array:
+        return from_memory_order(adjoint_times_rows(W, Q, xp), plan, xp)
+
+    V = cast(job.V, kind.iteration_dtype, xp)
+    return iterate_waves(times, adjoint_times, V, job.wave, n_iter, kind, xp, fresh)
 
 
 def fresh_directions(jobs: Sequence[Job]) -> Sequence[Array]:
-    """Return the `fresh_direction` of each job, in memory order; a `JobList` keeps them."""
+    """Return the `fresh_direction` of each job; a `JobList` keeps them.
+
+    It is in memory order, but in that of `as_matrix` for waves.
+    """
     kept = jobs.memo.get(fresh_directions) if isinstance(jobs, JobList) else None
     if kept is None:
         kept = [_fresh_in_memory_order(job) for job in jobs]
@@ -395,7 +467,7 @@ def fresh_directions(jobs: Sequence[Job]) -> Sequence[Array]:
 
 def _fresh_in_memory_order(job: Job) -> Array:
     fresh, plan, xp = fresh_direction(job.V, job.xp), job.plan, job.xp
-    if plan.order != plan.memory_order:
+    if plan.order != plan.memory_order and job.wave is None:
         fresh = to_memory_order(xp.broadcast_to(fresh, job.V.shape), plan, xp)
     return cast(fresh, traits(job.weight, xp, f"weight {job.name!r}").iteration_dtype, xp)
 
@@ -403,29 +475,31 @@ def _fresh_in_memory_order(job: Job) -> Array:
 def finish(jobs: Sequence[Job], triplets: Sequence[Triplet], add: Add, scale: Scale) -> Result:
     """Add each job's term to its gradient, or scale its weight to its bound."""
     # Everything is computed before the first array changes: an error leaves every one whole.
-    changes: list[tuple[Array, ...]] = []
+    changes: list[list[tuple[Array, ...]]] = []
     found: list[Triplet] = []
     for job, triplet in zip(jobs, triplets, strict=True):
         if isinstance(job.slope, Bound):
             s = job.slope.scale(triplet.sigma)
-            changes.append((broadcast_stack(s, job.plan, job.xp),))
+            changes.append([(broadcast_stack(s, job.plan, job.xp),)])
             # NumPy makes a scalar of the product.
             triplet = triplet._replace(sigma=job.xp.asarray(s * triplet.sigma))
         elif job.grad is None:
-            changes.append(())
+            changes.append([])
         else:
-            changes.append(outer_factors(triplet, job.plan, job.factor, job.slope, job.xp))
+            price = job.plan, job.factor, job.slope, job.xp
+            changes.append([outer_factors(t, *price) for t in parts_of(triplet, job.wave, job.xp)])
         found.append(triplet)
     grads: list[Array | None] = []
     for job, change in zip(jobs, changes, strict=True):
         if job.grad is None or not change:
             grads.append(None)
         elif isinstance(job.slope, Bound):
-            grads.append(scale(job.grad, change[0], job.plan, job.xp))
+            grads.append(scale(job.grad, change[0][0], job.plan, job.xp))
         else:
             # Splitting an axis in two never copies: in place, this is the caller's memory.
-            u, v = change
-            total = add(reshaped(job.grad, job.plan.split, job.xp), u, v)
+            total = reshaped(job.grad, job.plan.split, job.xp)
+            for u, v in change:
+                total = add(total, u, v)
             grads.append(reshaped(total, job.weight.shape, job.xp))
     return Result(grads, found)
 
@@ -470,7 +544,8 @@ def make_jobs(
         except ShapeError as error:
             misfits.append(str(error))
             continue
-        jobs.append(Job(name, constant(weight), grad, V, factor, slope, plan, xp, last))
+        wave = wave_of(state.layouts[name], tuple(weight.shape))
+        jobs.append(Job(name, constant(weight), grad, V, factor, slope, plan, xp, last, wave))
     if misfits:
         raise ShapeError("\n".join(misfits))
     return jobs

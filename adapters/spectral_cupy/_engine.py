@@ -350,7 +350,8 @@ class CudaEngine:
         """Return True for a contiguous, real job with up to 8 vectors, all on one device."""
         weight, plan = job.weight, job.plan
         if not (
-            self._runtime.owns(weight)
+            job.wave is None
+            and self._runtime.owns(weight)
             and weight.dtype.name in _CTYPES
             and plan.contiguous.kinds in ("oi", "oik", "oki")
             and max(plan.matrix[-2:]) < _LARGEST

@@ -8,7 +8,7 @@ still in the state, so the weight is not read: the term is added once more, with
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -139,4 +139,4 @@ def _written(jobs: JobList) -> bool:
 
 
 def _negated(job: Job) -> Job:
-    return Job(job.name, job.weight, job.grad, job.V, 0.0, job.slope, job.plan, job.xp, job.last)
+    return replace(job, factor=0.0)

@@ -127,7 +127,7 @@ class NumbaEngine:
 
     def accepts(self, job: Job) -> bool:
         """Return True for a real job whose elements are in memory in an order that is known."""
-        return self._kernels is not None and self._kind(job) is not None
+        return self._kernels is not None and job.wave is None and self._kind(job) is not None
 
     def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
         """Run all jobs, those of one dtype and number of vectors in one call."""
