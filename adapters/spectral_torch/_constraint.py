@@ -38,7 +38,7 @@ class SpectralNormConstraint(OptimizerHook):
         any time.
     normalize : bool
         Whether to scale smaller matrices up to the bound too.
-    n_iter, n_vectors, warmup_iters, include, exclude, layouts, seed, kernels
+    n_iter, n_vectors, norm, warmup_iters, include, exclude, layouts, seed, kernels
         As for `SpectralNormRegularizer`.
 
     Raises
@@ -51,8 +51,8 @@ class SpectralNormConstraint(OptimizerHook):
     Nothing changes before the first step, or before `constrain_`. A step scales only the weights
     that its optimizer holds and that require a gradient. Power iteration underestimates σ, so the
     true norm can exceed the bound slightly: see `spectral_core.constrain`. The bound is on the
-    weight's matrix: a convolution as an operator can have a larger norm. Moments that an optimizer
-    keeps are not scaled.
+    weight's matrix, unless ``norm="operator"``: a convolution as a map of images can have a larger
+    norm. Moments that an optimizer keeps are not scaled.
 
     Examples
     --------
@@ -77,6 +77,7 @@ class SpectralNormConstraint(OptimizerHook):
         normalize: bool = False,
         n_iter: int = 1,
         n_vectors: int = 1,
+        norm: str = "flattened",
         warmup_iters: int = 15,
         include: Choice | None = None,
         exclude: Choice | None = None,
@@ -88,6 +89,7 @@ class SpectralNormConstraint(OptimizerHook):
             model,
             n_iter=n_iter,
             n_vectors=n_vectors,
+            norm=norm,
             warmup_iters=warmup_iters,
             include=include,
             exclude=exclude,

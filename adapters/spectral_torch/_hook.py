@@ -40,6 +40,7 @@ from ._jobs import JobCache, Limit, Penalty
 from ._parametrized import masks, remarks
 from ._select import Model, choose_parameters
 from .engines import DTensorEngine, TensorEngine, Unmeasured, engines
+from .engines.dtensor import is_sharded
 from .engines.foreach import write_into
 
 _OURS = tuple(str(Path(getfile(thing)).parent) for thing in (torch, sc.Watch, JobCache))
@@ -72,6 +73,7 @@ class OptimizerHook:
         *,
         n_iter: int,
         n_vectors: int,
+        norm: str,
         warmup_iters: int,
         include: Choice | None,
         exclude: Choice | None,
@@ -80,8 +82,10 @@ class OptimizerHook:
         kernels: bool,
     ) -> None:
         self._parameters, chosen, self._left_out = choose_parameters(
-            model, include, exclude, layouts
+            model, include, exclude, layouts, norm
         )
+        self.norm = norm
+        _check_whole(self._parameters, chosen)
         self._handles: WeakKeyDictionary[Optimizer, list[RemovableHandle]] = WeakKeyDictionary()
         self._steps: WeakKeyDictionary[object, int] = WeakKeyDictionary()
         self._schedules: dict[str, Schedule] = {}
@@ -494,19 +498,21 @@ class OptimizerHook:
         ):
             return
 
-        def moved(field: Mapping[str, Tensor], *, real: bool) -> dict[str, Tensor]:
-            dtypes = {name: _iterated_in(p.dtype) for name, p in self._parameters.items()}
-            return {
-                name: field[name].to(p.device, dtypes[name].to_real() if real else dtypes[name])
-                for name, p in self._parameters.items()
-            }
+        def moved(field: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            found = {}
+            for name, parameter in self._parameters.items():
+                own, dtype = field[name], _iterated_in(parameter.dtype)
+                # σ stays real, and the u of waves complex, whatever the weight is.
+                kind = dtype.to_complex() if own.is_complex() else dtype.to_real()
+                found[name] = own.to(parameter.device, kind)
+            return found
 
         self._jobs.clear()
         self._state = replace(
             state,
-            v=moved(state.v, real=False),
-            sigma=moved(state.sigma, real=True),
-            u=moved(state.u, real=False),
+            v=moved(state.v),
+            sigma=moved(state.sigma),
+            u=moved(state.u),
         )
 
     @torch.no_grad()
@@ -518,6 +524,20 @@ class OptimizerHook:
             for own, new in ((state.v, found.v), (state.sigma, found.sigma), (state.u, found.u))
             for name, old in own.items()
             if name in new
+        )
+
+
+def _check_whole(parameters: Mapping[str, Tensor], layouts: Mapping[str, sc.Layout]) -> None:
+    """Raise `ArgumentError` if a convolution whose waves are to be followed is sharded."""
+    sharded = [
+        name
+        for name, layout in layouts.items()
+        if isinstance(layout, sc.Convolution) and is_sharded(parameters[name])
+    ]
+    if sharded:
+        raise sc.ArgumentError(
+            f'norm="operator" needs whole weights, but {listed(sharded)} is sharded: use '
+            'norm="flattened", or exclude it'
         )
 
 

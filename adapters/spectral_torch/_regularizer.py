@@ -25,9 +25,11 @@ from spectral_core.engine import (
     check_power,
     dispatch,
     make_jobs,
+    parts_of,
     plan_of,
     select,
     slope_of,
+    wave_of,
 )
 from spectral_core.errors import check_int, listed
 
@@ -66,6 +68,10 @@ class SpectralNormRegularizer(OptimizerHook):
     n_vectors : int
         Number of vectors for each matrix. Several vectors follow σ where σ₂ comes close to it or
         overtakes it. They cost many small operations (`spectral_core.block_iteration`).
+    norm : str
+        "flattened", the norm of each weight's matrix, as in the paper, or "operator": the norm of a
+        convolution as a map of images, with the stride and dilation of its module. A layout that is
+        a `spectral_core.Convolution` chooses it for one weight.
     every_n_steps : int
         Iterate only in every n-th step of a weight. The steps between add the term of the last
         iteration again: they read no weight, and σ, u and v are up to n − 1 steps old. A step that
@@ -156,6 +162,7 @@ class SpectralNormRegularizer(OptimizerHook):
         power: int = 2,
         n_iter: int = 1,
         n_vectors: int = 1,
+        norm: str = "flattened",
         every_n_steps: int = 1,
         warmup_iters: int = 15,
         include: Choice | None = None,
@@ -169,6 +176,7 @@ class SpectralNormRegularizer(OptimizerHook):
             model,
             n_iter=n_iter,
             n_vectors=n_vectors,
+            norm=norm,
             warmup_iters=warmup_iters,
             include=include,
             exclude=exclude,
@@ -339,7 +347,13 @@ class SpectralNormRegularizer(OptimizerHook):
             plan = plan_of(layout, parameter.shape, name)
             return penalty_at(parameter, triplet, plan, array_namespace(parameter), **price)
         W = sc.as_matrix(parameter, layout, name=name)
-        return sc.penalty_at(W, triplet.u, **price)
+        wave = wave_of(layout, tuple(parameter.shape))
+        if wave is None:
+            return sc.penalty_at(W, triplet.u, **price)
+        # σ = Re(aᴴWw), whose derivative is the term, with the vectors held.
+        parts = parts_of(triplet, wave, array_namespace(parameter))
+        products = (t.u * (W.to(t.V.dtype) @ t.V[..., 0, :, None])[..., 0] for t in parts)
+        return sc.penalty(sum(products).sum(-1), **price)
 
     def _register(self, optimizer: Optimizer) -> list[RemovableHandle]:
         return [

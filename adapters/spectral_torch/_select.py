@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from spectral_core import ArgumentError, Layout, NamesError, SpectralWarning
-from spectral_core.engine import Choice, Selection, choose, default_layout
+from spectral_core.engine import (
+    FLATTENED,
+    OPERATOR,
+    Choice,
+    Geometry,
+    Selection,
+    check_norm,
+    choose,
+    default_layout,
+    tell_assumed,
+    with_operator_norm,
+)
 from spectral_core.errors import listed
 
 from ._layers import Reading, read_held, read_layer
@@ -69,13 +80,17 @@ def choose_parameters(
     include: Choice | None,
     exclude: Choice | None,
     layouts: Mapping[Any, Layout | str] | None,
+    norm: str = FLATTENED,
 ) -> Chosen:
     """Return the parameters to regularize, each once, and their layouts.
+
+    With ``norm="operator"`` a convolution's layout is a `Convolution` with the stride and dilation
+    of its module.
 
     Warns
     -----
     SpectralWarning
-        If a layout is a guess, or a parameter is left out because of its name.
+        If a layout or a stride is a guess, or a parameter is left out because of its name.
 
     Raises
     ------
@@ -83,7 +98,8 @@ def choose_parameters(
         If a pattern of ``include``, ``exclude`` or ``layouts`` matches no parameter with two
         axes, a tensor can be read in several ways, or nothing is left.
     ArgumentError
-        If this is no model, or a chosen parameter is sparse or not initialized yet.
+        If this is no model, ``norm`` is unknown, or a chosen parameter is sparse or not initialized
+        yet.
     """
     found = _scan(model) if isinstance(model, nn.Module) else _named(model)
     selection = choose(
@@ -103,7 +119,21 @@ def choose_parameters(
     for name, parameter in parameters.items():
         _check(name, parameter)
     _tell(selection, found)
-    return Chosen(parameters, selection.layouts, selection.left_out)
+    chosen = selection.layouts
+    if check_norm(norm) == OPERATOR:
+        chosen, assumed = with_operator_norm(chosen, _geometries(found))
+        tell_assumed(assumed, chosen, _CALLER)
+    return Chosen(parameters, chosen, selection.left_out)
+
+
+def _geometries(found: _Candidates) -> dict[str, Geometry]:
+    """Return the stride and dilation of each weight whose module is a convolution."""
+    geometries = {}
+    for name, owners in found.owners.items():
+        layer: Any = next((o for o in owners if isinstance(o, nn.modules.conv._ConvNd)), None)
+        if layer is not None:
+            geometries[name] = Geometry(layer.stride, layer.dilation, layer.transposed)
+    return geometries
 
 
 def _check(name: str, parameter: Tensor) -> None:

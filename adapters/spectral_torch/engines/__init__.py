@@ -16,6 +16,7 @@ from .foreach import ForeachEngine
 from .memory_format import window
 from .precision import in_full_float32
 from .triton import TritonEngine
+from .waves import WaveEngine
 
 __all__ = [
     "CpuEngine",
@@ -24,6 +25,7 @@ __all__ = [
     "TensorEngine",
     "TritonEngine",
     "Unmeasured",
+    "WaveEngine",
     "engines",
 ]
 
@@ -76,10 +78,11 @@ class Unmeasured:
 
     def run(self, jobs: Sequence[Job], n_iter: int) -> Result:  # noqa: ARG002
         """Return zeros beside each V."""
-        triplets = [
-            Triplet(job.V.new_zeros(job.plan.stack).real, job.V.new_zeros(job.plan.left), job.V)
-            for job in jobs
-        ]
+        triplets = []
+        for job in jobs:
+            dtype = job.V.dtype if job.wave is None else job.V.dtype.to_complex()
+            u = job.V.new_zeros(job.plan.left, dtype=dtype)
+            triplets.append(Triplet(job.V.new_zeros(job.plan.stack).real, u, job.V))
         return Result([None] * len(jobs), triplets)
 
 
@@ -93,7 +96,7 @@ def engines(*, kernels: bool = True) -> tuple[Engine, ...]:
     """
     foreach = ForeachEngine()
     compiled = [*_cpu_engine(), TritonEngine(fallback=foreach)] if kernels else []
-    return DTensorEngine(), *compiled, foreach, TensorEngine(in_place=True)
+    return DTensorEngine(), *compiled, foreach, WaveEngine(), TensorEngine(in_place=True)
 
 
 def _cpu_engine() -> list[Engine]:

@@ -71,7 +71,7 @@ class DTensorEngine:
 
     def accepts(self, job: Job) -> bool:
         """Return True for a DTensor."""
-        return is_sharded(job.weight)
+        return is_sharded(job.weight) and job.wave is None
 
     @in_full_float32
     @torch.no_grad()

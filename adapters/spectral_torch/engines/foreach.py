@@ -82,6 +82,7 @@ class ForeachEngine:
         dtype = _VECTORS.get(job.weight.dtype)
         return (
             dtype is not None
+            and job.wave is None
             and job.V.dtype is dtype
             and len(job.plan.matrix) == 2
             and tuple(job.V.shape) == job.plan.rows(1)

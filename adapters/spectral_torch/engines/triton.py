@@ -134,7 +134,7 @@ class TritonEngine:
         triplet must be contiguous, in the dtype of the iteration, with at most `MOST_VECTORS` for
         each matrix.
         """
-        return not self._failed and accepts(job)
+        return job.wave is None and not self._failed and accepts(job)
 
     def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
         """Run all jobs, those of one device and pair of dtypes in the same launches.

@@ -1,0 +1,162 @@
+"""Follow the waves of many convolutions at once: the core's arithmetic in fewer calls.
+
+All arithmetic between the two readings of the weights and the new waves is on arrays whose shapes
+do not depend on the weight's size. So it runs once for all weights with the same taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectral_core.engine import (
+    Array,
+    Bound,
+    Climb,
+    Job,
+    Plan,
+    Result,
+    Triplet,
+    add_outer_,
+    adjoint_times_rows,
+    climb,
+    finish,
+    fresh_directions,
+    from_memory_order,
+    iteration_matrix,
+    last_of,
+    read,
+    rows_of,
+    scale_,
+    spread_of,
+    taps_of,
+    times_rows,
+    to_memory_order,
+    turned,
+    wave_rows,
+)
+
+from .precision import in_full_float32
+
+
+class WaveEngine:
+    """Run jobs with waves, those with the same taps together.
+
+    Examples
+    --------
+    >>> WaveEngine().run([], 1)
+    Result(grads=[], triplets=[])
+    """
+
+    in_place = True
+
+    def accepts(self, job: Job) -> bool:
+        """Return True for every job with waves."""
+        return job.wave is not None
+
+    @in_full_float32
+    @torch.no_grad()
+    def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
+        """Run all jobs, those with the same taps, dtype and number of directions together."""
+        if n_iter == 0:
+            return _finish(jobs, [last_of(job) for job in jobs])
+        fresh = fresh_directions(jobs)
+        places: dict[Any, list[int]] = {}
+        for place, job in enumerate(jobs):
+            k = min(2 * job.V.shape[-2], job.plan.matrix[-2])
+            key = job.wave, job.weight.device, job.V.dtype, job.plan.stack, k
+            places.setdefault(key, []).append(place)
+        triplets: list[Any] = [None] * len(jobs)
+        for mine in places.values():
+            found = _iterate([jobs[i] for i in mine], [fresh[i] for i in mine], n_iter)
+            for place, triplet in zip(mine, found, strict=True):
+                triplets[place] = triplet
+        return _finish(jobs, triplets)
+
+
+def _iterate(jobs: Sequence[Job], fresh: Sequence[Array], n_iter: int) -> list[Triplet]:
+    first, xp = jobs[0], jobs[0].xp
+    assert first.wave is not None
+    matrices = [iteration_matrix(job) for job in jobs]
+    kind = matrices[0][1]
+    products = [_products(W, job.plan, xp) for (W, _), job in zip(matrices, jobs, strict=True)]
+    Vs, starts = [job.V for job in jobs], list(fresh)
+    taps, d = taps_of(first.wave, Vs[0], xp), len(first.wave.sizes)
+    for _ in range(n_iter):
+        ω = torch.stack([V[..., -d:] for V in Vs])
+        spreads = spread_of(ω, taps, xp)
+        bases = []
+        for i, (times, adjoint_times) in enumerate(products):
+            rows = rows_of(Vs[i] + starts[i], spreads[i], d, xp)
+            bases.append(read(times, adjoint_times, rows, taps, xp))
+        coordinates, gram = (
+            torch.stack([getattr(basis, field) for basis in bases])
+            for field in ("coordinates", "gram")
+        )
+        found = climb(ω, coordinates, gram, taps, kind, xp)
+        sigma = found.sigma[..., 0]
+        usable = ((sigma > 0) & (sigma < torch.inf))[..., None, None].unbind()
+        each = map(Climb._make, zip(*found, strict=True))
+        news = [turned(one, b.Q, b.Z, xp) for one, b in zip(each, bases, strict=True)]
+        Vs = [torch.where(u, new, V) for u, (new, _), V in zip(usable, news, Vs, strict=True)]
+        starts = [0.0] * len(jobs)
+    us = (torch.view_as_complex(parts) for _, parts in news)
+    return [Triplet(*one) for one in zip(sigma.unbind(), us, Vs, strict=True)]
+
+
+def _finish(jobs: Sequence[Job], triplets: Sequence[Triplet]) -> Result:
+    """Add the terms or scale the weights: the usual gradient gets both its parts in one product."""
+    # Everything is computed before the first gradient changes, as in the core.
+    usual = [_is_usual(job) for job in jobs]
+    terms = [
+        _term(job, triplet) if here else None
+        for job, triplet, here in zip(jobs, triplets, usual, strict=True)
+    ]
+    others = [(j, t) for j, t, here in zip(jobs, triplets, usual, strict=True) if not here]
+    rest = finish([job for job, _ in others], [t for _, t in others], add_outer_, scale_)
+    found = iter(rest.triplets)
+    for job, term in zip(jobs, terms, strict=True):
+        if term is not None:
+            job.grad.view(job.plan.matrix).addmm_(*term)
+    triplets = [t if here else next(found) for t, here in zip(triplets, usual, strict=True)]
+    return Result([job.grad for job in jobs], triplets)
+
+
+def _is_usual(job: Job) -> bool:
+    """Return True if a job has a gradient that is a matrix reshaped, and gets a term."""
+    grad, plan = job.grad, job.plan
+    return (
+        grad is not None
+        and not isinstance(job.slope, Bound)
+        and plan.reshapes
+        and len(plan.matrix) == 2
+        and grad.dtype is job.V.dtype
+        and grad.is_contiguous()
+    )
+
+
+def _term(job: Job, triplet: Triplet) -> tuple[Tensor, Tensor]:
+    """Return two thin matrices whose product is the term."""
+    slope: Any = job.slope
+    force = triplet.sigma if slope is None else slope.of(triplet.sigma)
+    assert job.wave is not None
+    rows = wave_rows(triplet, job.wave, job.xp)
+    return torch.view_as_real(triplet.u) * (force * job.factor), rows
+
+
+def _products(W: Tensor, plan: Plan, xp: Any) -> tuple[Any, Any]:
+    """Return both products, on rows in the order of `as_matrix`."""
+    if plan.order == plan.memory_order:
+        return partial(times_rows, W, xp=xp), partial(adjoint_times_rows, W, xp=xp)
+
+    def times(V: Tensor) -> Tensor:
+        return times_rows(W, to_memory_order(V, plan, xp), xp)
+
+    def adjoint_times(Q: Tensor) -> Tensor:
+        return from_memory_order(adjoint_times_rows(W, Q, xp), plan, xp)
+
+    return times, adjoint_times
