@@ -31,6 +31,7 @@ def constrain_spectral_norm(
     normalize: bool = False,
     n_iter: int = 1,
     n_vectors: int = 1,
+    norm: str = "flattened",
     include: Choice | None = None,
     exclude: Choice | None = None,
     mask: Any | Callable[[Any], Any] | None = None,
@@ -54,7 +55,7 @@ def constrain_spectral_norm(
         If True, smaller matrices grow to the bound too.
     n_iter : int
         Power iterations in a step.
-    n_vectors, include, exclude, mask, layouts, seed
+    n_vectors, norm, include, exclude, mask, layouts, seed
         As for `add_spectral_norm_regularization`.
 
     Returns
@@ -87,7 +88,7 @@ def constrain_spectral_norm(
     >>> round(float(jnp.linalg.norm(params["dense"]["kernel"], 2)), 3)
     1.0
     """
-    chosen_of = Selector(include, exclude, layouts, mask is not None)
+    chosen_of = Selector(include, exclude, layouts, mask is not None, norm)
     if is_traced(n_iter) or is_traced(normalize):
         raise sc.ArgumentError(
             "n_iter and normalize must not be traced: give optax.inject_hyperparams "

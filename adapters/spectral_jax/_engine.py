@@ -34,6 +34,7 @@ from spectral_core.engine import (
     right_rows,
     scaled,
     traits,
+    wave_iteration,
 )
 
 Axes: TypeAlias = tuple[int, ...]
@@ -87,6 +88,9 @@ class XlaEngine:
                 if n_iter == 0:
                     triplets.append(last_of(job))
                     continue
+                if job.wave is not None:
+                    triplets.append(self._waves(job, n_iter))
+                    continue
                 iterate, triplet = _iteration(job)
                 before = triplet.V
                 triplet = triplet._replace(V=before + fresh_direction(before, jnp))
@@ -106,6 +110,20 @@ class XlaEngine:
             if self._power is not None:
                 jobs = [replace(job, slope=_slope(job, self._power)) for job in jobs]
             return finish(jobs, triplets, add_outer, scaled)
+
+    def _waves(self, job: Job, n_iter: int) -> Triplet:
+        """Return the triplet of a job with waves."""
+
+        def again(_: Any, last: Triplet) -> Triplet:
+            return wave_iteration(replace(job, V=last.V), 1, 0.0)
+
+        triplet = wave_iteration(job, 1, fresh_direction(job.V, jnp))
+        if self._n_iter is not None or isinstance(job.weight, jax.core.Tracer):
+            count = n_iter if self._n_iter is None else self._n_iter
+            return jax.lax.fori_loop(1, count, again, triplet)
+        for i in range(1, n_iter):
+            triplet = again(i, triplet)
+        return triplet
 
 
 class _Product(NamedTuple):

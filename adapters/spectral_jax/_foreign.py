@@ -64,7 +64,7 @@ class NumbaXlaEngine:
 
     def accepts(self, job: Job) -> bool:
         """Return True for a traced job that the kernels can run."""
-        if job.xp is not jnp or not _KNOWS_ITS_MESH or job.V.shape[-2] != 1:
+        if job.xp is not jnp or job.wave is not None or not _KNOWS_ITS_MESH or job.V.shape[-2] != 1:
             return False
         if not isinstance(job.weight, jax.core.Tracer) or str(job.weight.dtype) not in _KINDS:
             return False

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax.numpy as jnp
 
 from spectral_core import Layout
+from spectral_core.engine import Geometry
 
 Shape: TypeAlias = tuple[int, ...]
 Places: TypeAlias = Mapping[str, Mapping[str, Shape]]
@@ -154,6 +155,28 @@ def _nnx(module: Any, attribute: str, ndim: int) -> Reading | None:
         axes = "i" * len(module.axis) + "o" * len(module.out_features)
         return Reading(Layout("s" * (ndim - len(axes)) + axes))
     return None
+
+
+def geometries(owners: Mapping[str, Any]) -> dict[str, Geometry]:
+    """Return the stride and dilation of each weight whose module is a convolution.
+
+    Parameters
+    ----------
+    owners : mapping of name to module
+    """
+    found = {}
+    for name, module in owners.items():
+        kinds = {*_kinds(module, "equinox.nn"), *_kinds(module, "flax.nnx")}
+        if not kinds & {"Conv", "ConvTranspose"}:
+            continue
+        flax = is_of(module, "flax.nnx")
+        numbers = (
+            getattr(module, attribute)
+            for attribute in (("strides", "kernel_dilation") if flax else ("stride", "dilation"))
+        )
+        stride, dilation = (1 if x is None else x for x in numbers)
+        found[name] = Geometry(stride, dilation, "ConvTranspose" in kinds)
+    return found
 
 
 # Names and shapes

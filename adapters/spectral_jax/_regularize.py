@@ -42,7 +42,8 @@ jax.tree_util.register_pytree_node(
 class SpectralNormState(NamedTuple):
     """State of the transformations: the step's number, and v, σ and u of each weight by path.
 
-    v has shape (*stack, n_vectors, n), σ (*stack,) and u (*stack, m). A v that version 0.1.0 saved
+    v has shape (*stack, n_vectors, n), σ (*stack,) and u (*stack, m). With ``norm="operator"`` the
+    rows of v are waves, and u is complex. A v that version 0.1.0 saved
     without its axis of vectors gets the axis in the first ``update``.
     """
 
@@ -65,6 +66,7 @@ def add_spectral_norm_regularization(
     power: int = 2,
     n_iter: int = 1,
     n_vectors: int = 1,
+    norm: str = "flattened",
     every_n_steps: int = 1,
     include: Choice | None = None,
     exclude: Choice | None = None,
@@ -99,6 +101,10 @@ def add_spectral_norm_regularization(
     n_vectors : int
         Number of vectors to iterate with for each matrix. Two or more keep track of σ where σ₂
         comes close to it or overtakes it: see `spectral_core.block_iteration`.
+    norm : str
+        "flattened", the norm of each weight's matrix, as in the paper, or "operator": the norm of a
+        convolution as a map of images. The stride and dilation are those of the module, if the tree
+        holds it, as Equinox's do. Otherwise give layouts that are a `spectral_core.Convolution`.
     every_n_steps : int
         σ, u and v are refreshed in steps that are multiples of this number, from 0 on. The steps
         between add the term of the last refresh with their own λ, and read no weight. They are
@@ -138,6 +144,7 @@ def add_spectral_norm_regularization(
     -----
     spectral_core.SpectralWarning
         From ``init``, if only a name told what a leaf is. It lists what was taken and left out.
+        Also if the stride of a convolution is taken to be one.
 
     Notes
     -----
@@ -169,7 +176,7 @@ def add_spectral_norm_regularization(
     >>> {name: round(float(sigma), 3) for name, sigma in spectral_jax.sigmas(state).items()}
     {'dense/kernel': 4.854}
     """
-    chosen_of = Selector(include, exclude, layouts, mask is not None)
+    chosen_of = Selector(include, exclude, layouts, mask is not None, norm)
     for name, value in (("n_iter", n_iter), ("every_n_steps", every_n_steps)):
         if not is_traced(value):
             check_int(value, name)

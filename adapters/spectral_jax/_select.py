@@ -15,11 +15,18 @@ from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 import spectral_core as sc
 from spectral_core import Layout
-from spectral_core.engine import Choice
+from spectral_core.engine import (
+    FLATTENED,
+    OPERATOR,
+    Choice,
+    check_norm,
+    tell_assumed,
+    with_operator_norm,
+)
 from spectral_core.engine import choose as choose_weights
 from spectral_core.errors import listed
 
-from ._layers import Reading, Shape, is_of, is_sparse, is_weightlike, read_leaf
+from ._layers import Reading, Shape, geometries, is_of, is_sparse, is_weightlike, read_leaf
 
 Path: TypeAlias = tuple[Any, ...]
 Layouts: TypeAlias = Mapping[Any, "Layout | str"]
@@ -50,8 +57,10 @@ class Selector:
     exclude: Choice | None = None
     layouts: Layouts | None = None
     masked: bool = False
+    norm: str = FLATTENED
 
     def __post_init__(self) -> None:
+        check_norm(self.norm)
         if self.masked and (self.include is not None or self.exclude is not None):
             raise sc.ArgumentError(
                 "mask already says which leaves are regularized: give mask, or include and exclude"
@@ -108,9 +117,14 @@ class Selector:
                 *(name for name in known if readings[name].guessed and name not in own),
             ]
             _warn(guessed, candidates, selection.layouts, selection.left_out, known)
-        weights = {name: jnp.asarray(candidates[name]) for name in selection.layouts}
+        chosen = selection.layouts
+        if self.norm == OPERATOR:
+            chosen, assumed = with_operator_norm(chosen, geometries(owners))
+            if warn:
+                tell_assumed(assumed, chosen, 5)
+        weights = {name: jnp.asarray(candidates[name]) for name in chosen}
         names = frozenset(leaf.name for leaf in leaves)
-        return Chosen(weights, selection.layouts, selection.left_out, names)
+        return Chosen(weights, chosen, selection.left_out, names)
 
 
 def meanings(params: Any) -> dict[str, Layout | str | None]:
