@@ -1,0 +1,238 @@
+"""Measure the norm of convolutions that training follows: its error, and what a step costs.
+
+Small networks train on digits with `norm="operator"`. Every few steps, σ is compared with the
+certified norm of the same kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+import spectral_core as sc
+
+from .common import RESULTS, machine, markdown, read_json, write_json
+
+FILE = "operator-norm.json"
+WAVES = (4, 8, 12)
+FACTOR, EPOCHS, BATCH, RATE = 0.01, 25, 64, 0.05
+SKIPPED, EVERY = 50, 15  # steps before the waves have settled, and between two comparisons
+ROUNDS = 12
+
+
+def plain_network() -> Any:
+    """Return the network of two convolutions that `benchmarks.accuracy` trains."""
+    from torch import nn
+
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, 2, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(1024, 128),
+        nn.ReLU(),
+        nn.Linear(128, 10),
+    )
+
+
+def residual_network() -> Any:
+    """Return a small ResNet with batch normalization and two strided blocks."""
+    from torch import nn
+
+    from .models import normalized
+
+    class Block(nn.Module):
+        def __init__(self, i: int, o: int, stride: int) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(
+                *normalized(i, o, 3, stride), nn.ReLU(), *normalized(o, o, 3)
+            )
+            same = i == o and stride == 1
+            self.shortcut = nn.Identity() if same else nn.Conv2d(i, o, 1, stride, bias=False)
+
+        def forward(self, x: Any) -> Any:
+            return nn.functional.relu(self.layers(x) + self.shortcut(x))
+
+    blocks = [Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
+    return nn.Sequential(*normalized(1, 16, 3), nn.ReLU(), *blocks, *head)
+
+
+NETWORKS = {"two convolutions": plain_network, "small ResNet": residual_network}
+
+
+def convolutions(model: Any) -> dict[str, Any]:
+    """Return the convolutions of a model with more than one tap, by the names of their weights."""
+    from torch import nn
+
+    return {
+        f"{name}.weight": layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d) and max(layer.kernel_size) > 1
+    }
+
+
+def steps(model: Any, waves: int, epochs: int) -> Iterator[Any]:
+    """Train a model, and yield the regularizer before and after each step of the optimizer."""
+    import torch
+
+    import spectral_torch
+
+    from .paper.data import batches, digits
+
+    layouts = {
+        name: sc.Convolution("oihw", stride=layer.stride, waves=waves)
+        for name, layer in convolutions(model).items()
+    }
+    images, labels, *_ = map(torch.as_tensor, digits(test_share=0.55))
+    total = epochs * (len(labels) // BATCH)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, nesterov=True)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [total // 2, 3 * total // 4])
+    reg = spectral_torch.SpectralNormRegularizer(
+        model, FACTOR, norm="operator", layouts=layouts
+    ).attach(optimizer)
+    for epoch in range(epochs):
+        for chosen in batches(len(labels), BATCH, 0, epoch):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+            yield reg
+            optimizer.step()
+            scheduler.step()
+            yield reg
+
+
+def errors(name: str, waves: int, epochs: int = EPOCHS) -> list[float]:
+    """Return the relative errors of σ of all convolutions in the steps that are compared."""
+    import torch
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = NETWORKS[name]()
+    layers = convolutions(model)
+    found: list[float] = []
+    kernels: dict[str, Any] = {}
+    for k, reg in enumerate(steps(model, waves, epochs)):
+        step, is_after = divmod(k, 2)
+        if step < SKIPPED or step % EVERY:
+            continue
+        if not is_after:  # σ belongs to the weights before the optimizer changes them
+            kernels = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+            continue
+        sigmas = reg.sigmas()
+        for name, kernel in kernels.items():
+            norm = sc.convolution_norm(kernel, "oihw", stride=layers[name].stride, tol=1e-3)
+            found.append(1 - float(sigmas[name]) / norm.lower)
+    return found
+
+
+def kernels_of(name: str) -> dict[str, Any]:
+    """Return the convolutions of an architecture with 3 × 3 kernels, with gradients."""
+    import torch
+    from torch import nn
+
+    from .models import conv, densenet
+
+    if name == "DenseNet-40":
+        model: Any = densenet()
+    else:
+        layers, channels = [nn.Conv2d(3, 64, 7, 2, 3, bias=False)], 64
+        for width in (64, 128, 256, 512):
+            for block in range(2):
+                first = 2 if block == 0 and width > 64 else 1
+                layers += [conv(channels, width, 3, first), conv(width, width, 3)]
+                channels = width
+        model = nn.Sequential(*layers)
+    for layer in (chosen := convolutions(model)).values():
+        layer.weight.grad = torch.zeros_like(layer.weight)
+    return chosen
+
+
+def costs(name: str, rounds: int = ROUNDS) -> dict[str, float]:
+    """Return the median time of a step in milliseconds, all kinds by turns."""
+    import torch
+
+    import spectral_torch
+
+    torch.set_num_threads(1)
+    layers = kernels_of(name)
+    weights = {name: layer.weight for name, layer in layers.items()}
+    plain = dict.fromkeys(weights, "oihw")
+    waves = {n: sc.Convolution("oihw", stride=layer.stride) for n, layer in layers.items()}
+    kinds: Mapping[str, Any] = {
+        "flattened": {"layouts": plain, "kernels": False},
+        "flattened, Numba": {"layouts": plain},
+        "operator": {"layouts": waves},
+    }
+    regs = {
+        kind: spectral_torch.SpectralNormRegularizer(weights, warmup_iters=0, **options)
+        for kind, options in kinds.items()
+    }
+    times: dict[str, list[float]] = {kind: [] for kind in regs}
+    for _ in range(rounds):
+        for kind, reg in regs.items():
+            start = perf_counter()
+            reg.add_gradients_()
+            times[kind].append(1e3 * (perf_counter() - start))
+    return {kind: median(some[2:]) for kind, some in times.items()}
+
+
+def page(folder: Path = RESULTS) -> str:
+    """Return the tables of the page on penalties: errors, and costs."""
+    result = read_json(folder / FILE)
+    rows = []
+    for waves, found in result["errors"].items():
+        cells = [
+            ", ".join(f"{100 * values[key]:.2g} %" for key in ("median", "p95", "max"))
+            for values in found.values()
+        ]
+        default = " (the default)" if int(waves) == result["default"] else ""
+        rows.append([f"`waves={waves}`{default}", *cells])
+    titles = [f"{name}: median, 95th percentile, largest error" for name in NETWORKS]
+    times = []
+    for name, found in result["costs"].items():
+        ratios = (found["operator"] / found[kind] for kind in ("flattened", "flattened, Numba"))
+        times.append([name, f"{found['operator']:.2g} ms", *(f"{ratio:.1f} ×" for ratio in ratios)])
+    header = ["one thread of a CPU", "a step", "to PyTorch's flattened step", "to Numba's"]
+    return "\n\n".join([markdown(["", *titles], rows), markdown(header, times)])
+
+
+def main() -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.operator_norm", description=__doc__)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--out", type=Path, default=Path("operator-output"), help="where to write")
+    parser.add_argument("--save", action="store_true", help="write the repository's results")
+    parser.add_argument("--costs", action="store_true", help="measure the costs alone")
+    options = parser.parse_args()
+    folder = RESULTS if options.save else options.out
+    result: dict[str, Any] = {"default": sc.Convolution("oihw").waves}
+    if options.costs:
+        result = read_json(folder / FILE)
+    else:
+        result["errors"] = {
+            str(waves): {name: quantiles(errors(name, waves, options.epochs)) for name in NETWORKS}
+            for waves in WAVES
+        }
+    result["costs"] = {name: costs(name) for name in ("DenseNet-40", "ResNet-18")}
+    result["machine"] = machine("cpu")
+    write_json(folder / FILE, result, 3)
+    Console(width=150).print(Markdown(page(folder)))
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """Return the median, the 95th percentile and the maximum."""
+    found = np.quantile(values, (0.5, 0.95, 1.0))
+    return dict(zip(("median", "p95", "max"), map(float, found), strict=True))
+
+
+if __name__ == "__main__":
+    main()
