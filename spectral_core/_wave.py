@@ -203,14 +203,15 @@ def climb(
     # A little of all directions: rows that are zero would stay so.
     c = _unit(_unit(images, kind, xp) + kind.eps, kind, xp)
     c = _unit(_applied(H, xp.concat([c, c], axis=-2), xp), kind, xp)
-    hopes = xp.sum(c * _applied(G, c, xp), axis=-1)[..., F:]
+    hopes = xp.sum(c * _applied(G, c, xp), axis=-1, keepdims=True)
+    others = xp.concat([far, c[..., F:, :], hopes[..., F:, :]], axis=-1)
     c = c[..., :F, :]
     ω = _newton(ω, c, R, taps, kind, xp)
     G = _gram(ω, R, taps, k, xp)
     c = _unit(_applied(G, c, xp), kind, xp)
     value = xp.sum(c * _applied(G, c, xp), axis=-1)
     before = xp.sum(squared(images, xp), axis=-1) / size + kind.tiny
-    ω, c, value = _sorted(ω, c, value, before, far, hopes, xp)
+    ω, c, value = _sorted(ω, c, value, before, others, xp)
     sigma = xp.sqrt(value * size)
     spread = spread_of(ω, taps, xp) / (sigma + kind.tiny)[..., None, None]
     return Climb(sigma, xp.reshape(c, (*stack, rows, k)), ω, spread)
@@ -330,27 +331,30 @@ def _solved(matrix: Array, right: Array, xp: Namespace) -> Array:
 
 
 def _sorted(
-    ω: Array, c: Array, value: Array, before: Array, far: Array, hopes: Array, xp: Namespace
+    ω: Array, c: Array, value: Array, before: Array, others: Array, xp: Namespace
 ) -> tuple[Array, Array, Array]:
     """Return the waves, the best one first, and twins last; explorers that are done go on.
 
-    They go to the frequencies of ``far`` with the largest ``hopes``.
+    They become those waves of ``others``, (ω, c, value) each, that have the largest values.
     """
     F, d = ω.shape[-2:]
     twin = _twins(ω, c, value, xp)
-    order = xp.argsort(xp.where(twin, -value, value), axis=-1, descending=True)
     places = xp.arange(F, device=device_of(value, xp))
-    take = xp.astype(order[..., None] == places, value.dtype)
     best = xp.max(value, axis=-1, keepdims=True)
     done = xp.astype((value * (value / before) ** _PATIENCE <= best) | twin, value.dtype)
-    numbers = xp.concat([ω, c, value[..., None], done[..., None]], axis=-1)
-    numbers = xp.matmul(take, numbers)
-    ω, c, value = numbers[..., :d], numbers[..., d:-2], numbers[..., -2]
-    # An explorer that does not grow any more has found the peak near it, and is still the last.
-    leaves = (numbers[..., -1:] > 0.5) & (places >= F - F // _EXPLORERS)[:, None]
-    first = xp.argsort(hopes, axis=-1, descending=True)[..., (places + F // _EXPLORERS) % F]
-    far = xp.matmul(xp.astype(first[..., None] == places, ω.dtype), far)
-    return xp.remainder(xp.where(leaves, far, ω), 2 * pi), c, value
+    waves = xp.concat([ω, c, value[..., None], done[..., None]], axis=-1)
+
+    def ordered(rows: Array, key: Array, first: int) -> Array:
+        """Return the rows with the largest keys from the place ``first`` on."""
+        order = xp.argsort(key, axis=-1, descending=True)[..., (places - first) % F]
+        return xp.matmul(xp.astype(order[..., None] == places, rows.dtype), rows)
+
+    explorers = F - F // _EXPLORERS
+    waves = ordered(waves, xp.where(twin, -value, value), 0)
+    # An explorer that has found the peak near it, and is still among the last.
+    leaves = (waves[..., -1:] > 0.5) & (places >= explorers)[:, None]
+    waves = xp.where(leaves, ordered(others, others[..., -1], explorers), waves[..., :-1])
+    return xp.remainder(waves[..., :d], 2 * pi), waves[..., d:-1], waves[..., -1]
 
 
 def _twins(ω: Array, c: Array, value: Array, xp: Namespace) -> Array:
