@@ -342,7 +342,7 @@ def _chunks(shape: tuple[int, ...], axis: int, most: int) -> Iterator[tuple[Any,
     rows = max(1, shape[axis] * most // prod(shape))
     before = (slice(None),) * axis
     for start in range(0, shape[axis], rows):
-        yield (*before, slice(start, min(start + rows, shape[axis])))
+        yield (*before, slice(start, min(start + rows, shape[axis])), ...)
 
 
 def slope_of(target: Factor, power: int, names: Mapping[str, Any]) -> dict[str, Slope | None]:
