@@ -374,7 +374,7 @@ class Division:
         room = 1 if rows == 1 else rows + rows % 2  # the kernels take rows in pairs
         size = np.where(swap > 1, room * m + _TURNED_AT_ONCE * width, room * width)
         if rows == 1:
-            size = np.where(swap > 1, 2, 1) * width
+            size = np.where(swap > 1, 2 * width + 3 * window, width)
         columns = size[[chunk[1] for chunk in chunks]]
         place = np.cumsum(columns) - columns
         self.chunks = np.asarray([(*chunk[1:], p) for chunk, p in zip(chunks, place, strict=True)])

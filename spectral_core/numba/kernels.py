@@ -19,6 +19,8 @@ _WORTH_THREADS = 65536
 # this file has changed.
 FRESH, FRESH_64 = 2.0**-20, 2.0**-27
 _GOLDEN = 0x9E3779B1
+# Elements of a row of a transposed convolution that are worked on at once: see `_piece`.
+PIECE = 128
 AT_MOST, EXACTLY = 3, 4  # as in the core's `Bound`
 
 
@@ -321,22 +323,64 @@ def _stretch(t, x, scale):
 
 
 @_compiled
+def _piece(window, columns):
+    """Return how many elements of a row in memory to work on at once: whole outputs.
+
+    Loops over a few kernel positions would not be compiled to vectors. Loops over a piece are, and
+    what it is multiplied with stays in the nearest cache.
+    """
+    outputs = columns // window
+    return max(1, min(PIECE // window, -(-outputs // 4))) * window
+
+
+@_compiled
+def _add_four(total, W0, W1, W2, W3, t0, t1, t2, t3):
+    """Add four pieces of rows to a total, each times its own numbers."""
+    for j in range(total.size):
+        total[j] += (
+            _wide(W0[j]) * t0[j]
+            + _wide(W1[j]) * t1[j]
+            + _wide(W2[j]) * t2[j]
+            + _wide(W3[j]) * t3[j]
+        )
+
+
+@_compiled
 def _times_between(W, v, room, window, lo, hi):
     """Compute the part of u = Wv that rows lo to hi of the memory have, in the start of ``room``.
 
     In a transposed convolution, outputs are between inputs and kernel positions. A row of memory is
-    that of one input. Loops over a few kernel positions would not be compiled to vectors: instead,
-    the part of v of that input is repeated along the row.
+    that of one input: the part of v of that input is repeated along a piece of it. Four rows at a
+    time add up to a few pieces of the sum, which stay in the nearest cache for all rows.
     """
-    total, t = room[: W.shape[1]], room[W.shape[1] :]
-    for j in range(total.size):
+    columns = W.shape[1]
+    piece = _piece(window, columns)
+    total, t = room[:columns], room[columns:]
+    t0, t1 = t[:piece], t[piece : 2 * piece]
+    t2, t3 = t[2 * piece : 3 * piece], t[3 * piece : 4 * piece]
+    for j in range(columns):
         total[j] = 0
-    for i in range(lo, hi):
-        row = W[i]
-        _tile(t, v[i * window : (i + 1) * window])
-        for j in range(total.size):
-            total[j] += _wide(row[j]) * t[j]
-    for o in range(total.size // window):
+    for start in range(0, columns, 8 * piece):
+        end, i = min(start + 8 * piece, columns), lo
+        while i + 4 <= hi:
+            W0, W1, W2, W3 = W[i], W[i + 1], W[i + 2], W[i + 3]
+            _tile(t0, v[i * window : (i + 1) * window])
+            _tile(t1, v[(i + 1) * window : (i + 2) * window])
+            _tile(t2, v[(i + 2) * window : (i + 3) * window])
+            _tile(t3, v[(i + 3) * window : (i + 4) * window])
+            for first in range(start, end, piece):
+                last = min(first + piece, end)
+                four = W0[first:last], W1[first:last], W2[first:last], W3[first:last]
+                _add_four(total[first:last], *four, t0, t1, t2, t3)
+            i += 4
+        while i < hi:
+            row = W[i]
+            _tile(t0, v[i * window : (i + 1) * window])
+            for first in range(start, end, piece):
+                for j in range(min(piece, end - first)):
+                    total[first + j] += _wide(row[first + j]) * t0[j]
+            i += 1
+    for o in range(columns // window):
         value = total[o * window]
         for k in range(1, window):
             value += total[o * window + k]
@@ -345,21 +389,41 @@ def _times_between(W, v, room, window, lo, hi):
 
 @_compiled
 def _adjoint_times_between(W, u, w, room, window, lo, hi):
-    """Compute the elements of w = Wᵀu that belong to rows lo to hi of the memory."""
-    product, t = room[: W.shape[1]], room[W.shape[1] :]
-    _stretch(t, u, 1.0)
+    """Compute the elements of w = Wᵀu that belong to rows lo to hi of the memory.
+
+    Four pieces of a row at a time are added up: then the sum over outputs is short.
+    """
+    columns = W.shape[1]
+    piece = _piece(window, columns)
+    s, total = room[:columns], room[columns : columns + piece]
+    _stretch(s, u, 1.0)
     for i in range(lo, hi):
-        row = W[i]
-        for j in range(product.size):
-            product[j] = _wide(row[j]) * t[j]
-        # The sum over outputs, by halves.
-        rest = u.size
+        row, first = W[i], 0
+        for j in range(piece):
+            total[j] = 0
+        while first + 4 * piece <= columns:
+            for j in range(piece):
+                k, p = first + j, first + piece + j
+                q, r = p + piece, p + 2 * piece
+                total[j] += (
+                    _wide(row[k]) * s[k]
+                    + _wide(row[p]) * s[p]
+                    + _wide(row[q]) * s[q]
+                    + _wide(row[r]) * s[r]
+                )
+            first += 4 * piece
+        while first < columns:
+            for j in range(min(piece, columns - first)):
+                total[j] += _wide(row[first + j]) * s[first + j]
+            first += piece
+        # The sum over the outputs of a piece, by halves.
+        rest = piece // window
         while rest > 1:
             half = rest // 2
             rest -= half
             for j in range(half * window):
-                product[j] += product[rest * window + j]
-        w[i * window : (i + 1) * window] = product[:window]
+                total[j] += total[rest * window + j]
+        w[i * window : (i + 1) * window] = total[:window]
 
 
 @_compiled
@@ -431,7 +495,7 @@ def _read_part(t, second, parts, chunks, matrices, like, scratch, starts):
         window = matrices[k, 10] - 1
         if window > 0:
             W = carray(_pointer(matrices[k, 2]), (n // window, m * window), like.dtype)
-            room = scratch[place : place + 2 * m * window]
+            room = scratch[place : place + (2 * m + 3) * window]
             if second:
                 _adjoint_times_between(W, u, start, room, window, lo, hi)
             else:
@@ -537,7 +601,7 @@ def _finish(k, second, matrices, chunks, scratch, starts):
     sigma = carray(_pointer(matrices[k, 6]), (1,), scratch.dtype)
     start = starts[matrices[k, 8] : matrices[k, 8] + n]
     window = matrices[k, 10] - 1
-    width = 2 * m * window if window > 0 else m if turned else n
+    width = (2 * m + 3) * window if window > 0 else m if turned else n
     parts = scratch[chunks[first, 3] : chunks[first, 3] + (end - first) * width]
     if second:
         sigma[0] = _normalize(start, v, start, matrices[k, 9])
