@@ -40,7 +40,7 @@ from ._power import Triplet
 
 _EXPLORERS = 2  # one of so many waves goes on to other frequencies
 _PATIENCE = 8  # an explorer goes on if so much more of its growth would not make it the largest
-_SQUARINGS = 2
+_POWERS = 4  # products with G in an iteration: they read no weight
 _REACH = 0.5  # the longest step in ω along an axis
 _NEAR, _ALIKE = 0.05, 0.8  # where two waves count as one: frequencies, and squared cosine
 
@@ -181,8 +181,8 @@ def climb(
 ) -> Climb:
     """Improve every wave within the basis, and sort the waves: the third part.
 
-    A complex c is a row of its real and its imaginary part here, and G a real symmetric matrix of
-    twice the size: small complex products are slow, and some devices have none.
+    A complex c is a row of its real and its imaginary part here, and G a pair of real matrices:
+    small complex products are slow, and some devices have none.
     """
     *stack, k, rows = coordinates.shape
     F = rows // 2
@@ -195,14 +195,12 @@ def climb(
     places = xp.arange(1, F + 1, dtype=ω.dtype, device=device_of(ω, xp))
     far = ω + taps.leap * places[:, None]
     G = _gram(xp.concat([ω, far], axis=-2), R, taps, k, xp)
-    H = G
-    for _ in range(_SQUARINGS):
-        trace = xp.sum(xp.reshape(H, (*stack, 2 * F, 4 * k * k))[..., :: 2 * k + 1], axis=-1)
-        H = H / (trace[..., None, None] + kind.tiny)
-        H = xp.matmul(H, H)
     # A little of all directions: rows that are zero would stay so.
     c = _unit(_unit(images, kind, xp) + kind.eps, kind, xp)
-    c = _unit(_applied(H, xp.concat([c, c], axis=-2), xp), kind, xp)
+    c = xp.concat([c, c], axis=-2)
+    for _ in range(_POWERS):
+        c = _applied(G, c, xp)
+    c = _unit(c, kind, xp)
     hopes = xp.sum(c * _applied(G, c, xp), axis=-1, keepdims=True)
     others = xp.concat([far, c[..., F:, :], hopes[..., F:, :]], axis=-1)
     c = c[..., :F, :]
@@ -261,18 +259,12 @@ def _polynomials(gram: Array, k: int, taps: Taps, xp: Namespace) -> Array:
     return xp.matrix_transpose(found)
 
 
-def _real_form(A: Array, B: Array, xp: Namespace) -> Array:
-    """Return [[A, −B], [B, A]], the real form of A + iB."""
-    upper, lower = xp.concat([A, -B], axis=-1), xp.concat([B, A], axis=-1)
-    return xp.concat([upper, lower], axis=-2)
-
-
 def _gram(ω: Array, R: Array, taps: Taps, k: int, xp: Namespace) -> Array:
-    """Return the real form [[A, −B], [B, A]] of G(ω) = A + iB at each frequency."""
+    """Return A above B, (*stack, F, 2k, k), of G(ω) = A + iB at each frequency."""
     angle = xp.matmul(ω, xp.matrix_transpose(taps.steps))
-    shape = (*angle.shape[:-1], k, k)
-    A, B = (xp.reshape(xp.matmul(f(angle), R), shape) for f in (xp.cos, xp.sin))
-    return _real_form(A, B, xp)
+    both = xp.concat([xp.cos(angle), xp.sin(angle)], axis=-1)
+    both = xp.reshape(both, (*ω.shape[:-2], 2 * ω.shape[-2], angle.shape[-1]))
+    return xp.reshape(xp.matmul(both, R), (*ω.shape[:-1], 2 * k, k))
 
 
 def _newton(ω: Array, c: Array, R: Array, taps: Taps, kind: Traits, xp: Namespace) -> Array:
@@ -346,7 +338,7 @@ def _sorted(
 
     def ordered(rows: Array, key: Array, first: int) -> Array:
         """Return the rows with the largest keys from the place ``first`` on."""
-        order = xp.argsort(key, axis=-1, descending=True)[..., (places - first) % F]
+        order = xp.roll(xp.argsort(key, axis=-1, descending=True), first, axis=-1)
         return xp.matmul(xp.astype(order[..., None] == places, rows.dtype), rows)
 
     explorers = F - F // _EXPLORERS
@@ -379,7 +371,12 @@ def _twins(ω: Array, c: Array, value: Array, xp: Namespace) -> Array:
 
 
 def _applied(G: Array, c: Array, xp: Namespace) -> Array:
-    return xp.matmul(G, c[..., None])[..., 0]
+    """Return Gc, for c as rows of real and imaginary parts (*stack, F, 2k)."""
+    k = G.shape[-1]
+    parts = xp.matrix_transpose(xp.reshape(c, (*c.shape[:-1], 2, k)))
+    found = xp.matmul(G, parts)
+    A, B = found[..., :k, :], found[..., k:, :]
+    return xp.concat([A[..., 0] - B[..., 1], A[..., 1] + B[..., 0]], axis=-1)
 
 
 def _unit(c: Array, kind: Traits, xp: Namespace) -> Array:

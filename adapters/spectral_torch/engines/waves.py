@@ -6,7 +6,7 @@ do not depend on the weight's size. So it runs once for all weights with the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,7 +37,6 @@ from spectral_core.engine import (
     times_rows,
     to_memory_order,
     turned,
-    wave_rows,
 )
 
 from .precision import in_full_float32
@@ -112,8 +111,11 @@ def _finish(jobs: Sequence[Job], triplets: Sequence[Triplet]) -> Result:
     """Add the terms or scale the weights: the usual gradient gets both its parts in one product."""
     # Everything is computed before the first gradient changes, as in the core.
     usual = [_is_usual(job) for job in jobs]
+    spreads = _spreads(
+        [(job, t) for job, t, here in zip(jobs, triplets, usual, strict=True) if here]
+    )
     terms = [
-        _term(job, triplet) if here else None
+        _term(job, triplet, next(spreads)) if here else None
         for job, triplet, here in zip(jobs, triplets, usual, strict=True)
     ]
     others = [(j, t) for j, t, here in zip(jobs, triplets, usual, strict=True) if not here]
@@ -139,12 +141,26 @@ def _is_usual(job: Job) -> bool:
     )
 
 
-def _term(job: Job, triplet: Triplet) -> tuple[Tensor, Tensor]:
+def _spreads(pairs: Sequence[tuple[Job, Triplet]]) -> Iterator[Tensor]:
+    """Yield `spread_of` of the best wave of each job: one call for all with the same taps."""
+    found: dict[int, Tensor] = {}
+    places: dict[Any, list[int]] = {}
+    for place, (job, triplet) in enumerate(pairs):
+        places.setdefault((job.wave, triplet.V.device, triplet.V.dtype), []).append(place)
+    for (wave, *_), mine in places.items():
+        d, xp = len(wave.sizes), pairs[mine[0]][0].xp
+        ω = torch.stack([pairs[place][1].V[..., :1, -d:] for place in mine])
+        spreads = spread_of(ω, taps_of(wave, ω, xp), xp)
+        found.update(zip(mine, spreads.unbind(), strict=True))
+    return (found[place] for place in range(len(pairs)))
+
+
+def _term(job: Job, triplet: Triplet, spread: Tensor) -> tuple[Tensor, Tensor]:
     """Return two thin matrices whose product is the term."""
     slope: Any = job.slope
     force = triplet.sigma if slope is None else slope.of(triplet.sigma)
     assert job.wave is not None
-    rows = wave_rows(triplet, job.wave, job.xp)
+    rows = rows_of(triplet.V[..., :1, :], spread, len(job.wave.sizes), job.xp)
     return torch.view_as_real(triplet.u) * (force * job.factor), rows
 
 
