@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import keras
 from keras import layers as kl
 
-from spectral_core import ArgumentError, Layout, NamesError, SpectralWarning
+from spectral_core import ArgumentError, Convolution, Layout, NamesError, SpectralWarning
 from spectral_core.engine import Choice, by_name, choose
 from spectral_core.errors import listed
 
@@ -214,6 +214,12 @@ def choose_variables(
         raise NamesError(
             f"there is nothing to regularize in {model.name!r}: it has no dense, convolution or "
             f"recurrent kernel that include and exclude leave; left out: {listed(reasons)}"
+        )
+    maps = [path for path, layout in layouts_of.items() if isinstance(layout, Convolution)]
+    if maps:
+        raise ArgumentError(
+            f"the layout of {listed(maps)} is a Convolution, whose norm Keras's step does not "
+            "follow: use a Layout, or the adapter of PyTorch or JAX"
         )
     _warn_of_guesses(selection.guessed, candidates, layouts_of)
     _warn_of_names([path for path, why in left_out.items() if why == _BIAS_BY_NAME])
