@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from . import accuracy
+from . import accuracy, operator_norm
 from .common import RESULTS, read_json, read_toml
 from .paper import page, runs
 from .speed import report
@@ -28,6 +28,7 @@ def blocks() -> dict[str, str]:
         "costs": report.costs(speed[0]),
         "speed": "\n\n".join(map(report.summary, speed)),
         "accuracy": accuracy.page(),
+        "operator-norm": operator_norm.page(),
         "stacks": stacks(),
         **{f"paper-{suite}": page.block(results) for suite, results in runs.committed().items()},
     }
