@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import astuple
 from functools import lru_cache
 from itertools import count
 from math import isnan, nan
@@ -66,7 +65,7 @@ def mark_static(state: sc.SpectralState) -> None:
 
 def described(name: str, layout: sc.Layout) -> str:
     """Return a weight's name and layout as one line of text."""
-    return json.dumps([name, *astuple(layout)])
+    return json.dumps([name, layout.axes, layout.groups])
 
 
 def accepts(parameter: Tensor, V: Tensor) -> bool:
@@ -102,10 +101,7 @@ def run(
 @lru_cache(_SETS)
 def _read(text: str) -> tuple[dict[str, sc.Layout], Checks]:
     rows = map(json.loads, text.splitlines())
-    # A `Convolution` has more fields.
-    return {
-        name: (sc.Convolution if len(fields) > 2 else sc.Layout)(*fields) for name, *fields in rows
-    }, Checks()
+    return {name: sc.Layout(axes, groups) for name, axes, groups in rows}, Checks()
 
 
 @torch.library.custom_op(

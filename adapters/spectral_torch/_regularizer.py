@@ -597,8 +597,12 @@ class SpectralNormRegularizer(OptimizerHook):
         return plain and all(map(self._is_operation, names))
 
     def _is_operation(self, name: str) -> bool:
-        whole = name not in self._masks
-        return whole and _compile.accepts(self._parameters[name], self._state.v[name])
+        if name in self._masks:
+            return False
+        parameter = self._parameters[name]
+        if self._state.u[name].is_complex() and not parameter.is_complex():
+            return False  # waves: an operation that writes complex tensors does not compile
+        return _compile.accepts(parameter, self._state.v[name])
 
     def _has_gradient(self, name: str) -> bool:
         parameter = self._parameters[name]
