@@ -177,7 +177,8 @@ def stacks(backend: str, count: int) -> Iterator[Stack]:
         m, n = rng.integers(1, 5 if is_complex else 9, 2)
         parts = [wholes(rng, kind, m, n, bits) for _ in range(1 + is_complex)]
         lowest = least + (bits if backend == "jax" else 0)  # XLA makes subnormal numbers zero
-        scales = [0, lowest, lowest + bits, least // 2, most // 2, most - bits - 1]
+        highest = most - bits - 1  # so that no element overflows
+        scales = [0, lowest, lowest + bits, least // 2, min(most // 2, highest), highest]
         exponent = int(rng.choice(scales))
         # Half of the range each: 2^exponent itself may be out of range.
         half = exponent // 2
@@ -316,7 +317,7 @@ def layers(count: int) -> Rows:
         if meet:
             holds &= found.upper <= norm * (1 + 1e-10) and norm <= found.lower * (1 + 1e-10)
         share = found.upper / norm - 1 if norm else found.upper
-        name = "circular" if meet else options.get("padding_mode", "transposed")
+        name = "circular, whole strides" if meet else options.get("padding_mode", "transposed")
         count_(rows, f"PyTorch's layers, {name}", 1, int(not holds), share)
     return rows
 

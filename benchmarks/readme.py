@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from . import accuracy, operator_norm
+from . import accuracy, certify, norms, operator_norm
 from .common import RESULTS, read_json, read_toml
 from .paper import page, runs
 from .speed import report
@@ -35,6 +35,9 @@ def blocks() -> dict[str, str]:
     if (path := RESULTS / "digits.json").exists():
         found["digits"] = digits(result := read_json(path))
         found |= {"vectors": vectors(result)} if "n_vectors" in result else {}
+    for module in (certify, norms):
+        if (RESULTS / module.FILE).exists():
+            found[module.FILE.removesuffix(".json")] = module.page()
     return found
 
 
