@@ -116,7 +116,8 @@ class Symbol:
         places, angles = self._differences, self._differences @ frequency
         shape = (-1, self.rows, self.rows)
         even, odd = (
-            R[group].reshape(shape) @ vector @ vector.conj() for R in (self._even, self._odd)
+            _products(R[group].reshape(shape), vector) @ vector.conj()
+            for R in (self._even, self._odd)
         )
         cosine, sine = even.real, -odd.imag  # of aᴴG(ω)a = Σ cosine·cos(ω·d) + sine·sin(ω·d)
         slope = sine * np.cos(angles) - cosine * np.sin(angles)
@@ -372,6 +373,15 @@ def _ritz(grams: Host, x: Host, rounds: int) -> tuple[Host, Host]:
         x = (Q @ vectors[..., -1:])[..., 0]
     # Rounding must not make an estimate larger than the eigenvalue.
     return values[:, -1] * (1 - 1e-13 * grams.shape[-1]), x
+
+
+def _products(matrices: Host, x: Host) -> Host:
+    """Return the products with a complex vector; real matrices are not copied to complex ones."""
+    if np.iscomplexobj(matrices):
+        return matrices @ x
+    parts = matrices @ np.stack([x.real, x.imag], axis=-1)
+    found: Host = parts[..., 0] + 1j * parts[..., 1]
+    return found
 
 
 def _autocorrelation(taps: Host, places: Host) -> tuple[Host, Host]:
