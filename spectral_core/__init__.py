@@ -1,6 +1,7 @@
 """Regularize, measure and bound spectral norms (Yoshida & Miyato, 2017), in any array library."""
 
 from ._algorithm import add_gradient, add_gradient_, init, iterate
+from ._chain import ChainBound, chain_bound
 from ._constraint import constrain, constrain_
 from ._convolution import ConvolutionNorm, convolution_norm
 from ._geometry import Convolution
@@ -8,6 +9,7 @@ from ._interval import SigmaBounds, bounds, gram_bound
 from ._lanczos import SpectralNorm, spectral_norm
 from ._layout import Layout, as_matrix, from_matrix
 from ._logging import Watch
+from ._network import LayerBound, NetworkBound
 from ._norms import embedding_norm, schatten_norm
 from ._operator import OperatorNorm, operator_norm, product_norm
 from ._penalty import penalty, penalty_at, rank_one, slope
@@ -36,12 +38,15 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "BlockIteration",
+    "ChainBound",
     "Convolution",
     "ConvolutionNorm",
     "DTypeError",
     "DeviceError",
+    "LayerBound",
     "Layout",
     "NamesError",
+    "NetworkBound",
     "OperatorNorm",
     "PowerIteration",
     "ShapeError",
@@ -58,6 +63,7 @@ __all__ = [
     "as_matrix",
     "block_iteration",
     "bounds",
+    "chain_bound",
     "constrain",
     "constrain_",
     "convolution_norm",

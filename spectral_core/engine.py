@@ -28,6 +28,7 @@ from ._arrays import (
     traits_of,
 )
 from ._bound import AT_MOST, EXACTLY, Bound, bounds_of
+from ._chain import Inexact, log10_up
 from ._geometry import (
     FLATTENED,
     OPERATOR,
@@ -40,6 +41,18 @@ from ._geometry import (
 )
 from ._layout import as_layout, default_layout, plan_of
 from ._logging import AsyncCopy, Log, Snapshot
+from ._network import (
+    SLOPES,
+    Dense,
+    Ledger,
+    Stage,
+    Value,
+    in_parallel,
+    in_series,
+    largest_scale,
+    side_by_side,
+    widened,
+)
 from ._penalty import Slope, add_outer, add_outer_, outer_factors, same_slope, slope_of
 from ._plan import (
     MemoryForm,
@@ -102,6 +115,7 @@ __all__ = [
     "FRESH",
     "FRESH_64",
     "OPERATOR",
+    "SLOPES",
     "Add",
     "Array",
     "AsyncCopy",
@@ -109,11 +123,14 @@ __all__ = [
     "Checks",
     "Choice",
     "Climb",
+    "Dense",
     "Engine",
     "Factor",
     "Geometry",
+    "Inexact",
     "Job",
     "JobList",
+    "Ledger",
     "Log",
     "MemoryForm",
     "Namespace",
@@ -130,9 +147,11 @@ __all__ = [
     "Slope",
     "Snapshot",
     "SpectralState",
+    "Stage",
     "Summary",
     "Traits",
     "Triplet",
+    "Value",
     "Wave",
     "add_outer",
     "add_outer_",
@@ -162,12 +181,16 @@ __all__ = [
     "fresh_direction",
     "fresh_directions",
     "from_memory_order",
+    "in_parallel",
+    "in_series",
     "iterate_rows",
     "iteration_arrays",
     "iteration_matrix",
+    "largest_scale",
     "last_of",
     "left_rows",
     "loaded_arrays",
+    "log10_up",
     "make_jobs",
     "matching",
     "matrix_in_memory_order",
@@ -185,6 +208,7 @@ __all__ = [
     "scaled",
     "select",
     "shards_of",
+    "side_by_side",
     "slope_of",
     "spread_of",
     "taps_of",
@@ -197,6 +221,7 @@ __all__ = [
     "wave_iteration",
     "wave_of",
     "wave_rows",
+    "widened",
     "with_operator_norm",
 ]
 
