@@ -8,7 +8,15 @@ except ImportError as error:
 from spectral_core import Layout, __version__
 
 from ._constraint import SpectralNormConstraint
+from ._lipschitz import lipschitz_bound
 from ._regularizer import SpectralNormRegularizer
 from ._watch import Watch
 
-__all__ = ["Layout", "SpectralNormConstraint", "SpectralNormRegularizer", "Watch", "__version__"]
+__all__ = [
+    "Layout",
+    "SpectralNormConstraint",
+    "SpectralNormRegularizer",
+    "Watch",
+    "__version__",
+    "lipschitz_bound",
+]
