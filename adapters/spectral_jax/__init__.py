@@ -11,6 +11,7 @@ from spectral_core import Layout, __version__
 from ._constrain import constrain_spectral_norm
 from ._engine import XlaEngine
 from ._foreign import NumbaXlaEngine
+from ._lipschitz import lipschitz_bound
 from ._regularize import (
     SpectralBoundState,
     SpectralNormState,
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "add_spectral_norm_regularization",
     "constrain_spectral_norm",
+    "lipschitz_bound",
     "penalty",
     "sigmas",
     "summary",

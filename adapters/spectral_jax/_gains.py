@@ -1,0 +1,331 @@
+"""Say for each primitive how far its result moves when its operands move.
+
+A handler gets the walk, the equation's parameters, the shape of the result, and the operands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import isfinite, prod
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spectral_core.engine import (
+    SLOPES,
+    Value,
+    in_parallel,
+    in_series,
+    largest_scale,
+    log10_up,
+    side_by_side,
+)
+
+from ._linear_maps import UNIT, Convolution, Matrix, overlaps, window_sums
+from ._walk import Handler, Linear, NoBound, Operand, Walk, slope_gain
+
+HANDLERS: dict[str, Handler] = {}
+H = TypeVar("H", bound=Callable[..., Value])
+Shape = tuple[int, ...]
+Params = dict[str, Any]
+
+
+def gain(names: str) -> Callable[[H], H]:
+    """Register a handler for primitives."""
+
+    def register(handler: H) -> H:
+        HANDLERS.update(dict.fromkeys(names.split(), handler))
+        return handler
+
+    return register
+
+
+@gain("reshape squeeze expand_dims copy copy_p convert_element_type reduce_precision device_put")
+@gain("sharding_constraint stop_gradient name")
+def same(w: Walk, params: Params, shape: Shape, x: Operand) -> Value:
+    """Keep the elements in their order."""
+    if params.get("dimensions") is not None and w.name == "reshape":
+        return Value(w.gain(x))
+    return Value(w.gain(x), *w.chained(x, shape))
+
+
+@gain("transpose rev slice split")
+def moved(w: Walk, params: Params, shape: Shape, x: Operand) -> Value:
+    """Move elements, none of which occurs twice."""
+    return Value(w.gain(x))
+
+
+@gain("dynamic_slice")
+def sliced(w: Walk, params: Params, shape: Shape, x: Operand, *starts: Operand) -> Value:
+    """Read a part at a constant place."""
+    _constant(*starts)
+    return Value(w.gain(x))
+
+
+@gain("gather")
+def gathered(w: Walk, params: Params, shape: Shape, x: Operand, indices: Operand) -> Value:
+    """Read elements at constant places, some of them several times."""
+    _constant(indices)
+    places = jnp.arange(x.size).reshape(x.shape)
+    params = {**params, "fill_value": -1}
+    found = np.asarray(jax.lax.gather_p.bind(places, indices.array, **params)).reshape(-1)
+    count = int(np.bincount(found[found >= 0], minlength=1).max())
+    return Value(in_series([w.gain(x), log10_up(count) / 2]))
+
+
+@gain("broadcast_in_dim")
+def repeated(w: Walk, params: Params, shape: Shape, x: Operand, *_: Operand) -> Value:
+    """Repeat every element as often as any other."""
+    if x.size == prod(shape):
+        return Value(w.gain(x), *w.chained(x, shape))
+    return Value(in_series([w.gain(x), _repeats(x, shape)]))
+
+
+def _repeats(x: Operand, shape: Shape) -> float:
+    size = prod(shape)
+    return 0.0 if x.size == size else log10_up(size / max(x.size, 1)) / 2
+
+
+def _constant(*operands: Operand) -> None:
+    if any(x.value is not None for x in operands):
+        raise NoBound("an operand that must be constant depends on the input")
+
+
+@gain("pad")
+def pad(w: Walk, params: Params, shape: Shape, x: Operand, value: Operand) -> Value:
+    """Put constants around and between the elements."""
+    _constant(value)
+    return Value(w.gain(x))
+
+
+@gain("concatenate")
+def side(w: Walk, params: Params, shape: Shape, *operands: Operand) -> Value:
+    """Put values side by side."""
+    return Value(side_by_side([w.gain(x) for x in operands]))
+
+
+@gain("add sub add_any")
+def add(w: Walk, params: Params, shape: Shape, x: Operand, y: Operand) -> Value:
+    """Add or subtract."""
+    one, other = (x, y) if x.value is not None else (y, x)
+    if other.value is None and one.shape == shape and (w.name != "sub" or one is x):
+        assert one.value is not None  # a constant is added: the linear map before is still one
+        if isinstance(one.value, Linear):
+            return one.value
+        return Value(w.gain(one), *w.chained(one, shape))
+    return Value(in_parallel([in_series([w.gain(z), _repeats(z, shape)]) for z in (x, y)]))
+
+
+@gain("mul div")
+def scale(w: Walk, params: Params, shape: Shape, x: Operand, y: Operand) -> Value:
+    """Multiply by a constant, or divide by one."""
+    if x.value is not None and y.value is not None:
+        raise NoBound("multiplies or divides two values that both depend on the input")
+    value, factor = (x, y) if x.value is not None else (y, x)
+    if w.name == "div" and value is y:
+        raise NoBound("divides by a value that depends on the input")
+    with np.errstate(divide="ignore"):
+        number = 1 / factor.exact if w.name == "div" else factor.exact
+    largest = largest_scale(number) * (1 + 2 * UNIT * (w.name == "div"))
+    if not isfinite(largest):
+        raise NoBound("scales by a number that is not finite")
+    folded = _folded(w, value, number, shape)
+    if folded is not None:
+        return folded
+    upper = in_series([w.gain(value), _repeats(value, shape), log10_up(largest)])
+    if largest != 1:
+        w.ledger.layer(w.name, w.name, 0.0, largest)
+    if number.size == 1 and w.name == "mul":
+        return Value(upper, *w.chained(value, shape, slopes=(float(number.reshape(())),) * 2))
+    return Value(upper)
+
+
+def _folded(w: Walk, x: Operand, factor: Any, shape: Shape) -> Value | None:
+    """Return the linear map before a scale of its channels together with the scale."""
+    before = x.value
+    if not isinstance(before, Linear) or before.map.channel is None or x.shape != shape:
+        return None
+    axis = before.map.channel
+    full = np.broadcast_to(factor, shape)
+    first = full[tuple(slice(None) if a == axis else slice(1) for a in range(len(shape)))]
+    if not (full == first).all():
+        return None
+    map = before.map.scaled(first.reshape(-1))
+    # 1/c and the product are rounded.
+    return w.scaled(before, map.scaled(np.ones(1)) if w.name == "div" else map)
+
+
+@gain("max min")
+def larger(w: Walk, params: Params, shape: Shape, x: Operand, y: Operand) -> Value:
+    """Choose the larger or the smaller of two."""
+    if x.value is None or y.value is None:
+        value = y if x.value is None else x
+        if value.shape == shape:
+            return activation(w, shape, value, 0.0, 1.0)
+    return Value(side_by_side([in_series([w.gain(z), _repeats(z, shape)]) for z in (x, y)]))
+
+
+@gain("clamp")
+def clamp(w: Walk, params: Params, shape: Shape, low: Operand, x: Operand, high: Operand) -> Value:
+    """Clip between two constants."""
+    _constant(low, high)
+    return activation(w, shape, x, 0.0, 1.0)
+
+
+@gain("select_n")
+def select(w: Walk, params: Params, shape: Shape, which: Operand, *cases: Operand) -> Value:
+    """Choose by a constant mask."""
+    if which.value is not None:
+        raise NoBound("chooses by a value that depends on the input: it may jump")
+    return Value(side_by_side([w.gain(x) for x in cases]))
+
+
+@gain("reduce_sum")
+def total(w: Walk, params: Params, shape: Shape, x: Operand) -> Value:
+    """Add the elements of each row."""
+    size = (x.size // max(prod(shape), 1)) ** 0.5
+    return w.grown(x, shape, (size * (1 - 4 * UNIT), size * (1 + 4 * UNIT)))
+
+
+@gain("reduce_max reduce_min")
+def largest(w: Walk, params: Params, shape: Shape, x: Operand) -> Value:
+    """Choose one element of each row."""
+    return Value(w.gain(x))
+
+
+# Activations
+
+
+def activation(w: Walk, shape: Shape, x: Operand, low: float, high: float) -> Value:
+    """Apply a function to each element, with slopes between two numbers."""
+    steepest = max(abs(low), abs(high))
+    before = w.gain(x)
+    if steepest != 1:
+        w.ledger.layer(w.name, w.name, steepest, steepest)
+    upper = in_series([before, slope_gain(low, high)])
+    return Value(upper, *w.chained(x, shape, slopes=(low, high)))
+
+
+def _plain(slopes: str) -> Handler:
+    def handler(w: Walk, params: Params, shape: Shape, x: Operand) -> Value:
+        return activation(w, shape, x, *SLOPES[slopes])
+
+    return handler
+
+
+for _name in ("tanh", "erf", "abs", "sin", "cos", "atan", "neg"):
+    HANDLERS[_name] = _plain(_name)
+HANDLERS["logistic"] = _plain("sigmoid")
+
+# Functions of jax.nn that consist of primitives without a bound of their own. One is recognized by
+# its name, and then by its whole jaxpr: a function of yours with the same name is another one.
+_KNOWN: dict[str, tuple[Callable[..., Any], str]] = {
+    "celu": (jax.nn.celu, "celu"),
+    "elu": (jax.nn.elu, "elu"),
+    "gelu": (jax.nn.gelu, "gelu_tanh"),
+    "hard_silu": (jax.nn.hard_silu, "hardswish"),
+    "hard_swish": (jax.nn.hard_silu, "hardswish"),
+    "hard_tanh": (jax.nn.hard_tanh, "hardtanh"),
+    "leaky_relu": (jax.nn.leaky_relu, "relu"),
+    "log_sigmoid": (jax.nn.log_sigmoid, "log_sigmoid"),
+    "mish": (jax.nn.mish, "mish"),
+    "selu": (jax.nn.selu, "selu"),
+    "silu": (jax.nn.silu, "silu"),
+    "swish": (jax.nn.silu, "silu"),
+    "soft_sign": (jax.nn.soft_sign, "softsign"),
+    "softplus": (jax.nn.softplus, "softplus"),
+}
+
+
+def known(w: Walk, eqn: Any, operands: list[Operand]) -> Value | None:
+    """Return the value of a function of jax.nn, or None for another function."""
+    function, slopes = _KNOWN.get(eqn.params.get("name", ""), (None, ""))
+    x, *others = operands
+    if function is None or x.value is None or any(y.value is not None for y in others):
+        return None
+    aval = eqn.invars[0].aval
+    arguments = [jax.ShapeDtypeStruct(aval.shape, aval.dtype)]  # type: ignore[no-untyped-call]
+    closed = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
+    if others and eqn.params["name"] not in ("leaky_relu", "elu", "celu"):
+        return None
+    try:
+        traced = jax.make_jaxpr(function)(*arguments, *(y.array for y in others))
+    except TypeError:
+        return None
+    forms = {str(traced)} | {str(one.params.get("jaxpr")) for one in traced.eqns}
+    if closed is None or closed.consts or str(closed) not in forms:
+        return None
+    low, high = SLOPES[slopes]
+    for y in others:  # the slope or the scale of the negative part
+        parameter = float(y.exact)
+        low, high = min(low, parameter), max(high, parameter)
+        if slopes == "celu" and parameter <= 0:
+            return None
+        if slopes == "celu":
+            low, high = SLOPES["celu"]
+    w.name = eqn.params["name"]
+    return activation(w, eqn.outvars[0].aval.shape, x, low, high)
+
+
+# Linear maps
+
+
+@gain("dot_general")
+def dot(w: Walk, params: Params, shape: Shape, x: Operand, y: Operand) -> Value:
+    """Multiply by a constant matrix, or by one for each entry of a stack."""
+    if x.value is not None and y.value is not None:
+        raise NoBound("multiplies two values that both depend on the input")
+    (cx, cy), (bx, by) = params["dimension_numbers"]
+    left = x.value is not None
+    value, other = (x, y) if left else (y, x)
+    contracted, stacked = (cy, by) if left else (cx, bx)
+    free = [a for a in range(len(other.shape)) if a not in (*contracted, *stacked)]
+    W = other.exact.transpose([*stacked, *free, *contracted])
+    sizes = [prod(other.shape[a] for a in axes) for axes in (stacked, free, contracted)]
+    W = W.reshape(sizes)
+    mine = cx if left else cy
+    last = left and not len(stacked) and tuple(mine) == (len(value.shape) - 1,) and len(free) == 1
+    rows = prod(value.shape[1:-1])
+    map = Matrix(W, len(shape) - 1 if last else None, rows)
+    stages = w.chained(value, shape, dense=map.dense) if last else (None, ())
+    before = w.settled(value)
+    return Linear(before, map, w.name, stages)
+
+
+@gain("conv_general_dilated")
+def convolve(w: Walk, params: Params, shape: Shape, x: Operand, kernel: Operand) -> Value:
+    """Apply a convolution with a constant kernel."""
+    _constant(kernel)
+    if params["batch_group_count"] != 1:
+        raise NoBound("the walk does not know groups of samples")
+    numbers = params["dimension_numbers"]
+    map = Convolution(
+        kernel.exact.transpose(numbers.rhs_spec),
+        numbers.out_spec[1],
+        tuple(params["window_strides"]),
+        tuple(params["rhs_dilation"]),
+        params["feature_group_count"],
+        tuple(params["lhs_dilation"]),
+    )
+    return Linear(w.settled(x), map, w.name, (None, ()))
+
+
+@gain("reduce_window_max reduce_window_min")
+def pool_largest(w: Walk, params: Params, shape: Shape, x: Operand) -> Value:
+    """Choose one sample of each window: it counts once for each window that it is in."""
+    count = overlaps(*_window(params))
+    return w.grown(x, shape, (0.0, count**0.5 * (1 + 4 * UNIT * (count > 1))))
+
+
+@gain("reduce_window_sum")
+def pool_sum(w: Walk, params: Params, shape: Shape, x: Operand) -> Value:
+    """Add the samples of each window."""
+    return w.grown(x, shape, window_sums(*_window(params)))
+
+
+def _window(params: Params) -> tuple[Any, Any, Any]:
+    if max(params["base_dilation"], default=1) != 1:
+        raise NoBound("the walk does not know windows over dilated images")
+    return params["window_dimensions"], params["window_strides"], params["window_dilation"]

@@ -1,0 +1,255 @@
+"""A function's bound is above its Jacobians, exact where it is linear, and names what has none."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+jax = pytest.importorskip("jax", reason="JAX is not installed")
+pytest.importorskip("optax", reason="optax is not installed")
+import jax.numpy as jnp  # noqa: E402
+from jax import lax, nn  # noqa: E402
+
+import spectral_core as sc  # noqa: E402
+from spectral_jax import lipschitz_bound  # noqa: E402
+
+SLACK = 1 + 1e-9  # the tests run in float64
+
+
+def jacobian_norm(jacobian, x):
+    """Return the largest singular value of the matrix that ``jacobian`` computes."""
+    J = np.asarray(jacobian(x), dtype=float)
+    return np.linalg.norm(J.reshape(len(J), -1), 2)
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(abs(seed)).standard_normal(shape))
+
+
+def check(fn, x, points=3, **options):
+    found = lipschitz_bound(fn, x, **options)
+    assert not found.unbounded, found
+    jacobian = jax.jit(jax.jacobian(lambda y: fn(y).reshape(-1)))
+    for i in range(points):
+        exact = jacobian_norm(jacobian, x if i == 0 else 3 * normal(i, *x.shape))
+        assert exact <= found.upper * SLACK, found
+        if i == 0 and found.lower is not None:
+            assert found.lower <= exact * SLACK
+    return found
+
+
+ACTIVATIONS = {
+    "relu": nn.relu,
+    "relu6": nn.relu6,
+    "tanh": jnp.tanh,
+    "sigmoid": nn.sigmoid,
+    "silu": nn.silu,
+    "gelu": jax.jit(nn.gelu),
+    "leaky": nn.leaky_relu,
+    "steep": lambda x: nn.leaky_relu(x, 3.0),
+    "elu": nn.elu,
+    "elu 2": lambda x: nn.elu(x, 2.0),
+    "selu": nn.selu,
+    "celu": nn.celu,
+    "mish": nn.mish,
+    "softplus": nn.softplus,
+    "log_sigmoid": nn.log_sigmoid,
+    "hard_tanh": nn.hard_tanh,
+    "hard_swish": nn.hard_swish,
+    "soft_sign": nn.soft_sign,
+    "abs": jnp.abs,
+    "clip": lambda x: jnp.clip(x, -1, 2),
+    "scale": lambda x: 1 - x / 2,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_slopes_of_activations(name):
+    fn = ACTIVATIONS[name]
+    found = lipschitz_bound(fn, jnp.ones((1, 3)), max_iter=0)
+    assert not found.unbounded, found
+    x = jnp.linspace(-9, 9, 40_002)
+    steepest = float(jnp.max(jnp.abs(jax.vmap(jax.grad(fn))(x))))
+    assert found.upper * (1 - 1e-3) <= steepest <= found.upper * (1 + 1e-5)
+
+
+@st.composite
+def networks(draw):
+    """Return a random function of 6×6 images."""
+    seed = draw(st.integers(0, 10_000))
+    layers, channels = [], 2
+    for i in range(draw(st.integers(1, 3))):
+        width = draw(st.sampled_from([2, 4]))
+        kind = draw(st.sampled_from(["conv", "residual", "concat", "grouped", "scaled"]))
+        groups = 2 if kind == "grouped" else 1
+        W = normal(seed + i, 3, 3, channels // groups, width)
+        stride = 1 if kind == "residual" else draw(st.sampled_from([1, 2]))
+        scale = normal(seed - i, width) if kind == "scaled" else jnp.ones(width)
+        fn = ACTIVATIONS[draw(st.sampled_from(["relu", "tanh", "silu", "leaky", "softplus"]))]
+
+        def conv(x, W=W, stride=stride, groups=groups, scale=scale):
+            numbers = ("NHWC", "HWIO", "NHWC")
+            y = lax.conv_general_dilated(
+                x, W, (stride,) * 2, "SAME", dimension_numbers=numbers, feature_group_count=groups
+            )
+            return (y + 1.0) * scale / jnp.sqrt(2.0)
+
+        def layer(x, conv=conv, fn=fn, kind=kind):
+            y = fn(conv(x))
+            if kind == "residual" and x.shape == y.shape:
+                return x + y
+            return (
+                jnp.concatenate([y, x], -1)
+                if kind == "concat" and y.shape[:3] == x.shape[:3]
+                else y
+            )
+
+        layers.append(layer)
+        channels += width if kind == "concat" and stride == 1 else width - channels
+
+    pool = draw(st.sampled_from(["max", "mean", "overlap", "none"]))
+
+    def network(x):
+        for layer in layers:
+            x = layer(x)
+        if pool == "max":
+            x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "SAME")
+        if pool == "overlap":
+            x = lax.reduce_window(x, 0.0, lax.add, (1, 3, 3, 1), (1, 2, 2, 1), "SAME") / 9
+        if pool == "mean":
+            x = x.mean((1, 2))
+        x = x.reshape(len(x), -1)
+        return x @ normal(seed, x.shape[1], 3)
+
+    return network
+
+
+@given(networks())
+@settings(max_examples=3, deadline=None)
+def test_bound_is_above_every_jacobian(network):
+    check(network, normal(0, 1, 6, 6, 2), points=2, max_iter=0)
+
+
+@pytest.mark.thorough
+@given(networks())
+@settings(max_examples=300, deadline=None)
+def test_bound_is_above_every_jacobian_of_many_networks(network):
+    check(network, normal(0, 1, 6, 6, 2), points=8, max_iter=5)
+
+
+def test_linear_chain_has_its_norm():
+    A, B, c = normal(0, 6, 5), normal(1, 5, 4), normal(2, 5)
+    found = check(lambda x: ((x @ A + 1) * c) @ B, normal(3, 2, 6))
+    exact = np.linalg.norm(np.asarray(A * c, float) @ np.asarray(B, float), 2)
+    assert found.upper == pytest.approx(exact, rel=1e-6)
+    assert found.lower == pytest.approx(exact, rel=1e-4)
+    assert found.log10_product > found.log10_upper
+
+
+def test_chain_of_dense_layers_is_closer_than_the_product():
+    weights = [normal(i, 24, 24) for i in range(6)]
+
+    def network(x):
+        for W in weights[:-1]:
+            x = nn.relu(x @ W)
+        return x @ weights[-1]
+
+    found = check(network, normal(9, 1, 24))
+    expected = sc.chain_bound([np.asarray(W, float).T for W in weights])
+    assert found.log10_eclipse == pytest.approx(expected.log10_upper, abs=1e-9)
+    assert found.log10_upper < found.log10_product - 0.3
+
+
+def test_transposed_and_dilated_convolutions():
+    x, W = normal(0, 1, 5, 5, 2), normal(1, 3, 3, 2, 4)
+    numbers, pad = ("NHWC", "HWIO", "NHWC"), [(1, 1), (1, 1)]
+    check(lambda x: lax.conv_transpose(x, W, (2, 2), "SAME"), x)
+    check(lambda x: lax.conv_general_dilated(x, W, (1, 1), "SAME", None, (2, 2), numbers), x)
+    check(lambda x: lax.conv_general_dilated(x, W, (2, 2), pad, (2, 2), None, numbers), x)
+
+
+def test_scale_of_channels_is_part_of_the_map():
+    W, scale = jnp.diag(jnp.array([1.0, 100.0])), jnp.array([1.0, 0.01])
+    assert lipschitz_bound(lambda x: (x @ W) * scale, jnp.ones((1, 2))).upper == pytest.approx(1)
+
+
+def test_parts_that_are_constant_are_computed():
+    W = normal(0, 4, 4)
+
+    def fn(x):
+        normalized = W / jnp.linalg.norm(W, 2)
+        mask = jax.jit(lambda y: jnp.where(y > 0, y, 0.0))(jnp.array([1.0, -1.0, 1.0, 1.0]))
+        return x @ (normalized * mask)
+
+    assert check(fn, normal(1, 1, 4)).upper <= 1.0001
+
+
+def test_stacks_and_indices():
+    W = normal(0, 3, 4, 5)
+
+    def fn(x):
+        y = jnp.einsum("nhi,hio->nho", x, W)
+        return jnp.concatenate([y[:, 0], y[:, jnp.array([1, 1, 2])].sum(1), y[:, -1, ::2]], 1)
+
+    check(fn, normal(1, 2, 3, 4))
+
+
+def test_a_function_of_the_same_name_is_not_taken_for_the_known_one():
+    def silu(x):
+        return 100 * x * nn.sigmoid(x)
+
+    found = lipschitz_bound(jax.jit(silu), jnp.ones((1, 3)), max_iter=0)
+    assert found.upper == np.inf
+    assert "both depend" in str(found)
+
+
+UNKNOWN = {
+    "exp": (lambda x: jnp.exp(x), "primitive exp"),
+    "square": (lambda x: x * x, "integer_pow|both depend|square"),
+    "quotient": (lambda x: 1 / x, "divides"),
+    "where": (lambda x: jnp.where(x > 0, x, -5 * x), "primitive gt"),
+    "attention": (lambda x: nn.softmax(x @ x.T) @ x, "both depend"),
+    "argmax": (lambda x: jnp.argmax(x, 1), "argmax"),
+    "cast": (lambda x: x.astype(int), "int"),
+    "infinite": (lambda x: x * jnp.inf, "not finite"),
+    "loop": (lambda x: lax.fori_loop(0, 3, lambda _, y: 2 * y, x), "scan|while"),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_unknown_parts_are_named(name):
+    fn, reason = UNKNOWN[name]
+    found = lipschitz_bound(fn, jnp.ones((3, 3)), max_iter=0)
+    assert found.upper == np.inf
+    text = " ".join(f"{where}: {why}" for where, why in found.unbounded.items())
+    assert any(part in text for part in reason.split("|")), text
+    assert "test_lipschitz.py" in text
+
+
+def test_flax_network_with_batch_norm():
+    linen = pytest.importorskip("flax.linen", reason="Flax is not installed")
+    model = linen.Sequential([
+        linen.Conv(4, (3, 3), strides=2),
+        linen.BatchNorm(use_running_average=True),
+        linen.relu,
+        lambda x: linen.avg_pool(x, (2, 2), (2, 2)),
+        lambda x: x.reshape(len(x), -1),
+        linen.Dense(3),
+    ])  # fmt: skip
+    x = normal(0, 1, 8, 8, 2)
+    variables = model.init(jax.random.key(0), x)
+    found = check(lambda x: model.apply(variables, x), x)
+    kinds = [row.kind for row in found.layers]
+    assert kinds.count("conv_general_dilated") == 1
+    assert "mul" not in kinds  # the batch norm is part of the convolution
+
+
+def test_misfits_are_errors():
+    with pytest.raises(sc.DTypeError, match="floating"):
+        lipschitz_bound(lambda x: x, jnp.ones((1, 2), int))
+    with pytest.raises(sc.ShapeError, match="empty"):
+        lipschitz_bound(lambda x: x, jnp.ones((0, 2)))
+    with pytest.raises(sc.ArgumentError, match="max_iter"):
+        lipschitz_bound(lambda x: x, jnp.ones((1, 2)), max_iter=-1)
+    with pytest.raises(sc.ArgumentError, match="traced"):
+        jax.jit(lambda x: lipschitz_bound(jnp.tanh, x).upper)(jnp.ones((1, 2)))
