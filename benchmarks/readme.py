@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from . import accuracy, certify, norms, operator_norm
-from .common import RESULTS, read_json, read_toml
+from .common import RESULTS, markdown, read_json, read_toml
 from .paper import page, runs
 from .speed import report
 
@@ -32,6 +32,8 @@ def blocks() -> dict[str, str]:
         "stacks": stacks(),
         **{f"paper-{suite}": page.block(results) for suite, results in runs.committed().items()},
     }
+    if (path := RESULTS / "networks.json").exists():
+        found["networks"] = networks(read_json(path))
     if (path := RESULTS / "digits.json").exists():
         found["digits"] = digits(result := read_json(path))
         found |= {"vectors": vectors(result)} if "n_vectors" in result else {}
@@ -89,6 +91,26 @@ def vectors(result: dict[str, Any]) -> str:
         about = f"{row['strength']:g} | {row['batch']} | {row['n_vectors']}"
         rows.append(f"| {about} | {' | '.join(cells)} | {largest} |")
     return "\n".join(rows)
+
+
+def networks(result: dict[str, Any]) -> str:
+    """Return the table of trained networks: logarithms of their norms, the mean over the seeds."""
+    columns = {
+        "flattened": "product, flattened",
+        "operator": "product, operator",
+        "eclipse": "ECLipsE-Fast",
+        "bound": "bound of the whole",
+        "jacobian": "Jacobian, from below",
+    }
+    rows = []
+    for row in result["rows"]:
+        cells = [f"{row['network']}, {row['method']}"]
+        cells.append(f"{mean(one['accuracy'] for one in row['seeds']):.1f} %")
+        for key in columns:
+            values = [one[key] for one in row["seeds"]]
+            cells.append("–" if None in values else f"{mean(values):.2f}")
+        rows.append(cells)
+    return markdown(["network", "test accuracy", *columns.values()], rows)
 
 
 def main() -> None:
