@@ -272,16 +272,17 @@ class Checks:
         """
         known = self._checked.get(name)
         *others, sigma, u = fitting
-        kinds, last_kinds = _kinds(layout, weight, *others), _kinds(sigma, u)
-        if known is None or not kinds or known.kinds != kinds:
+        if known is None or known.kinds != (_kinds(layout, weight, *others) or None):
             plan, xp = _check_fit(name, weight, layout, *others)
             known = None
         else:
             plan, xp = known.plan, known.xp
         # Checked apart: a new state has none yet, and its thousands of weights fit already.
-        if known is None or not last_kinds or known.last_kinds != last_kinds:
+        if known is None or known.last_kinds != (_kinds(sigma, u) or None):
             _check_last(name, weight, sigma, u, plan, xp)
-            if not is_jax_namespace(xp):  # in a trace, arrays have no device
+            # In a trace, arrays have no device: asking for it costs more than all checks.
+            if not is_jax_namespace(xp):
+                kinds, last_kinds = _kinds(layout, weight, *others), _kinds(sigma, u)
                 self._checked[name] = _Checked(kinds, last_kinds, plan, xp)
         return plan, xp
 
