@@ -36,6 +36,8 @@ class ForeignMatrix(NamedTuple):
         0 for the paper's penalty, the power of a `Slope`, or the code of a `Bound`.
     changes : bool
         True if there is a gradient, or a weight to scale.
+    vectors : int
+        k.
     """
 
     rows: int
@@ -44,9 +46,10 @@ class ForeignMatrix(NamedTuple):
     window: int
     code: int
     changes: bool
+    vectors: int = 1
 
 
-def foreign_function(kind: str) -> int:
+def foreign_function(kind: str, *, several: bool = False) -> int:
     """Return the address of the step for weights of a dtype, compiled at the first call.
 
     The function has the type ``XLA_FFI_Handler`` of XLA. Its first result is room for
@@ -59,6 +62,8 @@ def foreign_function(kind: str) -> int:
     ----------
     kind : str
         float32, float64, bfloat16 or float16.
+    several : bool
+        True for the step of k > 1 vectors: all matrices of a call have one vector, or none has.
 
     Raises
     ------
@@ -67,10 +72,21 @@ def foreign_function(kind: str) -> int:
     """
     if _kernels() is None:
         raise ImportError("Numba was told not to compile")
+    address: int = (_several if several else _single)(kind).address
+    return address
+
+
+def _single(kind: str) -> Any:
     from . import xla_kernels
 
-    address: int = xla_kernels.compiled(kind).address
-    return address
+    return xla_kernels.compiled(kind)
+
+
+def _several(kind: str) -> Any:
+    """Return the step for several vectors: whoever has one vector never compiles it."""
+    from . import xla_block_kernels
+
+    return xla_block_kernels.compiled(kind)
 
 
 def foreign_table(
@@ -107,19 +123,33 @@ def foreign_table(
     room = 0
     for k, place in enumerate(order):
         matrix, count = matrices[place], pieces[place]
-        n = matrix.rows if matrix.across else matrix.columns
         rows.append((*matrix[:4], len(chunks), room, *matrix[4:]))
-        room += 2 * n
+        own, of_chunk = _room(matrix)
+        room += own
         for piece in range(count):
             first, end = (matrix.rows * i // count for i in (piece, piece + 1))
             chunks.append((k, first, end, room))
-            room += matrix.columns
-    rows.append((0, 0, 0, 0, len(chunks), 0, 0, 0))
+            room += of_chunk
+    rows.append((0, 0, 0, 0, len(chunks), 0, 0, 0, 0))
     shared = sum(count > 1 for count in pieces)
     helpers = min(total // (2 * _GRAIN), len(chunks) - 1)
     head = [len(rows) - 1, len(chunks), shared, sum(c for c in pieces if c > 1), n_iter, helpers]
     parts = [np.asarray(part, np.int64).ravel() for part in (head, rows, chunks)]
     return np.concatenate(parts), order, room
+
+
+def _room(matrix: ForeignMatrix) -> tuple[int, int]:
+    """Return the room that a matrix needs, and that each of its chunks needs.
+
+    Several vectors need an even number of elements, so that numbers in float64 are aligned.
+    """
+    k, n = matrix.vectors, matrix.rows if matrix.across else matrix.columns
+    if k == 1:
+        return 2 * n, matrix.columns
+    pairs = k + k % 2
+    small = 2 * (3 * k * k + 1)
+    in_memory_order = pairs * n * (matrix.window > 1)
+    return pairs * (n + matrix.rows) + small + in_memory_order, pairs * matrix.columns
 
 
 def _pieces(matrix: ForeignMatrix, share: int) -> int:

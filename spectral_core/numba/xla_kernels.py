@@ -4,7 +4,11 @@ All weights of a model are one call. It runs without Python, in a thread of XLA,
 threads help. They are no threads of Numba: those cannot be entered from two sides at once.
 
 The rows in memory are rows of the matrix, or its columns, as JAX keeps kernels. Columns are read
-twice in an iteration: u is a sum over all of them, and v needs all of u.
+twice in an iteration: u is a sum over all of them, and v needs all of u. No order of panels avoids
+that. The first column's part of the new v depends on the last column, by way of u, so all of W is
+read between the two uses of an element. Where W is larger than the cache, that is a second reading
+of memory. One reading would need an iteration that starts from u, and so another algorithm: its
+result would differ from the reference's wherever W has changed.
 
 Work is handed out as tickets, in the order of the stages. Whoever holds a ticket waits until the
 stages before are done. Their tickets are held by threads that run, so nobody waits for a thread
@@ -48,9 +52,9 @@ _inlined = partial(_compiled, inline="always")
 
 # The columns of the table of matrices: rows and columns in memory; 1 if these rows are columns of
 # the matrix; kernel positions that come before the channels in memory, but after them in v; first
-# chunk; place in the room; code of the penalty or bound; 1 if there is a gradient.
-WIDTH = 8
-_ROWS, _COLUMNS, _ACROSS, _WINDOW, _CHUNK, _PLACE, _CODE, _CHANGES = range(WIDTH)
+# chunk; place in the room; code of the penalty or bound; 1 if there is a gradient; vectors.
+WIDTH = 9
+_ROWS, _COLUMNS, _ACROSS, _WINDOW, _CHUNK, _PLACE, _CODE, _CHANGES, _VECTORS = range(WIDTH)
 
 # The numbers before the tables: matrices, chunks, matrices of several chunks, these chunks,
 # iterations, and the most helpers that the work is worth.
@@ -258,7 +262,7 @@ def _last(k, table, arrays):
 
 @_inlined
 def _stage(stage, first, end, k, table, arrays):
-    """Work on the chunks from ``first`` to ``end``, or on matrix k."""
+    """Work on the chunks from ``first`` to ``end``, or on matrix k, which has one vector."""
     if stage == 0:
         _begin(k, table, arrays)
     elif stage == 1:
@@ -307,8 +311,11 @@ def _turn_of(ticket, head):
 
 
 @_inlined
-def _work(control, head, table, arrays, ticket):
-    """Do the work of a ticket: a part of one turn, or all turns of a matrix of one chunk."""
+def _work(stage, control, head, table, arrays, ticket):
+    """Do the work of a ticket: a part of one turn, or all turns of a matrix of one chunk.
+
+    ``stage`` is the function that works: `_stage` for one vector.
+    """
     shared, n_iter = head[2], head[4]
     if ticket < head[0] - shared:  # in one go, while the matrix is in the cache
         k, turn, turns = shared + ticket, 0, 4 * n_iter + 3
@@ -319,12 +326,12 @@ def _work(control, head, table, arrays, ticket):
         k = first = ticket - start
         turns, end = turn + 1, first + 1
     while turn < turns:
-        _stage(_stage_of(turn, n_iter), first, end, k, table, arrays)
+        stage(_stage_of(turn, n_iter), first, end, k, table, arrays)
         turn += 1
 
 
 @_inlined
-def _help(control, like, vectors):
+def _help(stage, control, like, vectors):
     """Work on tickets until there are no more; then free the control block if all have left."""
     words = _words(control, 5)
     total = words[_TOTAL]
@@ -332,7 +339,7 @@ def _help(control, like, vectors):
     if ticket < total:  # the call waits for this ticket, so its memory is there
         head, table, arrays = _unpacked(words[_FRAME], like, vectors)
         while ticket < total:
-            _work(control, head, table, arrays, ticket)
+            _work(stage, control, head, table, arrays, ticket)
             _add_atomically(control + 8 * _DONE, 1)
             ticket = _add_atomically(control, 1)
 
@@ -419,8 +426,21 @@ def _start_helpers(frame, control, task, count):
 
 
 @_compiled
+def _answer(frame):
+    """Answer XLA if it asks for the version of its interface; return True if it does."""
+    extension = _words(frame, 2)[1]
+    if extension == 0 or _words(extension, 2)[1] & 0xFFFFFFFF != _METADATA:
+        return False
+    version = carray(_pointer(_words(extension, 4)[3] + 24), (2,), np.int32)
+    version[0], version[1] = 0, 1
+    return True
+
+
+@_compiled
 def _run(frame, task):
-    """Run the step of a call, with the help of XLA's other threads."""
+    """Run the step of a call, with the help of XLA's other threads; return 0, for no error."""
+    if _answer(frame):
+        return 0
     words = _words(frame, _FRAME_WORDS)
     array = _words(_words(words[_ATTRS], 1)[0], 3)
     head = _words(array[2], HEAD)
@@ -436,40 +456,30 @@ def _run(frame, task):
     _call(task, control)
     _wait(control, total)
     _leave(control)
-
-
-@_compiled
-def _answer(frame):
-    """Answer XLA if it asks for the version of its interface; return True if it does."""
-    extension = _words(frame, 2)[1]
-    if extension == 0 or _words(extension, 2)[1] & 0xFFFFFFFF != _METADATA:
-        return False
-    version = carray(_pointer(_words(extension, 4)[3] + 24), (2,), np.int32)
-    version[0], version[1] = 0, 1
-    return True
+    return 0
 
 
 def _float32_task(control):
     vectors = carray(_pointer(control), (0,), np.float32)
-    _help(control, vectors, vectors)
+    _help(_stage, control, vectors, vectors)
     _leave(control)
 
 
 def _float64_task(control):
     vectors = carray(_pointer(control), (0,), np.float64)
-    _help(control, vectors, vectors)
+    _help(_stage, control, vectors, vectors)
     _leave(control)
 
 
 def _bfloat16_task(control):
     like = carray(_pointer(control), (0,), np.uint16)
-    _help(control, like, carray(_pointer(control), (0,), np.float32))
+    _help(_stage, control, like, carray(_pointer(control), (0,), np.float32))
     _leave(control)
 
 
 def _float16_task(control):
     like = carray(_pointer(control), (0,), np.int16)
-    _help(control, like, carray(_pointer(control), (0,), np.float32))
+    _help(_stage, control, like, carray(_pointer(control), (0,), np.float32))
     _leave(control)
 
 
@@ -482,27 +492,19 @@ _float16_address = _symbol(_TASK_NAME + "float16", "address")
 
 
 def _float32_step(frame):
-    if not _answer(frame):
-        _run(frame, _float32_address(0))
-    return 0
+    return _run(frame, _float32_address(0))
 
 
 def _float64_step(frame):
-    if not _answer(frame):
-        _run(frame, _float64_address(0))
-    return 0
+    return _run(frame, _float64_address(0))
 
 
 def _bfloat16_step(frame):
-    if not _answer(frame):
-        _run(frame, _bfloat16_address(0))
-    return 0
+    return _run(frame, _bfloat16_address(0))
 
 
 def _float16_step(frame):
-    if not _answer(frame):
-        _run(frame, _float16_address(0))
-    return 0
+    return _run(frame, _float16_address(0))
 
 
 _FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -516,9 +518,13 @@ _FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 @lru_cache
 def compiled(kind: str) -> Any:
     """Return the compiled step for weights of a dtype: its attribute ``address`` is for XLA."""
-    task, step = _FUNCTIONS[kind]
+    return handler(_TASK_NAME + kind, *_FUNCTIONS[kind])
+
+
+def handler(name: str, task: Callable[..., Any], step: Callable[..., Any]) -> Any:
+    """Return the compiled step, whose code knows the task by this name."""
     compiled_task = _as_c(types.void(types.intp), task)
-    binding.add_symbol(_TASK_NAME + kind, compiled_task.address)
+    binding.add_symbol(name, compiled_task.address)
     _KEPT.append(compiled_task)
     return _as_c(types.intp(types.intp), step)
 
