@@ -1,7 +1,7 @@
-"""An engine for the CPU: all weights of a step in one call of the kernels that Numba compiles.
+"""An engine for the CPU: a step's weights in one call of the kernels that Numba compiles.
 
 XLA compiles about ten kernels for each weight, and reads a bfloat16 weight through a float32 copy.
-The call is one instruction of XLA's program, however many weights there are.
+The call is one instruction of XLA's program, for up to 64 weights.
 
 The step is a primitive of JAX. What a trace does not know is decided when it is lowered: on another
 platform, on several devices or for export, it becomes the operations of `XlaEngine`. So does its
@@ -28,6 +28,9 @@ from ._engine import XlaEngine
 
 _KINDS = ("float32", "float64", "bfloat16", "float16")
 
+# Weights of a call: XLA's time to compile one grows with the square of the number of its arrays.
+_MOST = 64
+
 # Before, an array does not know whether a `shard_map` divides it.
 _KNOWS_ITS_MESH = hasattr(jax, "typeof")
 
@@ -38,14 +41,15 @@ class _Spec(NamedTuple):
     plan: Plan
     code: int  # 0 for the paper's penalty
     changes: bool
+    vectors: int
 
 
 class NumbaXlaEngine:
-    """Run traced jobs by Numba's kernels where the step is compiled for the CPU.
+    """Run jobs by Numba's kernels where the step is compiled for the CPU.
 
-    The engine accepts real weights with one vector each, whose memory is that of their matrix or of
-    its transpose, as JAX keeps kernels. Outside of ``jax.jit`` it accepts none: there, JAX could
-    not write into the gradient's memory.
+    The engine accepts real weights whose memory is that of their matrix or of its transpose, as JAX
+    keeps kernels. Outside of ``jax.jit`` it accepts jobs without a gradient alone: JAX could not
+    write into the gradient's memory. It compiles a call for them.
 
     Examples
     --------
@@ -63,31 +67,54 @@ class NumbaXlaEngine:
     in_place = False
 
     def accepts(self, job: Job) -> bool:
-        """Return True for a traced job that the kernels can run."""
-        if job.xp is not jnp or job.wave is not None or not _KNOWS_ITS_MESH or job.V.shape[-2] != 1:
+        """Return True for a job that the kernels can run."""
+        if job.xp is not jnp or job.wave is not None or not _KNOWS_ITS_MESH:
             return False
-        if not isinstance(job.weight, jax.core.Tracer) or str(job.weight.dtype) not in _KINDS:
+        if str(job.weight.dtype) not in _KINDS:
+            return False
+        if not (_is_traced(job.weight) or _is_compiled_alone(job)):
             return False
         arrays = [x for x in (job.weight, job.grad, job.V) if x is not None]
         if any(map(_is_divided, arrays)) or _across(job.plan) is None:
             return False
         grad_fits = job.grad is None or job.grad.dtype == job.weight.dtype
-        return grad_fits and _kernels_for(str(job.weight.dtype))
+        return grad_fits and _kernels_for(*_kind(job))
 
     def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
-        """Run all jobs, those of one dtype in one call."""
+        """Run all jobs, in one call those of one dtype with one vector, and those with several."""
         if n_iter == 0:
             return XlaEngine().run(jobs, n_iter)
-        kinds: dict[str, list[int]] = {}
+        kinds: dict[tuple[str, bool], list[int]] = {}
         for place, job in enumerate(jobs):
-            kinds.setdefault(str(job.weight.dtype), []).append(place)
+            kinds.setdefault(_kind(job), []).append(place)
         grads: list[Any] = [None] * len(jobs)
         triplets: list[Any] = [None] * len(jobs)
-        for places in kinds.values():
+        groups = [
+            places[start : start + _MOST]
+            for places in kinds.values()
+            for start in range(0, len(places), _MOST)
+        ]
+        for places in groups:
             results = _together([jobs[place] for place in places], n_iter)
             for place, (grad, triplet) in zip(places, results, strict=True):
                 grads[place], triplets[place] = grad, triplet
         return Result(grads, triplets)
+
+
+def _is_traced(x: jax.Array) -> bool:
+    return isinstance(x, jax.core.Tracer)
+
+
+def _is_compiled_alone(job: Job) -> bool:
+    """Return True for a job outside of a trace that is worth a compiled call of its own.
+
+    XLA compiles every operation of the iteration anew for each shape: for the first state of a
+    DenseNet, that is a minute. Where a GPU is the default, arrays on the CPU are on their way to
+    it: the kernels would be compiled for this call alone.
+    """
+    if job.grad is not None or _is_traced(job.V) or jax.default_backend() != "cpu":
+        return False
+    return len(job.weight.devices() | job.V.devices()) == 1
 
 
 def _is_divided(x: jax.Array) -> bool:
@@ -109,22 +136,27 @@ def _across(plan: Plan) -> tuple[bool, int] | None:
     return (True, window) if kinds in ("io", "kio") else None
 
 
+def _kind(job: Job) -> tuple[str, bool]:
+    """Return the name of a job's dtype, and whether it has several vectors."""
+    return str(job.weight.dtype), job.V.shape[-2] > 1
+
+
 @lru_cache
-def _kernels_for(kind: str) -> bool:
+def _kernels_for(kind: str, several: bool) -> bool:
     """Register the kernels of a dtype with XLA; return False without Numba."""
     if find_spec("numba") is None:
         return False
     try:
-        address = foreign_function(kind)
+        address = foreign_function(kind, several=several)
     except ImportError:  # Numba was told not to compile
         return False
     capsule = jax.ffi.pycapsule(ctypes.c_void_p(address))  # type: ignore[no-untyped-call]
-    jax.ffi.register_ffi_target(_name(kind), capsule, platform="cpu")
+    jax.ffi.register_ffi_target(_name(kind, several), capsule, platform="cpu")
     return True
 
 
-def _name(kind: str) -> str:
-    return f"spectral_step_{kind}"
+def _name(kind: str, several: bool) -> str:
+    return f"spectral_step_{'block_' * several}{kind}"
 
 
 def _together(jobs: Sequence[Job], n_iter: int) -> list[tuple[Any, Triplet]]:
@@ -132,7 +164,8 @@ def _together(jobs: Sequence[Job], n_iter: int) -> list[tuple[Any, Triplet]]:
     specs, operands = [], [_numbers(jobs)]
     for job in jobs:
         changes = job.grad is not None
-        specs.append(_Spec(job.plan, 0 if job.slope is None else job.slope.code, changes))
+        code = 0 if job.slope is None else job.slope.code
+        specs.append(_Spec(job.plan, code, changes, job.V.shape[-2]))
         operands += [job.weight, job.V.astype(operands[0].dtype), *[job.grad] * changes]
     found = iter(_bind(*operands, specs=tuple(specs), n_iter=n_iter))
     results = []
@@ -166,8 +199,15 @@ def _shapes(numbers: Any, *operands: Any, specs: tuple[_Spec, ...], n_iter: int)
     return shapes
 
 
-def _compiled(*operands: Any, **static: Any) -> list[Any]:
-    return jax.jit(partial(_bind, **static))(*operands)
+def _compiled(*operands: Any, specs: tuple[_Spec, ...], n_iter: int) -> list[Any]:
+    found: list[Any] = _jitted(specs, n_iter)(*operands)
+    return found
+
+
+@lru_cache(16)
+def _jitted(specs: tuple[_Spec, ...], n_iter: int) -> Callable[..., Any]:
+    """Return the jitted step: the same function for the same jobs, which JAX then compiles once."""
+    return jax.jit(partial(_bind, specs=specs, n_iter=n_iter))
 
 
 def _by_xla(numbers: Any, *operands: Any, specs: tuple[_Spec, ...], n_iter: int) -> list[Any]:
@@ -208,7 +248,8 @@ def _by_kernels(numbers: Any, *operands: Any, specs: tuple[_Spec, ...], n_iter: 
             aliases[len(arguments)] = len(shapes)
             shapes.append(_like(weight, weight.shape))
     numbers = numbers[jnp.asarray(order)] if order != sorted(order) else numbers
-    call = jax.ffi.ffi_call(_name(str(parts[0][0].dtype)), shapes, input_output_aliases=aliases)
+    name = _name(str(parts[0][0].dtype), specs[0].vectors > 1)
+    call = jax.ffi.ffi_call(name, shapes, input_output_aliases=aliases)
     found = iter(call(numbers, *arguments, table=table)[1:])
     of_each = {k: [next(found) for _ in range(3 + specs[k].changes)] for k in order}
     for k in range(len(specs)):
@@ -220,7 +261,7 @@ def _matrix(spec: _Spec) -> ForeignMatrix:
     m, n = spec.plan.matrix
     across, window = _across(spec.plan) or (False, 1)
     rows, columns = (n, m) if across else (m, n)
-    return ForeignMatrix(rows, columns, across, window, spec.code, spec.changes)
+    return ForeignMatrix(rows, columns, across, window, *spec[1:])
 
 
 def _like(x: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

@@ -286,7 +286,7 @@ def initial_state(
         seed=seed,
         layouts=chosen.layouts,
         n_vectors=n_vectors,
-        engines=[XlaEngine()],
+        engines=ENGINES,
     )
     return from_core(SpectralNormState(count, None, None, None), count, state)
 

@@ -78,27 +78,118 @@ def assert_equal(found, expected, rtol):
 )
 def test_the_step_is_the_core_s(shapes, options, dtype):
     weights, grads = arrays(shapes, dtype, scale=0.1)
-    state = sc.init(weights, layouts={name: name for name in shapes})
+    assert_the_step_is_the_core_s(weights, grads, options)
+
+
+SEVERAL = {"io": (9, 11), "kkio": (3, 2, 4, 10), "oikk": (10, 4, 2, 3), "oi": (13, 8)}
+
+
+@pytest.mark.parametrize("shapes", [SEVERAL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize(
+    ("n_vectors", "options", "dtype"),
+    [
+        (4, {"n_iter": 2}, np.float32),
+        (3, {"target": 1.5}, np.float32),
+        pytest.param(2, {}, np.float32, marks=THOROUGH),
+        pytest.param(7, {"power": 1, "target": 0.5}, np.float32, marks=THOROUGH),
+        pytest.param(8, {}, np.float32, marks=THOROUGH),
+        pytest.param(4, {"n_iter": 2}, np.float64, marks=THOROUGH),
+        pytest.param(5, {}, np.float64, marks=THOROUGH),
+        pytest.param(4, {}, jnp.bfloat16, marks=THOROUGH),
+        pytest.param(4, {}, np.float16, marks=THOROUGH),
+    ],
+    ids=str,
+)
+def test_the_step_of_several_vectors_is_the_core_s(shapes, n_vectors, options, dtype):
+    weights, grads = arrays(shapes, dtype, scale=0.1)
+    assert_the_step_is_the_core_s(weights, grads, options, n_vectors=n_vectors)
+
+
+def assert_the_step_is_the_core_s(weights, grads, options, **of_state):
+    state = sc.init(weights, layouts={name: name for name in weights}, **of_state)
     assert compiled(kernels, weights, grads, state)
     before = jax.tree.map(np.array, grads)
     found, after = jax.jit(lambda *a: kernels(*a, **options))(weights, grads, state)
-    wide = [jax.tree.map(lambda x: np.asarray(x, np.float64), tree) for tree in (weights, grads)]
-    start = sc.SpectralState(
-        *(
-            jax.tree.map(lambda x: np.asarray(x, np.float64), dict(x))
-            for x in (state.v, state.sigma)
-        ),
-        state.layouts,
-        jax.tree.map(lambda x: np.asarray(x, np.float64), dict(state.u)),
-    )
-    expected, reference = step(*wide, start, **options)
+    expected, reference = step(wide(weights), wide(grads), wide_state(state), **options)
+    dtype = next(iter(weights.values())).dtype
     rtol = 1e-11 if dtype == np.float64 else 2e-5
     if dtype == np.float64:
         assert_equal([dict(after.v), dict(after.u)], [dict(reference.v), dict(reference.u)], rtol)
     assert_equal(dict(after.sigma), dict(reference.sigma), rtol)
-    coarse = {jnp.bfloat16: 2e-2, np.float16: 2e-3}.get(dtype, rtol)
+    coarse = {"bfloat16": 2e-2, "float16": 2e-3}.get(str(dtype), rtol)
     assert_equal(found, expected, coarse)
     assert_equal(grads, before, 0)  # not donated, so they must not change
+
+
+def wide(arrays):
+    return {name: np.asarray(x, np.float64) for name, x in arrays.items()}
+
+
+def wide_state(state):
+    return sc.SpectralState(wide(state.v), wide(state.sigma), state.layouts, wide(state.u))
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40)], ids=str)
+@pytest.mark.parametrize("layout", ["io", "oi"])
+def test_more_vectors_than_the_rank_find_sigma(shape, layout):
+    rng = np.random.default_rng(0)
+    W = rng.standard_normal((shape[0], 2)) @ rng.standard_normal((2, shape[1]))
+    weights, grads = {"w": jnp.asarray(W, np.float32)}, {"w": jnp.zeros(shape, np.float32)}
+    state = sc.init(weights, layouts=layout, n_vectors=4)
+    jitted = jax.jit(kernels)
+    for _ in range(8):
+        found, state = jitted(weights, grads, state)
+    U, sigmas, Vh = np.linalg.svd(W)
+    np.testing.assert_allclose(state.sigma["w"], sigmas[0], rtol=1e-5)
+    expected = 0.3 * sigmas[0] * np.outer(U[:, 0], Vh[0])
+    np.testing.assert_allclose(found["w"], expected, atol=1e-4 * sigmas[0])
+    V = np.asarray(state.v["w"], np.float64)
+    np.testing.assert_allclose(V[:2] @ V[:2].T, np.eye(2), atol=1e-4)
+
+
+def test_weights_of_one_and_of_several_vectors_are_two_calls():
+    weights, grads = arrays(SEVERAL, np.float32)
+    names = {name: name for name in SEVERAL}
+    many, one = sc.init(weights, layouts=names, n_vectors=4), sc.init(weights, layouts=names)
+    mixed = {name: (one if name == "io" else many) for name in weights}
+    state = sc.SpectralState(
+        *({name: getattr(mixed[name], what)[name] for name in weights} for what in ("v", "sigma")),
+        one.layouts,
+        {name: mixed[name].u[name] for name in weights},
+    )
+    text = jax.jit(kernels).lower(weights, grads, state).as_text()
+    assert text.count("custom_call @spectral_step_float32") == 1
+    assert text.count("custom_call @spectral_step_block_float32") == 1
+    found, _ = jax.jit(kernels)(weights, grads, state)
+    expected, _ = step(wide(weights), wide(grads), wide_state(state))
+    assert_equal(found, expected, 2e-5)
+
+
+def test_many_weights_are_several_calls(monkeypatch):
+    monkeypatch.setattr(_foreign, "_MOST", 2)
+    weights, grads = arrays(SHAPES, np.float32)
+    state = sc.init(weights, layouts={name: name for name in SHAPES})
+    text = jax.jit(kernels).lower(weights, grads, state).as_text()
+    assert text.count("custom_call @spectral_step_float32") == 3
+    found, _ = jax.jit(kernels)(weights, grads, state)
+    expected, _ = step(wide(weights), wide(grads), wide_state(state))
+    assert_equal(found, expected, 2e-5)
+
+
+@pytest.mark.parametrize("n_vectors", [1, 4])
+def test_the_first_state_is_the_core_s(n_vectors, monkeypatch):
+    seen = []
+    monkeypatch.setattr(_foreign, "_bind", lambda *a, **b: seen.append(b) or bind(*a, **b))
+    bind = _foreign._step.bind
+    weights, _ = arrays(SEVERAL, np.float32)
+    names = {name: name for name in SEVERAL}
+    tx = add_spectral_norm_regularization(0.1, layouts=names, n_vectors=n_vectors)
+    state = tx.init(weights)
+    assert seen  # by the kernels, in one call
+    expected = sc.init(weights, layouts=names, n_vectors=n_vectors)
+    assert_equal(state.v, dict(expected.v), 1e-4)
+    assert_equal(state.sigma, dict(expected.sigma), 2e-5)
+    assert_equal(weights, arrays(SEVERAL, np.float32)[0], 0)
 
 
 def test_all_weights_are_one_call():
@@ -124,10 +215,11 @@ def test_donated_gradients_are_written_into():
 
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
 @pytest.mark.parametrize("layout", ["io", "oi"])
-def test_unusual_weights_keep_their_vector(value, layout):
+@pytest.mark.parametrize("n_vectors", [1, 3])
+def test_unusual_weights_keep_their_vector(value, layout, n_vectors):
     weights = {"w": jnp.full((4, 5), value, np.float32)}
     grads = {"w": jnp.ones((4, 5), np.float32)}
-    state = sc.init(weights, layouts=layout)
+    state = sc.init(weights, layouts=layout, n_vectors=n_vectors)
     found, after = jax.jit(kernels)(weights, grads, state)
     expected, reference = jax.jit(lambda *a: step(*a, engines=[XlaEngine()]))(weights, grads, state)
     np.testing.assert_array_equal(after.v["w"], state.v["w"])
@@ -135,9 +227,11 @@ def test_unusual_weights_keep_their_vector(value, layout):
     np.testing.assert_array_equal(np.isnan(found["w"]), np.isnan(expected["w"]))
 
 
-def test_a_bound_scales_the_weights():
+@pytest.mark.parametrize("n_vectors", [1, 2])
+def test_a_bound_scales_the_weights(n_vectors):
     weights, updates = arrays({"io": (20, 30), "oi": (7, 5)}, np.float32)
-    cap = constrain_spectral_norm(1.0, layouts={name: name for name in weights})
+    layouts = {name: name for name in weights}
+    cap = constrain_spectral_norm(1.0, layouts=layouts, n_vectors=n_vectors)
     zeros = jax.tree.map(jnp.zeros_like, updates)
     state = cap.init(weights)
     assert compiled(cap.update, zeros, state, weights)
@@ -177,7 +271,7 @@ def test_other_uses_go_without_the_kernels():
 def test_only_jobs_that_fit_are_accepted():
     assert_kernels = {
         "one vector": (True, {"io": (4, 5)}, np.float32, 1),
-        "two vectors": (False, {"io": (4, 5)}, np.float32, 2),
+        "two vectors": (True, {"io": (4, 5)}, np.float32, 2),
         "a stack": (False, {"sio": (2, 4, 5)}, np.float32, 1),
         "complex": (False, {"io": (4, 5)}, np.complex64, 1),
         "kernel positions last": (False, {"iokk": (4, 5, 2, 2)}, np.float32, 1),
