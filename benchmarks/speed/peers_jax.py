@@ -39,11 +39,13 @@ def peers(case: Case, device: str, params: Tree, shared: SimpleNamespace) -> Mak
     return found | {"nnx.SpectralNorm": partial(normalization, case, params, shared, device)}
 
 
-def variants(_: Case, __: str, params: Tree, shared: SimpleNamespace, common: Options) -> Makers:
+def variants(
+    _: Case, device: str, params: Tree, shared: SimpleNamespace, common: Options
+) -> Makers:
     """Return the options of the transformation."""
     bound = partial(spectral_jax.constrain_spectral_norm, layouts=layouts_of(params))
-    # XLA compiles eight vectors of many weights for minutes.
-    many = len(params) > 1
+    # XLA compiles eight vectors of many weights for minutes; the kernels of the CPU are compiled.
+    many = len(params) > 1 and device != "cpu"
     wanted = {name: one for name, one in common.items() if not many or one.get("n_vectors") != 8}
     changed = {name: ours(params, **options) for name, options in wanted.items()}
     changed |= {"bound, idle": bound(1e6), "bound, acting": bound(lambda step: 0.999**step)}
@@ -151,6 +153,8 @@ def compile_times(counts: tuple[int, ...]) -> dict[str, dict[str, dict[str, floa
     jax.config.update("jax_enable_x64", False)
     compile_time(ours({}), blocks(1))  # imports what it imports
     makers = {who: (tx, blocks) for who, tx in transformations({}).items()}
+    if jax.default_backend() == "cpu":  # elsewhere, for minutes
+        makers[f"{OURS['jax']}, n_vectors=4"] = ours({}, n_vectors=4), blocks
     stacks = ours({}, layouts={"*/kernel": "sio"})  # one leaf a kind for all blocks, as in nn.scan
     makers[f"{OURS['jax']}, layers stacked"] = (stacks, partial(blocks, stacked=True))
     return {
