@@ -23,12 +23,10 @@ from .block_kernels import (
     _finish,
     _orthonormalize,
     _read,
-    _times_2,
-    _times_4,
-    _times_row,
 )
 from .block_kernels import _matrix as _rows_at
 from .kernels import FRESH, FRESH_64, _compiled, _fraction, _pointer, _sum_parts
+from .turned_block_kernels import _permute, _times
 from .xla_kernels import (
     _ACROSS,
     _CHANGES,
@@ -94,20 +92,6 @@ def _rows_of(k, table, arrays):
 
 
 @_compiled
-def _permute(X, rows, window, Z, back):
-    """Copy rows of X to Z, from the matrix's order of columns to that of memory, or back."""
-    channels = X.shape[1] // window
-    for a in range(rows):
-        x, z = X[a], Z[a]
-        for i in range(window):
-            for c in range(channels):
-                if back:
-                    z[c * window + i] = x[i * channels + c]
-                else:
-                    z[i * channels + c] = x[c * window + i]
-
-
-@_compiled
 def _state_of(k, table, arrays):
     """Return the V of the state: its columns are in the matrix's order."""
     _, n, rows, _ = _shape(k, table[0])
@@ -149,21 +133,6 @@ def _read_chunk(p, again, table, arrays):
     _, S, Y, _ = _rows_of(k, table, arrays)
     part = _rows_at(arrays[1], place, S.shape[0], table[0][k, _COLUMNS])
     _read(_matrix(k, 0, table, arrays), S, S if across else Y, part, lo, hi, across or again)
-
-
-@_compiled
-def _times(W, Y, Z, lo, hi):
-    """Compute ``Z[:, lo:hi] = Y W[lo:hi]ᵀ``."""
-    k, i = Y.shape[0], lo
-    while i + 4 <= hi:
-        for c in range(0, k - 3, 4):
-            _times_4(W, Y, Z, i, c)
-        if k % 4 > 0:
-            _times_2(W, Y, Z, i, k - 2)
-        i += 4
-    while i < hi:
-        _times_row(W, Y, Z, i)
-        i += 1
 
 
 @_compiled
