@@ -43,6 +43,14 @@ class _Spec(NamedTuple):
     changes: bool
     vectors: int
 
+    @property
+    def has_gradient(self) -> bool:
+        """True if an operand of its own changes.
+
+        A bound changes the weight. As two operands, XLA would copy it: the kernels write into one.
+        """
+        return self.changes and self.code < AT_MOST
+
 
 class NumbaXlaEngine:
     """Run jobs by Numba's kernels where the step is compiled for the CPU.
@@ -166,7 +174,8 @@ def _together(jobs: Sequence[Job], n_iter: int) -> list[tuple[Any, Triplet]]:
         changes = job.grad is not None
         code = 0 if job.slope is None else job.slope.code
         specs.append(_Spec(job.plan, code, changes, job.V.shape[-2]))
-        operands += [job.weight, job.V.astype(operands[0].dtype), *[job.grad] * changes]
+        gradient = [job.grad] * specs[-1].has_gradient
+        operands += [job.weight, job.V.astype(operands[0].dtype), *gradient]
     found = iter(_bind(*operands, specs=tuple(specs), n_iter=n_iter))
     results = []
     for spec in specs:
@@ -195,7 +204,7 @@ def _shapes(numbers: Any, *operands: Any, specs: tuple[_Spec, ...], n_iter: int)
         weight, V = operands[place : place + 2]
         shapes += [V.update(), V.update(shape=spec.plan.left), V.update(shape=())]
         shapes += [weight.update()] * spec.changes
-        place += 2 + spec.changes
+        place += 2 + spec.has_gradient
     return shapes
 
 
@@ -215,8 +224,9 @@ def _by_xla(numbers: Any, *operands: Any, specs: tuple[_Spec, ...], n_iter: int)
     jobs, place = [], 0
     for k, spec in enumerate(specs):
         weight, V = operands[place : place + 2]
-        grad = operands[place + 2] if spec.changes else None
-        place += 2 + spec.changes
+        changed = operands[place + 2] if spec.has_gradient else weight
+        grad = changed if spec.changes else None
+        place += 2 + spec.has_gradient
         factor, target = numbers[k]
         slope = None
         if spec.code:
@@ -233,19 +243,20 @@ def _by_kernels(numbers: Any, *operands: Any, specs: tuple[_Spec, ...], n_iter: 
     """Run the step by one call of the kernels."""
     parts, results, place = [], [], 0
     for spec in specs:
-        parts.append(operands[place : place + 2 + spec.changes])
-        place += 2 + spec.changes
+        parts.append(operands[place : place + 2 + spec.has_gradient])
+        place += 2 + spec.has_gradient
     matrices = [_matrix(spec) for spec in specs]
     table, order, room = foreign_table(matrices, n_iter)
     arguments: list[Any] = []
     shapes, aliases = [_like(numbers, (room,))], {}
     for k in order:
         weight, V, *grad = parts[k]
-        aliases[len(arguments) + 2] = len(shapes)
+        first = len(arguments) + 1  # the factors come before all
+        aliases[first + 1] = len(shapes)
         arguments += [weight, V, *grad]
         shapes += [_like(V, V.shape), _like(V, specs[k].plan.left), _like(V, ())]
-        if grad:
-            aliases[len(arguments)] = len(shapes)
+        if specs[k].changes:
+            aliases[first + 2 if grad else first] = len(shapes)
             shapes.append(_like(weight, weight.shape))
     numbers = numbers[jnp.asarray(order)] if order != sorted(order) else numbers
     name = _name(str(parts[0][0].dtype), specs[0].vectors > 1)

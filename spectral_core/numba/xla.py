@@ -56,7 +56,8 @@ def foreign_function(kind: str, *, several: bool = False) -> int:
     `foreign_table`'s number of elements. Its first operand is λ and target of each matrix,
     (K, 2), in the dtype of the vectors. The other operands are the weight, v and, where it changes,
     the gradient of each matrix. The other results are v, u, σ and the gradient. The results v and
-    gradient are the memory of the operands. Its only attribute is the table.
+    gradient are the memory of the operands. With a `Bound` there is no gradient: the last result is
+    the scaled weight, in the memory of the weight. The only attribute is the table.
 
     Parameters
     ----------

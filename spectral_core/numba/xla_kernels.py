@@ -375,7 +375,8 @@ def _unpacked(frame, like, vectors):
         addresses[k, 4] = _data(rets, ret + 2)
         if matrices[k, _CHANGES]:
             addresses[k, 1] = _data(rets, ret + 3)
-        arg += 2 + matrices[k, _CHANGES]
+        # A bound changes the weight, whose memory is that of the result: there is no gradient.
+        arg += 2 + (matrices[k, _CHANGES] and matrices[k, _CODE] < AT_MOST)
         ret += 3 + matrices[k, _CHANGES]
     size = _words(_words(_words(rets, 1)[0], _DIMS + 1)[_DIMS], 1)[0]
     room = _vector(_data(rets, 0), size, vectors)
