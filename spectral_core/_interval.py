@@ -323,21 +323,43 @@ def _random(W: Array, steps: int, chance: float, seed: int, xp: Namespace) -> tu
     if m < n:
         W, m, n = conj(xp.matrix_transpose(W), xp), n, m
     steps = min(steps, n)
-    theta = _lanczos(_gram_of(W, xp), start_vector((n,), W, seed=seed), steps, xp)
-    # In real numbers, a complex matrix has twice the size and each value twice.
-    size = 2 * n if kind.complex else n
-    missed = (log(1.648 * size**0.5 / chance) / (2 * steps - 1)) ** 2
-    if steps == n:
-        missed = 0.0  # the space of all steps holds every eigenvector that the start has a part of
+    values = ritz_values(_gram_of(W, xp), start_vector((n,), W, seed=seed), steps, xp)
     absolute = xp.abs(W)
     sums = float(xp.max(xp.sum(absolute, axis=0))) * float(xp.max(xp.sum(absolute, axis=1)))
     eps = kind.eps
-    rounding = (4 if kind.complex else 1) * (m + n + 8 * steps) * eps * sums
+    lower, upper = enclosure(
+        float(values[-1]), steps, (m, n), sums, chance, eps, is_complex=kind.complex
+    )
+    return scaled_down(lower, exponent), scaled_up(upper, exponent)
+
+
+def enclosure(
+    theta: float,
+    steps: int,
+    shape: tuple[int, int],
+    sums: float,
+    chance: float,
+    eps: float,
+    *,
+    is_complex: bool,
+) -> tuple[float, float]:
+    """Return bounds of σ₁ from the largest Ritz value of WᴴW after Lanczos steps.
+
+    The upper one fails with at most the probability ``chance``. ``sums`` is the product of the
+    largest sums of |W| over a row and over a column, which bounds σ₁² and the rounding.
+    """
+    m, n = shape
+    # In real numbers, a complex matrix has twice the size and each value twice.
+    size = 2 * n if is_complex else n
+    missed = (log(1.648 * size**0.5 / chance) / (2 * steps - 1)) ** 2
+    if steps == n:
+        missed = 0.0  # the space of all steps holds every eigenvector that the start has a part of
+    rounding = (4 if is_complex else 1) * (m + n + 8 * steps) * eps * sums
     lower = max(theta - rounding, 0.0) ** 0.5
     # Where the steps say nothing, the sums of rows and columns do.
     upper = ((theta + rounding) / (1 - missed)) ** 0.5 if missed < 1 else np.inf
     upper = min(upper, (sums * (1 + 8 * (m + n) * eps)) ** 0.5) * (1 + 8 * eps)
-    return scaled_down(lower * (1 - 8 * eps), exponent), scaled_up(upper, exponent)
+    return lower * (1 - 8 * eps), upper
 
 
 def _wide(W: Array, xp: Namespace) -> Array:
@@ -354,8 +376,8 @@ def _gram_of(W: Array, xp: Namespace) -> Callable[[Array], Array]:
     return lambda x: rmatvec(W, matvec(W, x, xp), xp)
 
 
-def _lanczos(gram: Callable[[Array], Array], x: Array, steps: int, xp: Namespace) -> float:
-    """Return the largest Ritz value of the Krylov space of that many steps.
+def ritz_values(gram: Callable[[Array], Array], x: Array, steps: int, xp: Namespace) -> Host:
+    """Return the Ritz values of the Krylov space of that many steps, in rising order.
 
     The vectors are made orthogonal to all before, twice: the theorem is about exact arithmetic.
     The array of vectors has one shape in all steps, so that JAX compiles once.
@@ -375,4 +397,4 @@ def _lanczos(gram: Callable[[Array], Array], x: Array, steps: int, xp: Namespace
             break
         x = y / length
     # Column k holds the products with the vectors up to it: the upper half of the operator.
-    return float(np.linalg.eigvalsh(T[: k + 1, : k + 1], UPLO="U")[-1])
+    return np.linalg.eigvalsh(T[: k + 1, : k + 1], UPLO="U")
