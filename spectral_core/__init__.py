@@ -20,6 +20,7 @@ from ._power import (
     power_iteration,
     start_vector,
 )
+from ._reporting import report
 from ._spectrum import TopTriplets, stable_rank, top_triplets
 from ._state_dict import SpectralState, load_state_dict, state_dict
 from ._summary import Summary
@@ -79,6 +80,7 @@ __all__ = [
     "power_iteration",
     "product_norm",
     "rank_one",
+    "report",
     "schatten_norm",
     "slope",
     "spectral_norm",

@@ -1,0 +1,138 @@
+"""Guess the layout of a tensor from its name, its shape, and the framework that wrote the file.
+
+A file says nothing about axes. The framework's convention is certain for most layers; what else is
+read into a name is marked as a guess. A pattern of the user comes before all rules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from .._layout import Layout, as_layout, default_layout, stack_layout
+from ..errors import ArgumentError
+from .files import short
+
+SKIP = "skip"
+
+
+class Choice(NamedTuple):
+    """A layout, whether it is guessed, and why a tensor has none."""
+
+    layout: Layout | None
+    guessed: bool = False
+    note: str = ""
+
+
+Shape = tuple[int, ...]
+_TABLE = re.compile(r"(^|[._/])(wte|wpe|embed\w*|embeddings?|\w*_embeddings?|shared)[._/]\w+$")
+_FUSED = re.compile(r"(in_proj_weight|qkv\w*\.weight|Wqkv\.weight|query_key_value\.weight)$")
+_CONV1D = re.compile(r"(^|\.)h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
+_EXPERTS = re.compile(r"expert")
+_TRANSPOSED = re.compile(r"(deconv|transpose|upconv|ups\.\d+\.)", re.I)
+_DEPTHWISE = re.compile(r"(depthwise|dwconv|\bdw\b|_dw\.)", re.I)
+_OPTIMIZER = re.compile(
+    r"^(optim\w*|opt_state|adam\w*|lr_scheduler\w*|scaler|master_?weights)[._/]"
+)
+_COMPANION = re.compile(r"(weight_scale(_inv)?|_scale|scales|absmax|quant_map|zeros|g_idx)$")
+
+
+def parsed(text: str) -> tuple[str, Layout | None]:
+    """Return the pattern and the layout of "PATTERN=AXES", "PATTERN=AXES:GROUPS" or "…=skip".
+
+    >>> parsed("*.c_attn.weight=i(go):3")
+    ('*.c_attn.weight', Layout(axes='i(go)', groups=3))
+    >>> parsed("*.bias=skip")
+    ('*.bias', None)
+    """
+    pattern, equals, axes = text.rpartition("=")
+    if not equals or not pattern:
+        raise ArgumentError(f"a layout is PATTERN=AXES, such as '*.conv.weight=oihw', not {text!r}")
+    if axes == SKIP:
+        return pattern, None
+    axes, colon, groups = axes.partition(":")
+    if colon and not groups.isdecimal():
+        raise ArgumentError(f"the number of groups in {text!r} is no number")
+    return pattern, Layout(axes, int(groups) if colon else 1)
+
+
+def layout_of(name: str, shape: Shape, kind: str, own: Mapping[str, Layout | str | None]) -> Choice:
+    """Return the layout of a tensor with two axes or more.
+
+    >>> layout_of("features.0.weight", (8, 3, 5, 5), "torch", {}).layout.axes
+    'oikk'
+    >>> layout_of("params/Conv_0/kernel", (5, 5, 3, 8), "flax", {}).layout.axes
+    'hwio'
+    >>> layout_of("h.0.attn.c_attn.weight", (8, 24), "torch", {}).layout
+    Layout(axes='i(go)', groups=3)
+    """
+    for pattern, chosen in own.items():
+        if fnmatchcase(name, pattern):
+            if chosen is None or chosen == SKIP:
+                return Choice(None, note="left out by a pattern")
+            layout = as_layout(chosen)
+            if layout.ndim != len(shape):
+                raise ArgumentError(
+                    f"layout {layout.axes!r} of pattern {pattern!r} does not fit {short(name)} of "
+                    f"shape {shape}"
+                )
+            return Choice(layout)
+    if _OPTIMIZER.search(name):
+        return Choice(None, note="state of an optimizer")
+    if _COMPANION.search(name):
+        return Choice(None, note="scales of a quantized weight")
+    if kind in ("flax", "keras"):
+        return _channels_last(name, shape, kind)
+    return _channels_first(name, shape, guessed=kind == "numpy")
+
+
+def _channels_first(name: str, shape: Shape, *, guessed: bool) -> Choice:
+    """Return the layout in the convention of PyTorch: outputs come first."""
+    ndim = len(shape)
+    if ndim == 2:
+        if _TABLE.search(name):
+            return Choice(Layout("io"), guessed, "a table: one row an input")
+        if _CONV1D.search(name):
+            fused = name.endswith("c_attn.weight") and shape[1] == 3 * shape[0]
+            return Choice(Layout("i(go)", 3) if fused else Layout("io"), guessed)
+        if _FUSED.search(name):
+            if shape[0] == 3 * shape[1]:
+                return Choice(Layout("(go)i", 3), guessed, "query, key and value")
+            return Choice(Layout("oi"), True, "fused query, key and value, not taken apart")
+        return Choice(Layout("oi"), guessed)
+    if _EXPERTS.search(name):
+        return Choice(stack_layout(ndim), True, "one matrix an expert")
+    if ndim > 5:
+        return Choice(None, note=f"{ndim} axes: give a layout")
+    if _TRANSPOSED.search(name):
+        return Choice(Layout("io" + "k" * (ndim - 2)), True, "a transposed convolution")
+    if _DEPTHWISE.search(name) and shape[1] == 1 < shape[0]:
+        return Choice(Layout("(go)i" + "k" * (ndim - 2), shape[0]), True, "depthwise")
+    # A kernel has few taps. Three axes of which the last is long are rather a stack of matrices.
+    unusual = max(shape[2:]) > 31 or (shape[1] == 1 < shape[0])
+    return Choice(default_layout(ndim), guessed or unusual)
+
+
+_FLAX_ATTENTION = re.compile(r"(^|/)(query|key|value|(?P<out>out))/kernel$")
+_KERNELS = {2: "io", 3: "kio", 4: "hwio", 5: "dhwio"}
+
+
+def _channels_last(name: str, shape: Shape, kind: str) -> Choice:
+    """Return the layout in the convention of Flax and Keras: outputs come last."""
+    ndim = len(shape)
+    attention = _FLAX_ATTENTION.search(name)
+    if ndim == 3 and attention:
+        return Choice(Layout("iio" if attention["out"] else "ioo"), note="all heads together")
+    if ndim not in _KERNELS:
+        return Choice(None, note=f"{ndim} axes: give a layout")
+    if ndim > 3 and _DEPTHWISE.search(name):
+        if shape[-2] == 1:  # Flax
+            return Choice(Layout("k" * (ndim - 2) + "i(go)", shape[-1]), True, "depthwise")
+        return Choice(Layout("k" * (ndim - 2) + "(gi)o", shape[-2]), True, "depthwise")
+    if kind == "keras" and ndim > 2 and _TRANSPOSED.search(name):  # Flax keeps inputs, outputs
+        return Choice(Layout("k" * (ndim - 2) + "oi"), True, "a transposed convolution")
+    # Embeddings, dense layers and convolutions all have their outputs last. The kernel of a
+    # recurrent layer joins its gates, which is one matrix of the map to all gates.
+    return Choice(Layout(_KERNELS[ndim]), ndim == 3)

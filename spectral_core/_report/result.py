@@ -1,0 +1,279 @@
+"""The report: one row a matrix, what was skipped and why, and numbers about the whole."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from html import escape
+from importlib import import_module
+from math import isfinite, log10
+from statistics import median
+from typing import Any
+
+_SHOWN = (
+    "name",
+    "matrix",
+    "layout",
+    "σ₁",
+    "interval",
+    "σ₂/σ₁",
+    "‖W‖",
+    "rank",
+    "σ/√(o/i)",
+    "conv",
+    "",
+)
+_FEWEST = 8  # matrices from which on outliers mean anything
+_FAR = 4.0  # robust standard deviations of log σ/√(o/i)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The measurements of one matrix; missing ones are None.
+
+    ``relative`` is σ/√(rows/columns), which is about the same for all layers of a network whose
+    features keep their size (Yang, Simon & Bernstein 2023). ``convolution_lower`` and
+    ``convolution_upper`` bound the norm of a convolution as a map of images of any size.
+    """
+
+    name: str
+    tensor: str
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str
+    guessed: bool
+    rows: int
+    columns: int
+    sigma: float | None
+    lower: float | None
+    upper: float | None
+    method: str
+    ratio: float | None
+    frobenius: float | None
+    stable_rank: float | None
+    relative: float | None
+    convolution_lower: float | None
+    convolution_upper: float | None
+    largest: float | None
+    zeros: float
+    dead_rows: int
+    dead_columns: int
+    nonfinite: int
+    note: str = ""
+
+    @property
+    def is_dead(self) -> bool:
+        """Return True if the matrix is zero."""
+        return self.zeros == 1.0
+
+    def problems(self) -> str:
+        """Return what is wrong with the matrix, or ""."""
+        if self.nonfinite:
+            return f"{self.nonfinite:,} NaN or Inf"
+        if self.is_dead:
+            return "zero"
+        dead = [(self.dead_rows, "dead outputs"), (self.dead_columns, "dead inputs")]
+        return ", ".join(f"{count:,} {what}" for count, what in dead if count)
+
+
+class Report(Mapping[str, Row]):
+    """What `report` returns: a mapping of the name of each matrix to its `Row`.
+
+    Parameters
+    ----------
+    source : str
+        What was read.
+    rows : iterable of Row
+    skipped : mapping of name to str
+        The reason why each other tensor is not measured.
+    nonfinite : mapping of name to int
+        Number of NaN and Inf in vectors, such as biases.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import spectral_core as sc
+    >>> report = sc.report({"w": np.diag([4.0, 2.0, 1.0])})
+    >>> round(report["w"].sigma, 10), report["w"].ratio, report.skipped
+    (4.0, 0.5, {})
+    """
+
+    def __init__(
+        self,
+        source: str,
+        rows: list[Row],
+        skipped: Mapping[str, str],
+        nonfinite: Mapping[str, int] | None = None,
+    ) -> None:
+        self.source = source
+        self._rows = {row.name: row for row in rows}
+        self.skipped = dict(skipped)
+        self.nonfinite = dict(nonfinite or {})
+
+    def __getitem__(self, name: str) -> Row:
+        return self._rows[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def sigma(self) -> dict[str, float | None]:
+        """The largest singular value of each matrix."""
+        return {name: row.sigma for name, row in self.items()}
+
+    @property
+    def log10_product(self) -> float | None:
+        """The sum of log₁₀ σ₁ over all matrices that are finite and not zero."""
+        found = [log10(row.sigma) for row in self.values() if row.sigma]
+        return sum(found) if found else None
+
+    @property
+    def largest(self) -> str | None:
+        """The name of the matrix with the largest σ₁."""
+        found = {name: row.sigma for name, row in self.items() if row.sigma is not None}
+        return max(found, key=lambda name: found[name] or 0.0) if found else None
+
+    @property
+    def outliers(self) -> list[str]:
+        """Names of matrices whose σ/√(o/i) is far from the median of all, on a logarithmic scale.
+
+        Far is four robust standard deviations (1.4826 times the median absolute deviation). Fewer
+        than eight matrices have no outliers.
+        """
+        logs = {name: log10(row.relative) for name, row in self.items() if row.relative}
+        if len(logs) < _FEWEST:
+            return []
+        middle = median(logs.values())
+        spread = 1.4826 * median(abs(x - middle) for x in logs.values())
+        return [name for name, x in logs.items() if spread and abs(x - middle) > _FAR * spread]
+
+    def above(self, bound: float) -> list[str]:
+        """Return the names of matrices whose σ₁, or norm as a convolution, may exceed a bound.
+
+        A matrix that is not finite exceeds every bound.
+        """
+        return [
+            name
+            for name, row in self.items()
+            if row.upper is None or max(row.upper, row.convolution_upper or 0.0) > bound
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        """Return the numbers about the whole."""
+        return {
+            "source": self.source,
+            "matrices": len(self),
+            "skipped": len(self.skipped),
+            "log10_product": self.log10_product,
+            "largest": self.largest,
+            "outliers": self.outliers,
+            "nonfinite": [name for name, row in self.items() if row.nonfinite]
+            + list(self.nonfinite),
+            "dead": [name for name, row in self.items() if row.is_dead],
+        }
+
+    def to_json(self) -> str:
+        """Return the report as JSON: "summary", "matrices" and "skipped"."""
+        content = {
+            "summary": self.summary(),
+            "matrices": [asdict(row) for row in self.values()],
+            "skipped": self.skipped,
+        }
+        return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+
+    def to_csv(self) -> str:
+        """Return one line a matrix, after a line of names."""
+        text = io.StringIO()
+        names = [field.name for field in fields(Row)]
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        for row in self.values():
+            writer.writerow({**asdict(row), "shape": "x".join(map(str, row.shape))})
+        return text.getvalue()
+
+    def to_pandas(self) -> Any:
+        """Return a DataFrame with one row a matrix. It needs pandas."""
+        pandas = import_module("pandas")
+        return pandas.DataFrame([asdict(row) for row in self.values()]).set_index("name")
+
+    def cells(self, top: int | None = None) -> list[tuple[str, ...]]:
+        """Return the table as text, a tuple a row: all, or the ``top`` largest σ₁."""
+        rows = list(self.values())
+        if top is not None:
+            rows = sorted(rows, key=lambda row: -(row.sigma or 0.0))[:top]
+        outliers = set(self.outliers)
+        return [_cells(row, row.name in outliers) for row in rows]
+
+    def footer(self) -> list[str]:
+        """Return the sentences below the table."""
+        found = self.summary()
+        lines = [f"{len(self):,} matrices; {len(self.skipped):,} tensors are skipped"]
+        if self.log10_product is not None:
+            lines[0] += f"; log₁₀ Πσ = {self.log10_product:.2f}; the largest σ₁ is {self.largest}"
+        for key, what in (
+            ("nonfinite", "NaN or Inf in"),
+            ("dead", "Zero"),
+            ("outliers", "Outliers"),
+        ):
+            if found[key]:
+                more = "" if len(found[key]) <= 10 else f" and {len(found[key]) - 10:,} more"
+                lines.append(f"{what}: {', '.join(found[key][:10])}{more}")
+        if any(row.guessed for row in self.values()):
+            lines.append("? after a layout: guessed. Correct it by --layout PATTERN=AXES.")
+        return lines
+
+    def table(self, top: int | None = None) -> str:
+        """Return the table as plain text."""
+        lines = [_SHOWN, *self.cells(top)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(_SHOWN))]
+        text = ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) for line in lines]
+        return "\n".join([self.source, *(line.rstrip() for line in text), *self.footer()])
+
+    def __repr__(self) -> str:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{escape(x)}</th>" for x in _SHOWN)
+        body = "".join(
+            f"<tr>{''.join(f'<td>{escape(x)}</td>' for x in line)}</tr>" for line in self.cells()
+        )
+        below = "<br>".join(map(escape, self.footer()))
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{below}</p>"
+
+
+COLUMNS = _SHOWN
+
+
+def _cells(row: Row, is_outlier: bool) -> tuple[str, ...]:
+    interval = "" if row.lower is None else f"[{_number(row.lower)}, {_number(row.upper)}]"
+    if row.method not in ("proven", ""):
+        interval += f" {row.method}"
+    notes = [row.problems(), "outlier" if is_outlier else "", row.note]
+    return (
+        row.name,
+        f"{row.rows}×{row.columns}",
+        row.layout + "?" * row.guessed,
+        _number(row.sigma),
+        interval,
+        _number(row.ratio, 3),
+        _number(row.frobenius),
+        _number(row.stable_rank, 3),
+        _number(row.relative),
+        _number(row.convolution_upper),
+        "; ".join(note for note in notes if note),
+    )
+
+
+def _number(value: float | None, digits: int = 5) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"
+
+
+def finite(value: float) -> float | None:
+    """Return None for NaN and infinity, which JSON does not have."""
+    return float(value) if isfinite(value) else None
