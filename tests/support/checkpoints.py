@@ -142,9 +142,9 @@ FORMATS = {
 
 
 def attempt(path):
-    """Read and measure; return the report, or the one line that says why not."""
+    """Read and measure; return the JSON, or the one line that says why not."""
     try:
-        return sc.report(path)
+        return json.loads(sc.report(path, convolutions=False).to_json())
     except sc.SpectralError as error:
         return str(error)
 
