@@ -14,6 +14,7 @@ import numpy as np
 from .entry import CheckpointError, Stored, TensorEntry
 from .numbers import is_floating, stored_dtype
 
+_MOST_VALUES = 8_000_000  # of JSON, each of some 40 bytes in memory
 MOST_HEADER = 100 * 2**20  # bytes of a header: a million tensors of 100 bytes each
 
 
@@ -151,6 +152,8 @@ def short(name: object) -> str:
 
 def parsed_json(text: bytes, what: str) -> dict[str, Any]:
     """Return a JSON object, or raise `CheckpointError`."""
+    if sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise CheckpointError(f"{what} has more than {_MOST_VALUES:,} values")
     try:
         found = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

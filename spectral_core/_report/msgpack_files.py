@@ -17,6 +17,7 @@ from .numbers import stored_dtype
 from .pickles import walk
 
 _MOST_DEPTH = 64
+_MOST_VALUES = 4_000_000  # an empty list has 64 bytes of memory for one in the file
 _MOST_SHORT = 1 << 16  # bytes of a string that is read: names and dtypes
 _ARRAY = 1  # Flax's extension type; the others are single numbers
 _CHUNKED = "__msgpack_chunked_array__"
@@ -61,10 +62,13 @@ class _Parser:
         self.position = start
         self._stop = file.size if stop is None else stop
         self._map = np.memmap(file.path, np.uint8, "r")
-        self._depth = 0
+        self._depth = self._values = 0
 
     def value(self) -> Any:
         """Return the next value; byte strings and extensions stay in the file as a `Span`."""
+        self._values += 1
+        if self._values > _MOST_VALUES:
+            raise CheckpointError(f"has more than {_MOST_VALUES:,} values")
         code = self._unsigned(1)
         if code < 0x80 or code >= 0xE0:
             return code if code < 0x80 else code - 0x100

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 from .entry import CheckpointError
 from .files import short
 
+_MOST_OPCODES = 4_000_000  # 30 a tensor; an empty list has 64 bytes of memory for one in the file
 _MOST_READ = 64 * 2**20  # bytes of one string; tensors are never inside of a torch pickle
 _ALLOWED = {
     "collections": {"OrderedDict", "defaultdict"},
@@ -130,7 +131,10 @@ def loads(file: BinaryIO) -> object:
     """
     machine = _Machine()
     try:
-        for opcode, argument, _ in pickletools.genops(_Bounded(file)):  # type: ignore[arg-type]
+        opcodes = pickletools.genops(_Bounded(file))  # type: ignore[arg-type]
+        for count, (opcode, argument, _) in enumerate(opcodes):
+            if count > _MOST_OPCODES:
+                raise CheckpointError(f"its pickle has more than {_MOST_OPCODES:,} opcodes")
             machine.run(opcode.name, argument)
     except CheckpointError:
         raise

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import spectral_core as sc
 from checkpoints import FORMATS, attempt, mutated, safetensors
-from spectral_core._report import zips
+from spectral_core._report import files, msgpack_files, pickles, zips
 from spectral_core._report.command import main
 from spectral_core._report.pickles import loads
 
@@ -172,6 +172,20 @@ def test_names_cannot_write_to_the_terminal(tmp_path, capsys):
     bad = safetensors({"\x1b[2J\nfine": ("F32", np.eye(2))})
     (tmp_path / "a.safetensors").write_bytes(bad)
     assert "\x1b" not in refused(tmp_path / "a.safetensors", capsys)
+
+
+def test_small_values_do_not_fill_the_memory(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pickles, "_MOST_OPCODES", 1000)
+    monkeypatch.setattr(msgpack_files, "_MOST_VALUES", 1000)
+    monkeypatch.setattr(files, "_MOST_VALUES", 1000)
+    bad = {
+        "a.pt": b"\x80\x02(" + b"]" * 2000 + b"l.",
+        "a.msgpack": b"\x81\xa1a\xdc\x07\xd0" + b"\x90" * 2000,
+        "a.safetensors": header(b'{"a": [' + b"[]," * 2000 + b"[]]}"),
+    }
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+        assert "more than 1,000" in refused(tmp_path / name, capsys)
 
 
 FILES = [name for name in FORMATS if "folder" not in name]
