@@ -6,6 +6,7 @@ be mapped; and it checks each length against the bytes that are left before anyt
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +62,8 @@ class _Parser:
     def __init__(self, file: Mapped, start: int = 0, stop: int | None = None) -> None:
         self.position = start
         self._stop = file.size if stop is None else stop
-        self._map = np.memmap(file.path, np.uint8, "r")
+        with file.path.open("rb") as source:
+            self._map = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
         self._depth = self._values = 0
 
     def value(self) -> Any:
@@ -136,7 +138,7 @@ class _Parser:
 
     def _bytes(self, count: int) -> bytes:
         start = self._span(count).offset
-        return self._map[start : start + count].tobytes()
+        return self._map[start : start + count]
 
     def _unsigned(self, count: int) -> int:
         return int.from_bytes(self._bytes(count), "big")
