@@ -134,7 +134,8 @@ def _show(reports: list[Report], options: argparse.Namespace) -> None:
 def _show_rich(report: Report, top: int | None) -> None:
     table = import_module("rich.table").Table(title=_text(report.source))
     for i, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if i in (0, 2, 10) else "right", no_wrap=i != 10)
+        left = i in (0, 2, 10)
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
     for line in report.cells(top):
         table.add_row(*map(_text, line))
     console = import_module("rich.console").Console()

@@ -93,7 +93,7 @@ def _channels_first(name: str, shape: Shape, *, guessed: bool) -> Choice:
     ndim = len(shape)
     if ndim == 2:
         if _TABLE.search(name):
-            return Choice(Layout("io"), guessed, "a table: one row an input")
+            return Choice(Layout("io"), guessed)  # a table has a row for each input
         if _CONV1D.search(name):
             fused = name.endswith("c_attn.weight") and shape[1] == 3 * shape[0]
             return Choice(Layout("i(go)", 3) if fused else Layout("io"), guessed)

@@ -28,6 +28,7 @@ _SHOWN = (
 )
 _FEWEST = 8  # matrices from which on outliers mean anything
 _FAR = 4.0  # robust standard deviations of log σ/√(o/i)
+_LEAST = log10(2.0)  # layers of equal norms have no spread: half and double are no outliers yet
 
 
 @dataclass(frozen=True)
@@ -143,15 +144,16 @@ class Report(Mapping[str, Row]):
     def outliers(self) -> list[str]:
         """Names of matrices whose σ/√(o/i) is far from the median of all, on a logarithmic scale.
 
-        Far is four robust standard deviations (1.4826 times the median absolute deviation). Fewer
-        than eight matrices have no outliers.
+        Far is four robust standard deviations (1.4826 times the median absolute deviation), and a
+        factor of two at least. Fewer than eight matrices have no outliers.
         """
         logs = {name: log10(row.relative) for name, row in self.items() if row.relative}
         if len(logs) < _FEWEST:
             return []
         middle = median(logs.values())
         spread = 1.4826 * median(abs(x - middle) for x in logs.values())
-        return [name for name, x in logs.items() if spread and abs(x - middle) > _FAR * spread]
+        far = max(_FAR * spread, _LEAST)
+        return [name for name, x in logs.items() if abs(x - middle) > far]
 
     def above(self, bound: float) -> list[str]:
         """Return the names of matrices whose σ₁, or norm as a convolution, may exceed a bound.

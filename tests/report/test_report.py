@@ -99,6 +99,8 @@ def test_outliers_and_dead_layers():
     assert report.outliers == ["far"]
     assert report.summary()["dead"] == ["zero"]
     assert sc.report(dict(list(weights.items())[:3])).outliers == []
+    equal = {f"w{i}": np.eye(3) for i in range(9)}
+    assert sc.report({**equal, "a": 1.9 * np.eye(3), "b": 3 * np.eye(3)}).outliers == ["b"]
 
 
 def test_lora_pairs():
