@@ -195,6 +195,7 @@ def wheel(session: nox.Session) -> None:
     install(session, str(one))
     with session.chdir(built):
         session.run("python", "-c", TEN_STEPS)
+        session.run("spectral-report", "--help")
 
 
 @nox.session

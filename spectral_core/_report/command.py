@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -12,7 +14,7 @@ from .._layout import Layout
 from ..errors import SpectralError
 from .entry import TensorEntry
 from .layouts import parsed
-from .result import COLUMNS, Report
+from .result import COLUMNS, Report, printable
 from .run import report_of
 
 GOOD, ABOVE, BAD = 0, 1, 2
@@ -23,7 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: all is measured. 1: ``--fail-above`` found a norm above its bound. 2: the input is bad.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.compare and (options.json or options.csv):
+        parser.error("--compare writes a table: leave --json and --csv out")
     try:
         layouts = dict(map(parsed, options.layout))
         reports = [
@@ -37,14 +42,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         print(f"spectral-report: {options.path}: not enough memory", file=sys.stderr)
         return BAD
-    _show(reports, options)
+    with contextlib.suppress(AttributeError):  # a stream of a test
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        _show(reports, options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
     bound = options.fail_above
     above = (
         [name for report in reports for name in report.above(bound)] if bound is not None else []
     )
     if above:
         shown = ", ".join(above[:10]) + (", …" if len(above) > 10 else "")
-        print(f"spectral-report: above {bound:g}, or not finite: {shown}", file=sys.stderr)
+        print(
+            f"spectral-report: above {bound:g}, or not finite: {printable(shown)}", file=sys.stderr
+        )
     return ABOVE if above else GOOD
 
 
@@ -168,4 +181,4 @@ def compared(before: Report, after: Report) -> str:
         alone = [name for name in own if name not in other]
         if alone:
             text.append(f"Only {what}: {', '.join(alone[:10])}{', …' if len(alone) > 10 else ''}")
-    return "\n".join(text)
+    return "\n".join(map(printable, text))

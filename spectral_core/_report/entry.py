@@ -20,6 +20,7 @@ from ..errors import SpectralError
 Stored: TypeAlias = np.ndarray[Any, Any]
 
 MOST_TENSORS = 1_000_000
+MOST_NAME = 1000  # characters
 MOST_AXES = 32  # NumPy's limit before 2.0; no weight comes near it
 
 

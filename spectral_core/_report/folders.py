@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import gguf, hdf5, msgpack_files, numpy_files, orbax, safetensors, torch_files, torch_folders
-from .entry import Checkpoint, CheckpointError, TensorEntry, check_count
+from .entry import MOST_NAME, Checkpoint, CheckpointError, TensorEntry, check_count
 from .files import Mapped, parsed_json, short
 from .numbers import stored_dtype
 from .zips import Archive
@@ -58,6 +58,8 @@ def opened(path: str | Path) -> Checkpoint:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise CheckpointError(f"{path}: cannot be read: {reason}") from None
+    except (ValueError, OverflowError) as error:
+        raise CheckpointError(f"{path}: is broken: {short(error)}") from None
     except RecursionError:
         raise CheckpointError(f"{path}: is nested too deep") from None
     return found
@@ -181,6 +183,8 @@ def _check_total(entries: Iterable[TensorEntry], held: int) -> None:
     """Raise if the tensors claim far more bytes than there are, as no saved model does."""
     claimed = 0
     for entry in entries:
+        if len(entry.name) > MOST_NAME:
+            raise CheckpointError(f"a tensor's name has {len(entry.name):,} characters")
         stored = stored_dtype(entry.dtype)
         claimed += entry.size * stored.itemsize if stored and not entry.skip else 0
     if claimed > 2**28 + _MOST_REUSE * held:

@@ -27,8 +27,11 @@ class Choice(NamedTuple):
 
 
 Shape = tuple[int, ...]
-_TABLE = re.compile(r"(^|[._/])(wte|wpe|embed\w*|embeddings?|\w*_embeddings?|shared)[._/]\w+$")
-_FUSED = re.compile(r"(in_proj_weight|qkv\w*\.weight|Wqkv\.weight|query_key_value\.weight)$")
+_TABLE = re.compile(
+    r"(^|[._/])(wte|wpe|embed|embed_(in|tokens|positions)|embeddings?|embd|shared)[._/]\w+$"
+)
+_FUSED = re.compile(r"(in_proj_weight|qkv\w{0,40}\.weight|Wqkv\.weight)$")
+_MIXED = re.compile(r"query_key_value\.weight$")  # GPT-NeoX and BLOOM: a head after the other
 _CONV1D = re.compile(r"(^|\.)h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 _EXPERTS = re.compile(r"expert")
 _TRANSPOSED = re.compile(r"(deconv|transpose|upconv|ups\.\d+\.)", re.I)
@@ -95,8 +98,9 @@ def _channels_first(name: str, shape: Shape, *, guessed: bool) -> Choice:
         if _TABLE.search(name):
             return Choice(Layout("io"), guessed)  # a table has a row for each input
         if _CONV1D.search(name):
-            fused = name.endswith("c_attn.weight") and shape[1] == 3 * shape[0]
-            return Choice(Layout("i(go)", 3) if fused else Layout("io"), guessed)
+            return _gpt2(name, shape, guessed=guessed)
+        if _MIXED.search(name):
+            return Choice(Layout("oi"), True, "fused query, key and value, not taken apart")
         if _FUSED.search(name):
             if shape[0] == 3 * shape[1]:
                 return Choice(Layout("(go)i", 3), guessed, "query, key and value")
@@ -113,6 +117,21 @@ def _channels_first(name: str, shape: Shape, *, guessed: bool) -> Choice:
     # A kernel has few taps. Three axes of which the last is long are rather a stack of matrices.
     unusual = max(shape[2:]) > 31 or (shape[1] == 1 < shape[0])
     return Choice(default_layout(ndim), guessed or unusual)
+
+
+def _gpt2(name: str, shape: Shape, *, guessed: bool) -> Choice:
+    """Return the layout of a layer of GPT-2: transposed in its own code, not in copies of it."""
+    wide = shape[1] > shape[0]
+    if name.endswith("c_attn.weight"):
+        if shape[1] == 3 * shape[0]:
+            return Choice(Layout("i(go)", 3), guessed)
+        if shape[0] == 3 * shape[1]:
+            return Choice(Layout("(go)i", 3), guessed, "query, key and value")
+        return Choice(Layout("io"), True)
+    if shape[0] == shape[1]:
+        return Choice(Layout("io"), True)
+    grows = "c_fc" in name
+    return Choice(Layout("io" if wide == grows else "oi"), guessed)
 
 
 _FLAX_ATTENTION = re.compile(r"(^|/)(query|key|value|(?P<out>out))/kernel$")

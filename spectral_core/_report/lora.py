@@ -14,6 +14,7 @@ from .result import Row, finite
 
 # PEFT, and the names of kohya's scripts. The first factor maps inputs to the rank.
 _DOWN = re.compile(r"\.(lora_A|lora_down)(\.\w+)?\.weight$|\.lora_A$")
+_MOST_RANK = 4096  # the products of a factor with itself have the square of it
 _UP = {"lora_A": "lora_B", "lora_down": "lora_up"}
 
 
@@ -29,7 +30,7 @@ def pairs(entries: Iterable[TensorEntry]) -> list[Row]:
         up = readable.get(name[: match.start()] + match[0].replace(part, _UP[part]))
         if up is None or len(down.shape) != 2 or len(up.shape) != 2:
             continue
-        if up.shape[1] == down.shape[0] and 0 not in (*up.shape, *down.shape):
+        if up.shape[1] == down.shape[0] <= _MOST_RANK and 0 not in (*up.shape, *down.shape):
             rows.append(_row(name[: match.start()], up, down))
     return rows
 

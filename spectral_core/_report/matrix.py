@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import frexp, inf, nan
+from math import frexp, inf, ldexp, nan
 from typing import NamedTuple
 
 import numpy as np
@@ -139,6 +139,9 @@ class _Tiles:
         if abs(exponent) > _FAR:
             self.exponent, self._kept = exponent, None
 
+    def _scaled(self, value: float) -> float:
+        return ldexp(value, -self.exponent) if self.exponent else value
+
     def whole(self) -> Stored:
         """Return the matrix in memory."""
         return np.concatenate(list(self), axis=0)
@@ -168,11 +171,12 @@ class _Tiles:
             longest, largest = max(longest, float(rows.max())), max(largest, float(size.max()))
             lengths.append(_length(size))
         self.scale(largest)
-        scaled = 2.0**-self.exponent
         return _Sums(
             largest,
             nan if nonfinite else _length(np.array(lengths)),
-            (longest * scaled) * (float(columns.max()) * scaled) * (1 + 8 * sum(self.shape) * _EPS),
+            self._scaled(longest)
+            * self._scaled(float(columns.max()))
+            * (1 + 8 * sum(self.shape) * _EPS),
             zeros,
             nonfinite,
             (dead, int((columns == 0).sum())),

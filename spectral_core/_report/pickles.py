@@ -15,7 +15,7 @@ import pickletools
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from .entry import CheckpointError
+from .entry import MOST_NAME, CheckpointError
 from .files import short
 
 _MOST_OPCODES = 4_000_000  # 30 a tensor; an empty list has 64 bytes of memory for one in the file
@@ -146,7 +146,15 @@ def loads(file: BinaryIO) -> object:
 
 
 # What the tokenizer and the machine raise for bytes that are no pickle.
-_MALFORMED = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError)
+_MALFORMED = (
+    ValueError,
+    IndexError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 
 
 class _Machine:
@@ -223,7 +231,8 @@ def _call(machine: _Machine, _: Any) -> None:
     arguments, function = machine.pop(), machine.pop()
     if isinstance(function, Global) and function.name in ("OrderedDict", "defaultdict"):
         items = arguments[0] if isinstance(arguments, tuple) and arguments else ()
-        machine.stack.append(dict(items) if isinstance(items, list) else {})
+        pairs = items if isinstance(items, list) else []
+        machine.stack.append({_key(key): value for key, value in pairs})
     else:
         machine.stack.append(Call(function, arguments))
 
@@ -260,7 +269,13 @@ def _set_items(machine: _Machine, items: list[Any]) -> None:
 
 def _key(key: Any) -> Any:
     """Return a key that has a hash: calls are compared by identity."""
-    return key if isinstance(key, str | int | Call | bytes) else short(key)
+    if isinstance(key, str):
+        if len(key) > MOST_NAME:
+            raise CheckpointError(f"its pickle has a name of {len(key):,} characters")
+        return key
+    if isinstance(key, int):
+        return key if abs(key) < 2**63 else "a huge number"
+    return key if isinstance(key, Call) else short(key)
 
 
 def _put(machine: _Machine, argument: Any) -> None:

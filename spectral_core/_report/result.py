@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from html import escape
 from importlib import import_module
 from math import isfinite, log10
@@ -187,7 +188,7 @@ class Report(Mapping[str, Row]):
             "matrices": [asdict(row) for row in self.values()],
             "skipped": self.skipped,
         }
-        return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        return json.dumps(content, indent=2, allow_nan=False)
 
     def to_csv(self) -> str:
         """Return one line a matrix, after a line of names."""
@@ -196,7 +197,10 @@ class Report(Mapping[str, Row]):
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         for row in self.values():
-            writer.writerow({**asdict(row), "shape": "x".join(map(str, row.shape))})
+            values = {**asdict(row), "shape": "x".join(map(str, row.shape))}
+            for key in ("name", "tensor", "dtype", "note"):
+                values[key] = printable(values[key])
+            writer.writerow(values)
         return text.getvalue()
 
     def to_pandas(self) -> Any:
@@ -235,7 +239,7 @@ class Report(Mapping[str, Row]):
         lines = [_SHOWN, *self.cells(top)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(_SHOWN))]
         text = ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) for line in lines]
-        return "\n".join([self.source, *(line.rstrip() for line in text), *self.footer()])
+        return "\n".join(printable(x.rstrip()) for x in (self.source, *text, *self.footer()))
 
     def __repr__(self) -> str:
         return self.table()
@@ -253,7 +257,7 @@ COLUMNS = _SHOWN
 
 
 def _cells(row: Row, is_outlier: bool) -> tuple[str, ...]:
-    interval = "" if row.lower is None else f"[{_number(row.lower)}, {_number(row.upper)}]"
+    interval = "" if row.lower is None else f"[{_below(row.lower)}, {_above(row.upper)}]"
     if row.method not in ("proven", ""):
         interval += f" {row.method}"
     notes = [row.problems(), "outlier" if is_outlier else "", row.note]
@@ -267,13 +271,34 @@ def _cells(row: Row, is_outlier: bool) -> tuple[str, ...]:
         _number(row.frobenius),
         _number(row.stable_rank, 3),
         _number(row.relative),
-        _number(row.convolution_upper),
+        _above(row.convolution_upper),
         "; ".join(note for note in notes if note),
     )
 
 
 def _number(value: float | None, digits: int = 5) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
+
+
+def _above(value: float | None) -> str:
+    """Return a number rounded up: a bound must hold as it is printed."""
+    return _rounded(value, ROUND_CEILING)
+
+
+def _below(value: float | None) -> str:
+    return _rounded(value, ROUND_FLOOR)
+
+
+def _rounded(value: float | None, rounding: str, digits: int = 5) -> str:
+    if value is None:
+        return "–"
+    near = Context(prec=digits, rounding=rounding).create_decimal_from_float(value)
+    return f"{float(near):.{digits}g}"
+
+
+def printable(text: str) -> str:
+    """Return a text of one line that a terminal only shows: names come from a file."""
+    return "".join(c if c.isprintable() else "�" for c in text)
 
 
 def finite(value: float) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .result import Report, Row, finite
 Layouts = Mapping[str, Layout | str | None]
 Progress = Callable[[Sequence[TensorEntry]], Iterator[TensorEntry]]
 
+_MOST_TAPS = 31**2  # the kernel's sums need the square of their number
 _MOST_CONVOLUTION = 2**22  # elements of a kernel: the symbol is factorized some hundred times
 _TOLERANCE = 1e-2  # of the norm of a convolution
 _CHUNK = 1 << 20
@@ -143,7 +145,7 @@ def _convolution(
     taps = [n for letter, n in zip(letters, entry.shape, strict=True) if letter in "kdhw"]
     if not 1 <= len(taps) <= 3 or "s" in letters or all(n == 1 for n in taps):
         return None, None, ""
-    if entry.size > _MOST_CONVOLUTION:
+    if max(taps) > 31 or prod(taps) > _MOST_TAPS or entry.size > _MOST_CONVOLUTION:
         return None, None, "too large for the norm of a convolution"
     found = convolution_norm(widened(stored, entry.dtype), layout, tol=_TOLERANCE)
     return finite(found.lower), finite(found.upper), ""

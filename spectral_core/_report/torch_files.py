@@ -138,7 +138,7 @@ def listed(root: object, find: Find) -> list[TensorEntry]:
             entry = skipped(name, entry.shape, entry.dtype, f"the same tensor as {views[view]}")
         views.setdefault(view, name)
         found.append(entry)
-    check_count(len(found))
+        check_count(len(found))
     return found
 
 

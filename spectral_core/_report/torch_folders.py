@@ -117,10 +117,12 @@ def _assembled(
     whole = int(np.prod([1, *shape], dtype=object))
     if covered != whole:
         raise CheckpointError(f"{what} has {whole:,} elements, but its pieces {covered:,}")
-    found = np.empty(shape, dtype)
+    found, filled = np.empty(shape, dtype), np.zeros(shape, bool)
     for offsets, block in pieces:
         place = tuple(slice(a, a + n) for a, n in zip(offsets, block.shape, strict=False))
         if found[place].shape != block.shape:
             raise CheckpointError(f"{what} has a piece outside of its shape")
-        found[place] = block
+        found[place], filled[place] = block, True
+    if not filled.all():
+        raise CheckpointError(f"{what} has pieces that overlap")
     return found

@@ -33,8 +33,8 @@ def check(fn, x, points=3, **options):
     for i in range(points):
         exact = jacobian_norm(jacobian, x if i == 0 else 3 * normal(i, *x.shape))
         assert exact <= found.upper * SLACK, found
-        if i == 0 and found.lower is not None:
-            assert found.lower <= exact * SLACK
+        if i == 0 and found.lower is not None:  # as exact as the Jacobian: Flax has float32
+            assert found.lower <= exact * (1 + 1e-6)
     return found
 
 

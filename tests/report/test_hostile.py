@@ -188,6 +188,34 @@ def test_small_values_do_not_fill_the_memory(tmp_path, monkeypatch, capsys):
         assert "more than 1,000" in refused(tmp_path / name, capsys)
 
 
+def test_names_in_a_table_cannot_write_to_the_terminal(tmp_path, capsys):
+    bad = safetensors({"\x1b[2J\nx\ud800\x9b": ("F64", np.eye(2))})
+    (tmp_path / "a.safetensors").write_bytes(bad)
+    for option in ([], ["--csv"], ["--json"], ["--fail-above", "0.1"]):
+        main([str(tmp_path / "a.safetensors"), *option])
+        text = "".join(capsys.readouterr())
+        assert text.encode()
+        assert all(c.isprintable() or c == "\n" for c in text)
+
+
+BAD_KEYS = {
+    "deep": b"\x80\x02ccollections\nOrderedDict\n])" + b"\x85" * 300_000 + b"N\x86a\x85R.",
+    "long": b"\x80\x02}X" + (2000).to_bytes(4, "little") + b"a" * 2000 + b"Ns.",
+}
+
+
+@pytest.mark.parametrize("name", BAD_KEYS)
+def test_keys_that_are_no_names(name):
+    with pytest.raises(sc.SpectralError):
+        loads(io.BytesIO(BAD_KEYS[name]))
+
+
+def test_long_names(tmp_path, capsys):
+    bad = safetensors({"_" * 5000: ("F64", np.eye(2))})
+    (tmp_path / "a.safetensors").write_bytes(bad)
+    assert "5,000 characters" in refused(tmp_path / "a.safetensors", capsys)
+
+
 FILES = [name for name in FORMATS if "folder" not in name]
 
 

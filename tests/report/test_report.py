@@ -147,3 +147,16 @@ def test_import_of_the_core_does_not_import_the_report():
     code = "import sys, spectral_core; print([x for x in sys.modules if '_report.' in x])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_bounds_are_printed_outward():
+    x = rng.standard_normal((9, 7))
+    report = sc.report({f"w{i}": x * 1.1**i for i in range(20)})
+    for row, cells in zip(report.values(), report.cells(), strict=True):
+        lower, upper = map(float, cells[4].strip("[]").split(", "))
+        assert lower <= row.lower <= row.upper <= upper
+
+
+def test_subnormal_numbers():
+    row = sc.report({"w": np.full((3, 3), 5e-324)})["w"]
+    assert row.lower <= 15e-324 <= row.upper
