@@ -67,7 +67,7 @@ def first_rows(V: Array, wave: Wave, xp: Namespace) -> Array:
     """Return random rows with frequencies that are spread evenly."""
     taps = taps_of(wave, V, xp)
     d, F = taps.places.shape[-1], V.shape[-2]
-    ω = taps.leap * xp.arange(F, dtype=V.dtype, device=device_of(V, xp))[:, None]
+    ω = taps.leap * xp.arange(1, F + 1, dtype=V.dtype, device=device_of(V, xp))[:, None]
     ω = xp.broadcast_to(xp.remainder(ω, 2 * pi), (*V.shape[:-1], d))
     return xp.concat([V[..., :-d], ω], axis=-1)
 
@@ -210,6 +210,9 @@ def climb(
     value = xp.sum(c * _applied(G, c, xp), axis=-1)
     before = xp.sum(squared(images, xp), axis=-1) / size + kind.tiny
     ω, c, value = _sorted(ω, c, value, before, others, xp)
+    # Rounding makes a zero negative; the best wave is not changed.
+    least = kind.eps * xp.max(value, axis=-1, keepdims=True)
+    value = xp.maximum(value, xp.maximum(least, xp.zeros_like(least)))
     sigma = xp.sqrt(value * size)
     spread = spread_of(ω, taps, xp) / (sigma + kind.tiny)[..., None, None]
     return Climb(sigma, xp.reshape(c, (*stack, rows, k)), ω, spread)

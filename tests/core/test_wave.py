@@ -212,3 +212,14 @@ def test_engine_that_does_not_know_waves_is_passed_over():
     expected, _ = sc.add_gradient(weights, grads, state)
     sc.add_gradient_(weights, grads, state)  # Numba's engine, and NumPy's
     np.testing.assert_allclose(grads["w"], expected["w"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("taps", [(1.0, -1.0), (1.0, -2.0, 1.0), (1.0, -3.0, 3.0, -1.0)])
+def test_derivatives_whose_symbol_is_zero_somewhere_stay_finite(taps):
+    weights = {"w": np.array([[taps]], np.float32)}
+    state = sc.init(weights, layouts={"w": sc.Convolution("oik")})
+    for _ in range(60):
+        state = sc.iterate(weights, state)
+    assert np.isfinite(state.v["w"]).all()
+    norm = sc.convolution_norm(weights["w"], "oik").upper
+    assert float(state.sigma["w"]) == pytest.approx(norm, rel=1e-4)
