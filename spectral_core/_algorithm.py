@@ -47,6 +47,7 @@ def init(
         mapping does not cover.
     n_vectors : int
         Number of vectors for each matrix. With more than one, a step runs `block_iteration`.
+        With ``norm="operator"``, a convolution follows the waves of its layout instead.
     norm : str
         "flattened", the norm of each weight's matrix, or "operator": for a convolution, the norm of
         the map of images at any size with zero or circular padding. Each layout with kernel axes

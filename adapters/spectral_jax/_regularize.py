@@ -100,7 +100,8 @@ def add_spectral_norm_regularization(
         Power iterations in a step.
     n_vectors : int
         Number of vectors to iterate with for each matrix. Two or more keep track of σ where σ₂
-        comes close to it or overtakes it: see `spectral_core.block_iteration`.
+        comes close to it or overtakes it: see `spectral_core.block_iteration`. With
+        ``norm="operator"``, a convolution follows the waves of its layout instead.
     norm : str
         "flattened", the norm of each weight's matrix, as in the paper, or "operator": the norm of a
         convolution as a map of images. The stride and dilation are those of the module, if the tree

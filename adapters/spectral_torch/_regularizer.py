@@ -68,6 +68,7 @@ class SpectralNormRegularizer(OptimizerHook):
     n_vectors : int
         Number of vectors for each matrix. Several vectors follow σ where σ₂ comes close to it or
         overtakes it. They cost many small operations (`spectral_core.block_iteration`).
+        With ``norm="operator"``, a convolution follows the waves of its layout instead.
     norm : str
         "flattened", the norm of each weight's matrix, as in the paper, or "operator": the norm of a
         convolution as a map of images, with the stride and dilation of its module. A layout that is

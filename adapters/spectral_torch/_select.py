@@ -127,12 +127,17 @@ def choose_parameters(
 
 
 def _geometries(found: _Candidates) -> dict[str, Geometry]:
-    """Return the stride and dilation of each weight whose module is a convolution."""
+    """Return the stride and dilation of each weight whose module is a convolution.
+
+    A kernel that convolutions of different strides share has none. The library then warns of the
+    stride that it assumes.
+    """
     geometries = {}
     for name, owners in found.owners.items():
-        layer: Any = next((o for o in owners if isinstance(o, nn.modules.conv._ConvNd)), None)
-        if layer is not None:
-            geometries[name] = Geometry(layer.stride, layer.dilation, layer.transposed)
+        layers: list[Any] = [o for o in owners if isinstance(o, nn.modules.conv._ConvNd)]
+        kinds = {Geometry(x.stride, x.dilation, x.transposed) for x in layers}
+        if len(kinds) == 1:
+            geometries[name] = kinds.pop()
     return geometries
 
 
