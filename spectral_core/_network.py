@@ -297,6 +297,8 @@ def _combined(gains: Sequence[float], power: int) -> float:
 
 def power_of_ten(logarithm: float) -> float:
     """Return a number above 10 to the logarithm."""
+    if logarithm == -inf:
+        return 0.0
     try:
         return float(10.0**logarithm) * (1 + 2.0**-46 * (1 + abs(logarithm)))
     except OverflowError:

@@ -250,6 +250,8 @@ def known(w: Walk, eqn: Any, operands: list[Operand]) -> Value | None:
     closed = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
     if others and eqn.params["name"] not in ("leaky_relu", "elu", "celu"):
         return None
+    if any(y.size != 1 for y in others):
+        return None
     try:
         traced = jax.make_jaxpr(function)(*arguments, *(y.array for y in others))
     except TypeError:

@@ -70,9 +70,10 @@ def item(w: Walk, out: Tensor, x: Tensor, index: Any) -> Value:
 
 
 @gain("expand expand_as broadcast_to repeat tile repeat_interleave")
-def repeated(w: Walk, out: Tensor, x: Tensor, *args: Any, **__: Any) -> Value:
+def repeated(w: Walk, out: Tensor, x: Tensor, *args: Any, **options: Any) -> Value:
     """Repeat every element as often as any other."""
-    if any(isinstance(one, Tensor) for one in args[:1]) and w._function == "repeat_interleave":
+    counts = args[0] if args else options.get("repeats")
+    if isinstance(counts, Tensor) and w._function == "repeat_interleave":
         raise NoBound("repeats elements by numbers in a tensor")
     return Value(in_series([w.value(x).gain, _repeats(x, out)]))
 
@@ -262,6 +263,12 @@ def _plain(name: str) -> Handler:
     def handler(w: Walk, out: Tensor, x: Tensor, *args: Any, **options: Any) -> Value:
         if any(isinstance(y, Tensor) and w.depends(y) for y in (*args, *options.values())):
             raise NoBound("its limits depend on the input")
+        number = args[0] if args else options.get("alpha", 1.0)
+        if name == "celu" and not number > 0:
+            raise NoBound("the walk knows celu with alpha above zero")
+        limit = args[1] if len(args) > 1 else options.get("threshold", 20)
+        if name == "softplus" and limit < 20:
+            raise NoBound("jumps at its threshold")
         return activation(w, out, x, *SLOPES[name])
 
     return handler
@@ -345,7 +352,9 @@ def softmax(w: Walk, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Value:
 
 
 @gain("log_softmax")
-def log_softmax(w: Walk, out: Tensor, x: Tensor, dim: int, *_: Any, **__: Any) -> Value:
+def log_softmax(w: Walk, out: Tensor, x: Tensor, dim: Any, *_: Any, **__: Any) -> Value:
     """Apply log-softmax: its Jacobian I − 1sᵀ is an oblique projection, of norm √n at most."""
+    if dim is None:
+        raise NoBound("pass dim to log_softmax")
     size = float(x.shape[dim]) ** 0.5 if x.ndim else 0.0
     return w.grown(x, out, 0.0, size * (1 + 4 * UNIT) if x.ndim and x.shape[dim] > 1 else 0.0)

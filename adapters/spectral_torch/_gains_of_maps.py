@@ -98,7 +98,8 @@ def convolve(
         exact(weight), _each(stride, n), around, _each(dilation, n), groups, kind=w.kind, tol=w.tol
     )
     before = w.raw(x)
-    if isinstance(before, Padded) and around in ((0,) * n, "valid") and len(before.sizes) == n:
+    alone = around in ((0,) * n, "valid")
+    if isinstance(before, Padded) and before.is_current and alone and len(before.sizes) == n:
         x = before.tensor
         fields = {"circular": before.widths, "sizes": before.sizes, "padding": (0,) * n}
         map = Convolution(**(vars(map) | fields))

@@ -90,10 +90,12 @@ def lipschitz_bound(
     max_iter = check_int(max_iter, "max_iter", 0)
     walk = Walk(model, HANDLERS, given)
     walk.tol = tol
-    with _as_evaluated(model, inputs):
+    with torch.inference_mode(False), _as_evaluated(model, inputs):
         with torch.no_grad():
             copies = [x.detach().clone() for x in inputs]
             outputs = list(tensors_in(walk.run(model, copies)))
+        if not outputs:
+            raise sc.ArgumentError("the model gives no tensor that the walk can find in its output")
         values = walk.outputs(outputs)
         note = ""
         lower = None

@@ -15,8 +15,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from inspect import signature
+from dataclasses import dataclass, is_dataclass
+from inspect import BoundArguments, signature
 from math import prod
 from typing import Any
 
@@ -63,6 +63,12 @@ class Padded(Value):
     def __init__(self, tensor: Tensor, widths: Any, sizes: Any, gain: float) -> None:
         super().__init__(gain)
         self.tensor, self.widths, self.sizes = tensor, widths, sizes
+        self._version = tensor._version
+
+    @property
+    def is_current(self) -> bool:
+        """True if the tensor still holds the numbers that were padded."""
+        return self.tensor._version == self._version
 
 
 @dataclass
@@ -240,7 +246,8 @@ class Walk(TorchFunctionMode):
                 self.record(x, record.value)  # the handler reads what was there before
             if not results:
                 raise NoBound(f"{name} gives numbers that are no tensor")
-            value: Value | str = handler(*_bound(handler, name, self, results[0], args, kwargs))
+            bound = _bound(handler, name, self, results[0], args, kwargs)
+            value: Value | str = handler(*bound.args, **bound.kwargs)
         except NoBound as reason:
             value = self.ledger.refuse(self.name, str(reason))
         for x in results:
@@ -273,6 +280,8 @@ class Walk(TorchFunctionMode):
     def _given(self, module: nn.Module, inputs: list[Tensor]) -> Value:
         """Return the value that a module gives into which the walk does not look."""
         name = self._names[id(module)]
+        if not inputs:
+            return self.ledger.refuse(name, "its arguments hold no tensor that the walk can find")
         try:
             each = {id(x): x for x in inputs}.values()
             before = side_by_side([self.value(x).gain for x in each])
@@ -285,14 +294,16 @@ class Walk(TorchFunctionMode):
 
 def _bound(
     handler: Handler, name: str, walk: Walk, out: Tensor, args: Any, kwargs: Any
-) -> tuple[Any, ...]:
-    """Return the arguments of a handler in its order, with its defaults."""
+) -> BoundArguments:
+    """Return the arguments of a handler, with its defaults."""
+    # PyTorch's own functions pass on an output that nobody gave.
+    kwargs = {key: x for key, x in kwargs.items() if key != "out" or x is not None}
     try:
         found = signature(handler).bind(walk, out, *args, **kwargs)
     except TypeError as error:
         raise NoBound(f"the walk does not know this form of {name}: {error}") from None
     found.apply_defaults()
-    return found.args
+    return found
 
 
 class _Births(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -334,6 +345,8 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, list | tuple):
         for value in tree:
             yield from tensors_in(value)
+    elif is_dataclass(tree) and not isinstance(tree, type):
+        yield from tensors_in(vars(tree))
 
 
 def _name_of(func: Any) -> str:

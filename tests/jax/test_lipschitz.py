@@ -244,6 +244,21 @@ def test_flax_network_with_batch_norm():
     assert "mul" not in kinds  # the batch norm is part of the convolution
 
 
+def test_prints_and_moves_do_not_stop_the_walk():
+    def function(x):
+        jax.debug.print("{}", x.sum())
+        y, z = jax.device_put((x, 2 * x))
+        return y + z
+
+    assert check(function, normal(0, 1, 3)).upper == pytest.approx(3)
+
+
+def test_several_slopes_are_no_known_activation():
+    slopes = jnp.array([0.1, 3.0, 0.2])
+    found = lipschitz_bound(lambda x: jax.nn.leaky_relu(x, slopes), normal(0, 1, 3))
+    assert found.unbounded or found.upper >= 3
+
+
 def test_misfits_are_errors():
     with pytest.raises(sc.DTypeError, match="floating"):
         lipschitz_bound(lambda x: x, jnp.ones((1, 2), int))

@@ -327,6 +327,58 @@ def test_functional_forms():
     check(Model().double(), torch.randn(2, 2, 4, 4, dtype=torch.float64), points=8)
 
 
+class Calls(nn.Module):
+    """A function of tensors as a model."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+OPTIONS = {
+    "add": lambda x: torch.add(x, x, alpha=5),
+    "sub": lambda x: x.sub(x, alpha=-5),
+    "vector norm": lambda x: torch.linalg.vector_norm(x, ord=1).reshape(1, 1),
+    "repeats": lambda x: x.repeat_interleave(repeats=torch.tensor([9, 1, 1]), dim=1),
+    "softplus": lambda x: F.softplus(x, 1.0, 0.5),
+    "celu": lambda x: F.celu(x, -1.0),
+    "padded, then changed": lambda x: _padded_then_changed(x),
+}
+
+
+def _padded_then_changed(x):
+    x = x[None] * 1.0
+    y = F.pad(x, (1, 1), mode="circular")
+    x.mul_(0.01)
+    return F.conv1d(y, torch.ones(1, 1, 3, dtype=x.dtype))[0]
+
+
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_options_by_keyword_count(name):
+    model, x = Calls(OPTIONS[name]), torch.randn(1, 3, dtype=torch.float64)
+    found = lipschitz_bound(model, x)
+    exact = max(jacobian_norm(model, c * x) for c in (1.0, 4.0))
+    assert found.unbounded or exact <= found.upper * (1 + 1e-9), found
+
+
+def test_constant_model_has_the_bound_zero():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    nn.init.zeros_(model[2].weight)
+    found = lipschitz_bound(model, torch.ones(1, 3, dtype=torch.float64))
+    assert found.lower == found.upper == 0
+
+
+def test_runs_under_inference_mode():
+    model = nn.Linear(3, 2).double()
+    with torch.inference_mode():
+        found = lipschitz_bound(model, torch.ones(1, 3, dtype=torch.float64))
+    exact = torch.linalg.matrix_norm(model.weight.detach(), 2)
+    assert found.upper == pytest.approx(float(exact))
+
+
 def test_several_inputs_and_outputs():
     class Model(nn.Module):
         def forward(self, x, y):
@@ -335,15 +387,6 @@ def test_several_inputs_and_outputs():
     x = torch.randn(2, 3, dtype=torch.float64)
     found = lipschitz_bound(Model(), (x, x))
     assert found.lower <= found.upper == pytest.approx(10**0.5)
-
-
-class Calls(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 class Double(torch.autograd.Function):
