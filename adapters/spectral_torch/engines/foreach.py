@@ -148,24 +148,17 @@ def _run_alone(job: Job, fresh: Tensor | None, n_iter: int) -> Triplet:
         _multiply_([job.grad], [scale])
         return triplet._replace(sigma=scale * triplet.sigma)
     if job.grad is not None:
-        force: Any = triplet.sigma if job.slope is None else job.slope.of(triplet.sigma)
-        u, factor = triplet.u, job.factor
+        force = triplet.sigma if job.slope is None else job.slope.of(triplet.sigma)
+        factor = job.factor
         if isinstance(factor, Tensor):
             force, factor = force * factor, 1.0
-        if force.is_cpu:  # a number, by which `addr_` multiplies: an operation less
-            factor *= force.item()
-        else:
-            u = u * force
-        _add_(job, u, triplet.V[0], factor)
+        _add_(job, triplet.u * force, triplet.V[0], factor)
     return triplet
 
 
 def _iterate_alone(job: Job, fresh: Tensor, n_iter: int) -> Triplet:
     W = _matrix(job)
     V = to_memory_order(job.V, job.plan, job.xp)
-    if W.is_cpu and W.dtype is V.dtype:
-        sigma, u, V = _iterate_on_host(W, V, fresh, n_iter)
-        return Triplet(sigma, u, from_memory_order(V, job.plan, job.xp))
     start, tiny = (V + fresh)[0], torch.finfo(V.dtype).tiny
     for _ in range(n_iter):
         if W.dtype is V.dtype:
@@ -181,24 +174,6 @@ def _iterate_alone(job: Job, fresh: Tensor, n_iter: int) -> Triplet:
         V = torch.where(inverse > 0, w * inverse, V)
         start = V[0]
     return Triplet(sigma, u, from_memory_order(V, job.plan, job.xp))
-
-
-def _iterate_on_host(W: Tensor, V: Tensor, fresh: Tensor, n_iter: int) -> Triplet:
-    """Iterate a matrix on the CPU: numbers are Python's own, each of which saves an operation."""
-    start, tiny, adjoint = (V + fresh)[0], torch.finfo(V.dtype).tiny, W.t()
-    for _ in range(n_iter):
-        u = torch.mv(W, start)
-        length = torch.linalg.vector_norm(u).item()
-        u.mul_(length / (length * length + tiny))
-        w = torch.mv(adjoint, u)
-        sigma = torch.linalg.vector_norm(w)
-        length = sigma.item()
-        inverse = length / (length * length + tiny)
-        # As in the core, v stays where sigma is zero or not finite.
-        if inverse > 0:
-            V = w.mul_(inverse)[None, :]
-        start = V[0]
-    return Triplet(sigma, u, V)
 
 
 def _unit(y: Tensor, tiny: float) -> tuple[Tensor, Tensor]:
