@@ -43,8 +43,8 @@ class SpectralNormState(NamedTuple):
     """State of the transformations: the step's number, and v, σ and u of each weight by path.
 
     v has shape ``(*stack, n_vectors, n)``, σ ``(*stack,)`` and u ``(*stack, m)``. With
-    ``norm="operator"`` the rows of v are waves, and u is complex. A v that version 0.1.0 saved without
-    its axis of vectors gets the axis in the first ``update``.
+    ``norm="operator"`` the rows of v are waves, and u is complex. A v that version 0.1.0 saved
+    without its axis of vectors gets the axis in the first ``update``.
     """
 
     count: jax.Array  # type: ignore[assignment]
