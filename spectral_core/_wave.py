@@ -26,10 +26,10 @@ found the peak near it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import inf, pi
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from array_api_compat import is_jax_namespace
 
@@ -43,6 +43,10 @@ _PATIENCE = 8  # an explorer goes on if so much more of its growth would not mak
 _POWERS = 4  # products with G in an iteration: they read no weight
 _REACH = 0.5  # the longest step in ω along an axis
 _NEAR, _ALIKE = 0.05, 0.8  # where two waves count as one: frequencies, and squared cosine
+
+
+Products: TypeAlias = tuple[Callable[[Array], Array], Callable[[Array], Array]]
+"""``times(rows)`` and ``adjoint_times(rows)`` of a matrix."""
 
 
 class Basis(NamedTuple):
@@ -85,49 +89,66 @@ def _kept_taps(wave: Wave, dtype: Any, device: Any, xp: Namespace) -> Taps:
 
 
 def iterate_waves(
-    times: Callable[[Array], Array],
-    adjoint_times: Callable[[Array], Array],
-    V: Array,
+    products: Sequence[Products],
+    Vs: Sequence[Array],
     wave: Wave,
     n_iter: int,
     kind: Traits,
     xp: Namespace,
-    fresh: Array | float = 0.0,
-) -> Triplet:
-    """Iterate the waves of a convolution whose flattened matrix is given by its two products.
+    fresh: Sequence[Array | float],
+) -> list[Triplet]:
+    """Iterate the waves of convolutions with the same taps.
+
+    All arithmetic between the two readings of the weights and the new waves is on arrays whose
+    shapes do not depend on a weight's size. So it runs once for all weights.
 
     Parameters
     ----------
-    times, adjoint_times : callable
-        As for `iterate_rows`, on rows in the order of `as_matrix`'s columns.
-    V : array, shape ``wave.rows(plan)``
+    products : sequence of (times, adjoint_times)
+        The two products of each flattened matrix, as for `iterate_rows`, on rows in the order of
+        `as_matrix`'s columns.
+    Vs : sequence of array, shape ``wave.rows(plan)``
         The rows of the step before.
     wave : Wave
     n_iter : int
         Number of iterations, at least 1.
     kind : Traits
     xp : namespace
-    fresh : array, shape (V.shape[-1],)
+    fresh : sequence of array, shape (V.shape[-1],)
         Added to the amplitudes before the first product: see `fresh_direction`.
 
     Returns
     -------
-    Triplet
+    list of Triplet
         u is complex: sigma·u is the image of the first wave of V.
     """
-    taps = taps_of(wave, V, xp)
+    taps, d = taps_of(wave, Vs[0], xp), len(wave.sizes)
     for _ in range(n_iter):
-        ω = V[..., -len(wave.sizes) :]
-        rows = rows_of(V + fresh, spread_of(ω, taps, xp), ω.shape[-1], xp)
-        basis = read(times, adjoint_times, rows, taps, xp)
-        found = climb(ω, basis.coordinates, basis.gram, taps, kind, xp)
-        rows, parts = turned(found, basis.Q, basis.Z, xp)
+        ω = xp.stack([V[..., -d:] for V in Vs])
+        spreads = spread_of(ω, taps, xp)
+        bases = []
+        for i, ((times, adjoint_times), V, start) in enumerate(
+            zip(products, Vs, fresh, strict=True)
+        ):
+            rows = rows_of(V + start, spreads[i, ...], d, xp)
+            bases.append(read(times, adjoint_times, rows, taps, xp))
+        coordinates, gram = (
+            xp.stack([getattr(basis, field) for basis in bases])
+            for field in ("coordinates", "gram")
+        )
+        found = climb(ω, coordinates, gram, taps, kind, xp)
+        each = [Climb(*(x[i, ...] for x in found)) for i in range(len(bases))]
+        news = [turned(one, basis.Q, basis.Z, xp) for one, basis in zip(each, bases, strict=True)]
         sigma = found.sigma[..., 0]
         usable = ((sigma > 0) & (sigma < inf))[..., None, None]
-        V, fresh = xp.where(usable, rows, V), 0.0
+        Vs = [xp.where(usable[i, ...], rows, Vs[i]) for i, (rows, _) in enumerate(news)]
+        fresh = [0.0] * len(Vs)
     wide = xp.complex64 if kind.eps > 1e-9 else xp.complex128
-    re, im = (cast(parts[..., i], wide, xp) for i in (0, 1))
-    return Triplet(sigma, re + im * 1j, V)
+    triplets = []
+    for i, (_, parts) in enumerate(news):
+        re, im = (cast(parts[..., part], wide, xp) for part in (0, 1))
+        triplets.append(Triplet(sigma[i, ...], re + im * 1j, Vs[i]))
+    return triplets
 
 
 def spread_of(ω: Array, taps: Taps, xp: Namespace) -> Array:

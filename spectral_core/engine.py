@@ -95,15 +95,12 @@ from ._validate import (
     check_weights,
 )
 from ._wave import (
-    Climb,
-    climb,
+    Products,
     iterate_waves,
     parts_of,
-    read,
     rows_of,
     spread_of,
     taps_of,
-    turned,
     wave_rows,
 )
 from .errors import ArgumentError, ShapeError
@@ -122,7 +119,6 @@ __all__ = [
     "Bound",
     "Checks",
     "Choice",
-    "Climb",
     "Dense",
     "Engine",
     "Factor",
@@ -170,7 +166,6 @@ __all__ = [
     "check_power",
     "check_weights",
     "choose",
-    "climb",
     "clipped",
     "conj",
     "constant",
@@ -185,7 +180,6 @@ __all__ = [
     "in_series",
     "iterate_rows",
     "iteration_arrays",
-    "iteration_matrix",
     "largest_scale",
     "last_of",
     "left_rows",
@@ -199,7 +193,6 @@ __all__ = [
     "outer_factors",
     "parts_of",
     "plan_of",
-    "read",
     "reshaped",
     "right_rows",
     "rows_of",
@@ -217,8 +210,7 @@ __all__ = [
     "to_memory_order",
     "traits",
     "traits_of",
-    "turned",
-    "wave_iteration",
+    "wave_iterations",
     "wave_of",
     "wave_rows",
     "widened",
@@ -438,7 +430,7 @@ class ReferenceEngine:
                 triplets.append(last_of(job))
                 continue
             if job.wave is not None:
-                triplets.append(wave_iteration(job, n_iter, fresh[i]))
+                triplets += wave_iterations([job], n_iter, [fresh[i]])
                 continue
             W, V, kind = iteration_arrays(job)
             products = partial(times_rows, W, xp=job.xp), partial(adjoint_times_rows, W, xp=job.xp)
@@ -449,23 +441,37 @@ class ReferenceEngine:
 
 def iteration_arrays(job: Job) -> tuple[Array, Array, Traits]:
     """Return W and V of a job in memory order and in the dtype of the iteration."""
-    W, kind = iteration_matrix(job)
+    W, kind = _iteration_matrix(job)
     V = to_memory_order(job.V, job.plan, job.xp)
     return W, cast(V, kind.iteration_dtype, job.xp), kind
 
 
-def iteration_matrix(job: Job) -> tuple[Array, Traits]:
+def _iteration_matrix(job: Job) -> tuple[Array, Traits]:
     """Return W of a job in memory order, in the dtype of the iteration, and its traits."""
     kind = traits(job.weight, job.xp, f"weight {job.name!r}")
     W = matrix_in_memory_order(job.weight, job.plan, job.xp)
     return cast(W, kind.iteration_dtype, job.xp), kind
 
 
-def wave_iteration(job: Job, n_iter: int, fresh: Array | float) -> Triplet:
-    """Return the triplet of a job with a `Wave` after so many iterations."""
-    assert job.wave is not None
-    plan, xp = job.plan, job.xp
-    W, kind = iteration_matrix(job)
+def wave_iterations(
+    jobs: Sequence[Job], n_iter: int, fresh: Sequence[Array | float]
+) -> list[Triplet]:
+    """Iterate jobs with the same `Wave` and kind of arrays, and return their triplets."""
+    kinds, products, Vs = [], [], []
+    for job in jobs:
+        W, kind = _iteration_matrix(job)
+        kinds.append(kind)
+        products.append(_products(W, job.plan, job.xp))
+        Vs.append(cast(job.V, kind.iteration_dtype, job.xp))
+    wave, xp = jobs[0].wave, jobs[0].xp
+    assert wave is not None
+    return iterate_waves(products, Vs, wave, n_iter, kinds[0], xp, fresh)
+
+
+def _products(W: Array, plan: Plan, xp: Namespace) -> Products:
+    """Return both products of a matrix in memory order, on rows in the order of `as_matrix`."""
+    if plan.order == plan.memory_order:
+        return partial(times_rows, W, xp=xp), partial(adjoint_times_rows, W, xp=xp)
 
     def times(V: Array) -> Array:
         return times_rows(W, to_memory_order(V, plan, xp), xp)
@@ -473,8 +479,7 @@ def wave_iteration(job: Job, n_iter: int, fresh: Array | float) -> Triplet:
     def adjoint_times(Q: Array) -> Array:
         return from_memory_order(adjoint_times_rows(W, Q, xp), plan, xp)
 
-    V = cast(job.V, kind.iteration_dtype, xp)
-    return iterate_waves(times, adjoint_times, V, job.wave, n_iter, kind, xp, fresh)
+    return times, adjoint_times
 
 
 def fresh_directions(jobs: Sequence[Job]) -> Sequence[Array]:

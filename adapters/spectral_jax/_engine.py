@@ -34,7 +34,7 @@ from spectral_core.engine import (
     right_rows,
     scaled,
     traits,
-    wave_iteration,
+    wave_iterations,
 )
 
 Axes: TypeAlias = tuple[int, ...]
@@ -115,9 +115,9 @@ class XlaEngine:
         """Return the triplet of a job with waves."""
 
         def again(_: Any, last: Triplet) -> Triplet:
-            return wave_iteration(replace(job, V=last.V), 1, 0.0)
+            return wave_iterations([replace(job, V=last.V)], 1, [0.0])[0]
 
-        triplet = wave_iteration(job, 1, fresh_direction(job.V, jnp))
+        (triplet,) = wave_iterations([job], 1, [fresh_direction(job.V, jnp)])
         if self._n_iter is not None or isinstance(job.weight, jax.core.Tracer):
             count = n_iter if self._n_iter is None else self._n_iter
             return jax.lax.fori_loop(1, count, again, triplet)

@@ -1,42 +1,27 @@
-"""Follow the waves of many convolutions at once: the core's arithmetic in fewer calls.
-
-All arithmetic between the two readings of the weights and the new waves is on arrays whose shapes
-do not depend on the weight's size. So it runs once for all weights with the same taps.
-"""
+"""Follow the waves of many convolutions at once: the core's arithmetic, once for equal taps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spectral_core.engine import (
-    Array,
     Bound,
-    Climb,
     Job,
-    Plan,
     Result,
     Triplet,
     add_outer_,
-    adjoint_times_rows,
-    climb,
     finish,
     fresh_directions,
-    from_memory_order,
-    iteration_matrix,
     last_of,
-    read,
     rows_of,
     scale_,
     spread_of,
     taps_of,
-    times_rows,
-    to_memory_order,
-    turned,
+    wave_iterations,
 )
 
 from .precision import in_full_float32
@@ -71,40 +56,10 @@ class WaveEngine:
             places.setdefault(key, []).append(place)
         triplets: list[Any] = [None] * len(jobs)
         for mine in places.values():
-            found = _iterate([jobs[i] for i in mine], [fresh[i] for i in mine], n_iter)
+            found = wave_iterations([jobs[i] for i in mine], n_iter, [fresh[i] for i in mine])
             for place, triplet in zip(mine, found, strict=True):
                 triplets[place] = triplet
         return _finish(jobs, triplets)
-
-
-def _iterate(jobs: Sequence[Job], fresh: Sequence[Array], n_iter: int) -> list[Triplet]:
-    first, xp = jobs[0], jobs[0].xp
-    assert first.wave is not None
-    matrices = [iteration_matrix(job) for job in jobs]
-    kind = matrices[0][1]
-    products = [_products(W, job.plan, xp) for (W, _), job in zip(matrices, jobs, strict=True)]
-    Vs, starts = [job.V for job in jobs], list(fresh)
-    taps, d = taps_of(first.wave, Vs[0], xp), len(first.wave.sizes)
-    for _ in range(n_iter):
-        ω = torch.stack([V[..., -d:] for V in Vs])
-        spreads = spread_of(ω, taps, xp)
-        bases = []
-        for i, (times, adjoint_times) in enumerate(products):
-            rows = rows_of(Vs[i] + starts[i], spreads[i], d, xp)
-            bases.append(read(times, adjoint_times, rows, taps, xp))
-        coordinates, gram = (
-            torch.stack([getattr(basis, field) for basis in bases])
-            for field in ("coordinates", "gram")
-        )
-        found = climb(ω, coordinates, gram, taps, kind, xp)
-        sigma = found.sigma[..., 0]
-        usable = ((sigma > 0) & (sigma < torch.inf))[..., None, None].unbind()
-        each = map(Climb._make, zip(*found, strict=True))
-        news = [turned(one, b.Q, b.Z, xp) for one, b in zip(each, bases, strict=True)]
-        Vs = [torch.where(u, new, V) for u, (new, _), V in zip(usable, news, Vs, strict=True)]
-        starts = [0.0] * len(jobs)
-    us = (torch.view_as_complex(parts) for _, parts in news)
-    return [Triplet(*one) for one in zip(sigma.unbind(), us, Vs, strict=True)]
 
 
 def _finish(jobs: Sequence[Job], triplets: Sequence[Triplet]) -> Result:
@@ -162,17 +117,3 @@ def _term(job: Job, triplet: Triplet, spread: Tensor) -> tuple[Tensor, Tensor]:
     assert job.wave is not None
     rows = rows_of(triplet.V[..., :1, :], spread, len(job.wave.sizes), job.xp)
     return torch.view_as_real(triplet.u) * (force * job.factor), rows
-
-
-def _products(W: Tensor, plan: Plan, xp: Any) -> tuple[Any, Any]:
-    """Return both products, on rows in the order of `as_matrix`."""
-    if plan.order == plan.memory_order:
-        return partial(times_rows, W, xp=xp), partial(adjoint_times_rows, W, xp=xp)
-
-    def times(V: Tensor) -> Tensor:
-        return times_rows(W, to_memory_order(V, plan, xp), xp)
-
-    def adjoint_times(Q: Tensor) -> Tensor:
-        return from_memory_order(adjoint_times_rows(W, Q, xp), plan, xp)
-
-    return times, adjoint_times
