@@ -35,7 +35,7 @@ class Bounds(NamedTuple):
     upper: float
 
 
-def bounds(W: Array, v: Array, sigma: float, xp: Namespace, *, most: float | None = None) -> Bounds:
+def bounds(W: Array, v: Array, sigma: float, xp: Namespace) -> Bounds:
     """Return proven bounds of the largest singular value of a matrix.
 
     Parameters
@@ -48,18 +48,16 @@ def bounds(W: Array, v: Array, sigma: float, xp: Namespace, *, most: float | Non
     sigma : float
         The estimate ‖Wᴴu‖ that was computed with the unit vector u.
     xp : namespace
-    most : float, optional
-        Largest number of multiplications of a factorization. The default is about a second.
 
     Returns
     -------
     Bounds
-        Close ones where a factorization needs no more than that. Otherwise ``upper`` is the
+        Close ones where a factorization needs a second at most. Otherwise ``upper`` is the
         least of the Frobenius norm and the geometric mean of the row and column sum norms.
     """
     m, n = W.shape
     found = from_norms(W, sigma, xp)
-    if m * n * min(m, n) > (_MOST if most is None else most):
+    if m * n * min(m, n) > _MOST:
         return found
     host, x = as_numpy(W), as_numpy(v)
     close = close_bounds(host, found.upper, lambda _: [x if n <= m else host @ x])

@@ -14,7 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .._certificate import bounds, scaled_down, scaled_up, times_power_of_two
+from .._certificate import (
+    close_bounds,
+    from_norms,
+    scaled_down,
+    scaled_up,
+    times_power_of_two,
+)
 from .._interval import enclosure, ritz_values
 from .._power import start_vector
 from .entry import Stored
@@ -86,11 +92,6 @@ def measure(matrix: Stored, decode: Callable[[Stored], Stored], *, proven: bool 
     return Numbers(
         *found, sums.frobenius, sums.largest, zeros, dead_rows, dead_columns, sums.nonfinite
     )
-
-
-def is_small(shape: tuple[int, int]) -> bool:
-    """Return True if the bounds of a matrix of this shape are proven in any case."""
-    return shape[0] * shape[1] * min(shape) <= MOST_PROVEN
 
 
 @dataclass
@@ -203,10 +204,18 @@ def _proven(tiles: _Tiles) -> tuple[float, float, float, str, float]:
     W = tiles.whole()
     exponent = frexp(float(np.abs(W).max()))[1] - 1
     W = times_power_of_two(W, -exponent)
-    values, vectors = np.linalg.eigh(W.conj().T @ W)
-    found = bounds(W, vectors[:, -1], 0.0, np, most=inf)
+    cheap, spectra = from_norms(W, 0.0, np), []
+
+    def first_vector(gram: Stored) -> list[Stored]:
+        values, vectors = np.linalg.eigh(gram)
+        spectra.append(values)
+        return [vectors[:, -1]]
+
+    close = close_bounds(W, cheap.upper, first_vector)
+    (values,) = spectra
     exponent += tiles.exponent
-    lower, upper = scaled_down(found.lower, exponent), scaled_up(found.upper, exponent)
+    lower = scaled_down(max(cheap.lower, close.lower), exponent)
+    upper = scaled_up(min(cheap.upper, close.upper), exponent)
     sigma = min(max(scaled_up(max(float(values[-1]), 0.0) ** 0.5, exponent), lower), upper)
     return sigma, lower, upper, "proven", _ratio(values)
 
