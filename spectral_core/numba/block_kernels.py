@@ -506,15 +506,15 @@ def _rows_of(k, table, arrays):
     return V, _matrix(starts, matrices[k, 8], pairs, n), _matrix(lefts, places[k], pairs, m)
 
 
-@_compiled
-def _start(k, table, arrays):
-    """Store V plus the core's `fresh_direction`, from which the step starts."""
-    V, S, _ = _rows_of(k, table, arrays)
+@_inlined
+def _start_from(V, S, window):
+    """Store V plus the core's `fresh_direction` in S.
+
+    V is in the order of memory, in which ``window`` kernel positions come first.
+    """
     fresh = S[0]
     largest = FRESH if fresh.itemsize == 4 else FRESH_64
     scale = fresh.dtype.type(largest / 2**31)
-    # V may be in the order of memory, with its kernel positions first.
-    window = table[0][k, 9]
     channels = fresh.size // window
     for i in range(window):
         for c in range(channels):
@@ -528,6 +528,13 @@ def _start(k, table, arrays):
     for j in range(v.size):
         fresh[j] += v[j]
     _fill(S, V.shape[0], 0)
+
+
+@_compiled
+def _start(k, table, arrays):
+    """Store V plus the core's `fresh_direction`, from which the step starts."""
+    V, S, _ = _rows_of(k, table, arrays)
+    _start_from(V, S, table[0][k, 9])
 
 
 @_compiled

@@ -19,13 +19,13 @@ from numba import carray
 # What is kept on disk is compiled anew only where this file has changed: who changes one of these
 # touches this file too.
 from .block_kernels import (
-    _fill,
     _finish,
     _orthonormalize,
     _read,
+    _start_from,
 )
 from .block_kernels import _matrix as _rows_at
-from .kernels import FRESH, FRESH_64, _compiled, _fraction, _pointer, _sum_parts
+from .kernels import _compiled, _pointer, _sum_parts
 from .turned_block_kernels import _permute, _times
 from .xla_kernels import (
     _ACROSS,
@@ -105,19 +105,7 @@ def _begin(k, table, arrays):
     V, S, _, _ = _rows_of(k, table, arrays)
     if window > 1:
         _permute(_state_of(k, table, arrays), V.shape[0], window, V, False)
-    fresh, channels = S[0], V.shape[1] // window
-    scale = fresh.dtype.type((FRESH if fresh.itemsize == 4 else FRESH_64) / 2**31)
-    for i in range(window):
-        for c in range(channels):
-            fresh[i * channels + c] = fresh.dtype.type(_fraction(c * window + i)) * scale
-    for a in range(1, V.shape[0]):
-        start, v = S[a], V[a]
-        for j in range(v.size):
-            start[j] = v[j] + fresh[j]
-    v = V[0]
-    for j in range(v.size):
-        fresh[j] += v[j]
-    _fill(S, V.shape[0], 0)
+    _start_from(V, S, window)
 
 
 @_compiled

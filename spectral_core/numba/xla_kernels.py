@@ -460,6 +460,11 @@ def _run(frame, task):
     return 0
 
 
+# These functions are spelled out, here and for several vectors. A factory would return closures over
+# a compiled function, and Numba keys a closure's code on disk by what it holds: compiled functions
+# have a new key in each process, so the kernels would be compiled anew in each.
+
+
 def _float32_task(control):
     vectors = carray(_pointer(control), (0,), np.float32)
     _help(_stage, control, vectors, vectors)
