@@ -460,9 +460,9 @@ def _run(frame, task):
     return 0
 
 
-# These functions are spelled out, here and for several vectors. A factory would return closures over
-# a compiled function, and Numba keys a closure's code on disk by what it holds: compiled functions
-# have a new key in each process, so the kernels would be compiled anew in each.
+# These functions are spelled out, here and for several vectors. A factory would return closures
+# over a compiled function. Numba keys a closure's code on disk by what the closure holds, and a
+# compiled function has a new key in each process: the kernels would be compiled anew in each.
 
 
 def _float32_task(control):
