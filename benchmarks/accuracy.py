@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 
 import spectral_core as sc
 
-from .common import RESULTS, markdown, panels, read_json, save_figure, write_json
+from .common import (
+    RESULTS,
+    add_output,
+    markdown,
+    output_of,
+    panels,
+    read_json,
+    save_figure,
+    write_json,
+)
 
 Matrix = NDArray[Any]
 Outcome = tuple[Any, Matrix, Matrix, Matrix]  # σ, u, v, and the rows V to start the next step from
@@ -273,13 +282,12 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="of the static matrices")
-    parser.add_argument("--out", type=Path, default=Path("accuracy-output"), help="where to write")
-    parser.add_argument("--save", action="store_true", help="write the repository's results")
+    add_output(parser, "accuracy-output")
     options = parser.parse_args()
     tracks, summary = tracking()
     results = {"static": static(options.seeds), "tracking": tracks, "summary": summary}
     Console(width=170).print(Markdown(everything(results)))
-    folder = RESULTS if options.save else options.out
+    folder = output_of(options)
     write_json(folder / FILE, results, 4)
     draw(folder / "accuracy.png", results)
     print(f"wrote accuracy.png and {FILE} into {folder.name}")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 import spectral_core as sc
 
-from .common import RESULTS, machine, markdown, read_json, write_json
+from .common import RESULTS, add_output, machine, markdown, output_of, read_json, write_json
 
 Matrix = NDArray[Any]
 FILE = "certify.json"
@@ -385,10 +385,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.certify", description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--share", type=float, default=1.0, help="of the committed campaign's size")
-    parser.add_argument("--out", type=Path, default=Path("certify-output"), help="where to write")
-    parser.add_argument("--save", action="store_true", help="write the repository's results")
+    add_output(parser, "certify-output")
     options = parser.parse_args()
-    path = (RESULTS if options.save else options.out) / FILE
+    path = output_of(options) / FILE
     result = read_json(path) if path.exists() else {"parts": {}}
     for part in options.parts:
         start = perf_counter()

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import tomllib
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
@@ -24,6 +25,17 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "numpy", "jax", "jaxlib", "optax", "flax", "scipy", "numba", "cupy-cuda13x")
 
 STYLE = Path(__file__).with_name("figures.mplstyle")
+
+
+def add_output(parser: ArgumentParser, name: str) -> None:
+    """Add the options that say where a result is written."""
+    parser.add_argument("--out", type=Path, default=Path(name), help="where to write")
+    parser.add_argument("--save", action="store_true", help="write the repository's results")
+
+
+def output_of(options: Namespace) -> Path:
+    """Return the folder that the options of `add_output` say."""
+    return RESULTS if options.save else Path(options.out)
 
 
 def rounded(value: Any, digits: int) -> Any:

@@ -74,6 +74,19 @@ def stem() -> list[nn.Module]:
     return [*normalized(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
 
 
+class Residual(nn.Module):
+    """A block of a small ResNet: two convolutions beside a shortcut."""
+
+    def __init__(self, i: int, o: int, stride: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*normalized(i, o, 3, stride), nn.ReLU(), *normalized(o, o, 3))
+        same = i == o and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Conv2d(i, o, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.layers(x) + self.shortcut(x))
+
+
 class Bottleneck(nn.Module):
     def __init__(self, i: int, width: int, stride: int) -> None:
         super().__init__()

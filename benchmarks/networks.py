@@ -8,37 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import spectral_core as sc
 import spectral_torch
 
 from .common import RESULTS, read_json, write_json
+from .models import Residual
 from .paper.data import batches, digits
 from .readme import networks
 
 FILE = "networks.json"
 METHODS = {"vanilla": 0.0, "spectral": 0.01}
 EPOCHS, BATCH, SEEDS = 30, 64, (0, 1, 2)
-
-
-class Block(nn.Module):
-    """A residual block of two convolutions."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        self.short: nn.Module = nn.Identity()
-        if stride > 1:
-            self.short = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.norm1(self.conv1(x)))
-        return torch.relu(self.norm2(self.conv2(y)) + self.short(x))
 
 
 def chain() -> nn.Module:
@@ -51,7 +34,7 @@ def chain() -> nn.Module:
 def residual() -> nn.Module:
     """Return a network of residual blocks with batch normalization."""
     stem = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-    blocks = [Block(8, 8, 1), Block(8, 16, 2), Block(16, 16, 1)]
+    blocks = [Residual(8, 8, 1), Residual(8, 16, 2), Residual(16, 16, 1)]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 import spectral_core as sc
 
-from .common import RESULTS, machine, markdown, read_json, write_json
+from .common import RESULTS, add_output, machine, markdown, output_of, read_json, write_json
 
 Matrix = NDArray[Any]
 Found = dict[str, Any]
@@ -231,10 +231,9 @@ def page(folder: Path = RESULTS) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.norms", description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
-    parser.add_argument("--out", type=Path, default=Path("norms-output"), help="where to write")
-    parser.add_argument("--save", action="store_true", help="write the repository's results")
+    add_output(parser, "norms-output")
     options = parser.parse_args()
-    path = (RESULTS if options.save else options.out) / FILE
+    path = output_of(options) / FILE
     result = read_json(path) if path.exists() else {}
     for part in options.parts:
         result[part] = PARTS[part]()

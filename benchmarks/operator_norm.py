@@ -17,7 +17,7 @@ import numpy as np
 
 import spectral_core as sc
 
-from .common import RESULTS, machine, markdown, read_json, write_json
+from .common import RESULTS, add_output, machine, markdown, output_of, read_json, write_json
 
 FILE = "operator-norm.json"
 WAVES = (4, 8, 12)
@@ -46,21 +46,9 @@ def residual_network() -> Any:
     """Return a small ResNet with batch normalization and two strided blocks."""
     from torch import nn
 
-    from .models import normalized
+    from .models import Residual, normalized
 
-    class Block(nn.Module):
-        def __init__(self, i: int, o: int, stride: int) -> None:
-            super().__init__()
-            self.layers = nn.Sequential(
-                *normalized(i, o, 3, stride), nn.ReLU(), *normalized(o, o, 3)
-            )
-            same = i == o and stride == 1
-            self.shortcut = nn.Identity() if same else nn.Conv2d(i, o, 1, stride, bias=False)
-
-        def forward(self, x: Any) -> Any:
-            return nn.functional.relu(self.layers(x) + self.shortcut(x))
-
-    blocks = [Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2)]
+    blocks = [Residual(16, 16, 1), Residual(16, 32, 2), Residual(32, 64, 2)]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
     return nn.Sequential(*normalized(1, 16, 3), nn.ReLU(), *blocks, *head)
 
@@ -215,11 +203,10 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.operator_norm", description=__doc__)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--out", type=Path, default=Path("operator-output"), help="where to write")
-    parser.add_argument("--save", action="store_true", help="write the repository's results")
+    add_output(parser, "operator-output")
     parser.add_argument("--costs", action="store_true", help="measure the costs alone")
     options = parser.parse_args()
-    folder = RESULTS if options.save else options.out
+    folder = output_of(options)
     result: dict[str, Any] = read_json(folder / FILE) if options.costs else {}
     result["default"] = sc.Convolution("oihw").waves
     if not options.costs:
