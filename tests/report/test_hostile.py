@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spectral_core as sc
-from checkpoints import FORMATS, attempt, mutated, safetensors
+from checkpoints import FORMATS, safetensors
+from fuzz import attempt, mutated
 from spectral_core._report import files, msgpack_files, pickles, zips
 from spectral_core._report.command import main
 from spectral_core._report.pickles import loads

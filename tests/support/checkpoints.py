@@ -1,20 +1,9 @@
-"""Small checkpoints of every format, and a fuzzer: `python tests/support/checkpoints.py 100000`.
-
-It changes, inserts and cuts bytes of good files, and reads and measures what comes out. Whatever is
-raised but a `SpectralError` is a defect.
-"""
+"""Small checkpoints of every format. `fuzz.py` changes their bytes."""
 
 import json
-import random
-import sys
-import tempfile
 import warnings
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
-
-import spectral_core as sc
 
 rng = np.random.default_rng(0)
 WEIGHTS = {
@@ -139,57 +128,3 @@ FORMATS = {
     "torch_folder": (write_torch_folder, "torch"),
     "orbax_folder": (write_orbax, "orbax"),
 }
-
-
-def attempt(path):
-    """Read and measure; return the JSON, or the one line that says why not."""
-    try:
-        return json.loads(sc.report(path, convolutions=False).to_json())
-    except sc.SpectralError as error:
-        return str(error)
-
-
-def mutated(data, choose):
-    """Return bytes with a few changes. ``choose(n)`` returns a number below n."""
-    found = bytearray(data)
-    for _ in range(1 + choose(4)):
-        place = choose(len(found)) if found else 0
-        action = choose(5)
-        if action == 0:
-            del found[place : place + 1 + choose(16)]
-        elif action == 1:
-            found[place:place] = bytes(choose(256) for _ in range(1 + choose(8)))
-        elif action == 2:
-            del found[place:]
-        elif found:
-            found[place] = choose(256) if action == 3 else (0, 1, 0x7F, 0x80, 0xFF)[choose(5)]
-    return bytes(found)
-
-
-def main():
-    total = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
-    choose = random.Random(0).randrange
-    formats = sys.argv[2:] or [name for name in FORMATS if "folder" not in name]
-    with tempfile.TemporaryDirectory() as folder:
-        good = {}
-        for name in formats:
-            write, needs = FORMATS[name]
-            if needs is None or find_spec(needs):
-                write(Path(folder, name))
-                good[name] = Path(folder, name).read_bytes()
-        read = 0
-        for i in range(total):
-            name = list(good)[i % len(good)]
-            data = mutated(good[name], choose)
-            Path(folder, name).write_bytes(data)
-            try:
-                read += not isinstance(attempt(Path(folder, name)), str)
-            except BaseException:
-                Path(name).write_bytes(data)
-                print(f"input {i} of {name} is kept in the working folder")
-                raise
-    print(f"{total} inputs, {read} of them readable, over {', '.join(good)}")
-
-
-if __name__ == "__main__":
-    main()
