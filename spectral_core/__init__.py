@@ -20,7 +20,7 @@ from ._power import (
     power_iteration,
     start_vector,
 )
-from ._reporting import report
+from ._reporting import compare, report
 from ._spectrum import TopTriplets, stable_rank, top_triplets
 from ._state_dict import SpectralState, load_state_dict, state_dict
 from ._summary import Summary
@@ -65,6 +65,7 @@ __all__ = [
     "block_iteration",
     "bounds",
     "chain_bound",
+    "compare",
     "constrain",
     "constrain_",
     "convolution_norm",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ._layout import Layout
 
 if TYPE_CHECKING:
+    from ._report.drift import Comparison
     from ._report.result import Report
 
 
@@ -67,5 +68,86 @@ def report(
     """
     from ._report.run import report_of
 
-    path = str(source) if isinstance(source, PathLike) else source
-    return report_of(path, layouts=layouts, proven=proven, convolutions=convolutions)
+    return report_of(_path(source), layouts=layouts, proven=proven, convolutions=convolutions)
+
+
+def compare(
+    before: str | PathLike[str] | Mapping[str, Any] | Any,
+    after: str | PathLike[str] | Mapping[str, Any] | Any,
+    *,
+    layouts: Mapping[str, Layout | str | None] | None = None,
+    proven: bool = False,
+    n_vectors: int = 10,
+    similarity: float = 0.5,
+) -> Comparison:
+    """Measure how far each matrix of a checkpoint moved from another, and in which directions.
+
+    Tensors of the same name and shape are compared, such as those of a base and of a fine-tuned
+    model. Two matrices at most are in memory at a time.
+
+    Parameters
+    ----------
+    before, after : path, mapping or model
+        As in `report`. ``before`` is the base: it decides how axes are read, and drift is relative
+        to its norms.
+    layouts : mapping of pattern to Layout, str or None, optional
+        As in `report`.
+    proven : bool
+        True to prove the bounds of large matrices too, and to factorize them for their intruders.
+    n_vectors : int
+        Number of first singular vectors to compare. 0 leaves them out, which saves most of the
+        time for large matrices.
+    similarity : float
+        A singular vector after is an intruder if its cosine with each singular vector before is
+        below this.
+
+    Returns
+    -------
+    Comparison
+        A mapping of the name of each matrix to its row, with ``table()``, ``to_json()``,
+        ``to_csv()``, ``to_pandas()`` and ``summary()``. ``only_before``, ``only_after``, ``shapes``
+        and ``skipped`` have the tensors that are not compared.
+
+    Raises
+    ------
+    SpectralError
+        If one of the two cannot be read, or no tensor has the same name in both.
+    ArgumentError
+        If ``n_vectors`` is negative, ``similarity`` is not above 0 and at most 1, or a layout does
+        not fit a tensor whose name fits its pattern.
+
+    Notes
+    -----
+    Vectors of one singular value count as one span, and vectors of the value zero are like none.
+    In a matrix of m·n² above 2·10⁸ with n the shorter side, only the first vectors are computed.
+    Intruders are then found by bounds, and ``undecided`` counts the vectors that these leave open.
+
+    References
+    ----------
+    Shuttleworth, Andreas, Torralba & Sharma, *LoRA vs Full Fine-tuning: An Illusion of
+    Equivalence*, 2024 (intruder dimensions).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import spectral_core as sc
+    >>> base = np.diag([4.0, 3.0, 2.0, 1.0])
+    >>> found = sc.compare({"w": base}, {"w": base + 5.0}, n_vectors=1, similarity=0.6)
+    >>> row = found["w"]
+    >>> row.left_intruders, round(row.sigma, 10)
+    (1, 20.0)
+    """
+    from ._report.compare import compared
+
+    return compared(
+        _path(before),
+        _path(after),
+        layouts=layouts,
+        proven=proven,
+        n_vectors=n_vectors,
+        similarity=similarity,
+    )
+
+
+def _path(source: Any) -> Any:
+    return str(source) if isinstance(source, PathLike) else source

@@ -12,9 +12,11 @@ from importlib.util import find_spec
 
 from .._layout import Layout
 from ..errors import SpectralError
+from .compare import compared
+from .drift import Comparison
 from .entry import TensorEntry
 from .layouts import parsed
-from .result import COLUMNS, Report, printable
+from .result import Report, printable
 from .run import report_of
 
 GOOD, ABOVE, BAD = 0, 1, 2
@@ -27,38 +29,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.compare and (options.json or options.csv):
-        parser.error("--compare writes a table: leave --json and --csv out")
+    if options.fail_drift is not None and not options.compare:
+        parser.error("--fail-drift needs --compare OTHER")
     try:
         layouts = dict(map(parsed, options.layout))
-        reports = [
-            _report(path, layouts, options) for path in (options.path, options.compare) if path
-        ]
+        report = (_comparison if options.compare else _report)(layouts, options)
     except SpectralError as error:
         print(f"spectral-report: {_one_line(error)}", file=sys.stderr)
         return BAD
     except (KeyboardInterrupt, BrokenPipeError):
         return BAD
     except MemoryError:
-        print(f"spectral-report: {options.path}: not enough memory", file=sys.stderr)
+        print(f"spectral-report: {_one_line(options.path)}: not enough memory", file=sys.stderr)
         return BAD
     with contextlib.suppress(AttributeError):  # a stream of a test
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        _show(reports, options)
+        _show(report, options)
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
-    bound = options.fail_above
-    above = (
-        [name for report in reports for name in report.above(bound)] if bound is not None else []
-    )
-    if above:
-        shown = ", ".join(above[:10]) + (", …" if len(above) > 10 else "")
-        print(
-            f"spectral-report: above {bound:g}, or not finite: {printable(shown)}", file=sys.stderr
+    return _verdict(report, options)
+
+
+def _verdict(report: Report | Comparison, options: argparse.Namespace) -> int:
+    """Print what exceeds a bound, and return the exit code."""
+    found = []
+    if options.fail_above is not None:
+        found.append((f"above {options.fail_above:g}", report.above(options.fail_above)))
+    if options.fail_drift is not None and isinstance(report, Comparison):
+        found.append(
+            (f"moved by more than {options.fail_drift:g}", report.drifted(options.fail_drift))
         )
-    return ABOVE if above else GOOD
+    for what, names in found:
+        if names:
+            shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+            print(f"spectral-report: {what}, or not finite: {printable(shown)}", file=sys.stderr)
+    return ABOVE if any(names for _, names in found) else GOOD
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,10 +74,27 @@ def _parser() -> argparse.ArgumentParser:
         description="Report the spectral norms of a checkpoint: .safetensors, .pt, .npz, .npy, "
         ".h5, .keras, .msgpack, .gguf, and folders of them, of Orbax and of "
         "torch.distributed.checkpoint. No code of a file runs.",
-        epilog="Exit codes: 0 measured, 1 above --fail-above, 2 bad input.",
+        epilog="Exit codes: 0 measured, 1 above --fail-above or --fail-drift, 2 bad input.",
     )
     parser.add_argument("path", help="a file or a folder")
-    parser.add_argument("--compare", metavar="OTHER", help="measure OTHER too, and show both")
+    parser.add_argument(
+        "--compare", metavar="OTHER", help="show how far each matrix of OTHER moved from PATH's"
+    )
+    parser.add_argument(
+        "--vectors",
+        type=_natural,
+        default=10,
+        metavar="K",
+        help="with --compare: number of singular vectors to compare; 10 by default, 0 is fast",
+    )
+    parser.add_argument(
+        "--similarity",
+        type=float,
+        default=0.5,
+        metavar="E",
+        help="with --compare: a singular vector of OTHER whose cosines with those of PATH are all "
+        "below E is an intruder; 0.5 by default",
+    )
     parser.add_argument(
         "--layout",
         metavar="PATTERN=AXES",
@@ -87,6 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fail-above", type=float, metavar="X", help="exit with 1 if a norm may be larger than X"
     )
+    parser.add_argument(
+        "--fail-drift",
+        type=float,
+        metavar="X",
+        help="with --compare: exit with 1 if a relative drift is larger than X",
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="write JSON")
     output.add_argument("--csv", action="store_true", help="write CSV")
@@ -94,15 +124,30 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{_one_line(text)!r} is no whole number above 0")
+    return int(text)
 
 
-def _report(path: str, layouts: dict[str, Layout | None], options: argparse.Namespace) -> Report:
+def _natural(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
+def _comparison(layouts: dict[str, Layout | None], options: argparse.Namespace) -> Comparison:
+    return compared(
+        options.path,
+        options.compare,
+        layouts=layouts,
+        proven=options.proven,
+        n_vectors=options.vectors,
+        similarity=options.similarity,
+        progress=_progress,
+    )
+
+
+def _report(layouts: dict[str, Layout | None], options: argparse.Namespace) -> Report:
     return report_of(
-        path,
+        options.path,
         layouts=layouts,
         proven=options.proven,
         convolutions=not options.no_convolutions,
@@ -110,7 +155,7 @@ def _report(path: str, layouts: dict[str, Layout | None], options: argparse.Name
     )
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: object) -> str:
     """Return a message whose characters all print on one line: names in it come from a file."""
     text = " ".join(str(error).split())
     return "".join(c if c.isprintable() else "�" for c in text)[:500]
@@ -126,28 +171,26 @@ def _progress(entries: Sequence[TensorEntry]) -> Iterator[TensorEntry]:
     with progress:
         task = progress.add_task("", total=sum(entry.size for entry in entries))
         for entry in entries:
-            progress.update(task, description=_one_line(ValueError(entry.name))[-40:])
+            progress.update(task, description=_one_line(entry.name)[-40:])
             yield entry
             progress.advance(task, entry.size)
 
 
-def _show(reports: list[Report], options: argparse.Namespace) -> None:
-    if len(reports) == 2:
-        print(compared(*reports))
-    elif options.json:
-        print(reports[0].to_json())
+def _show(report: Report | Comparison, options: argparse.Namespace) -> None:
+    if options.json:
+        print(report.to_json())
     elif options.csv:
-        print(reports[0].to_csv(), end="")
+        print(report.to_csv(), end="")
     elif sys.stdout.isatty() and find_spec("rich") is not None:
-        _show_rich(reports[0], options.top)
+        _show_rich(report, options.top)
     else:
-        print(reports[0].table(options.top))
+        print(report.table(options.top))
 
 
-def _show_rich(report: Report, top: int | None) -> None:
+def _show_rich(report: Report | Comparison, top: int | None) -> None:
     table = import_module("rich.table").Table(title=_text(report.source))
-    for i, column in enumerate(COLUMNS):
-        left = i in (0, 2, 10)
+    for column in report.columns:
+        left = column in ("name", "layout", "")
         table.add_column(column, justify="left" if left else "right", overflow="fold")
     for line in report.cells(top):
         table.add_row(*map(_text, line))
@@ -159,26 +202,4 @@ def _show_rich(report: Report, top: int | None) -> None:
 
 def _text(content: str) -> object:
     """Return a text without markup: a name may contain brackets."""
-    return import_module("rich.text").Text(_one_line(ValueError(content)))
-
-
-def compared(before: Report, after: Report) -> str:
-    """Return a table of the norms in two reports, and of what is in one of them alone."""
-    lines: list[tuple[str, ...]] = [
-        ("name", "σ₁ before", "σ₁ after", "ratio", "‖W‖ before", "‖W‖ after")
-    ]
-    for name in [name for name in before if name in after]:
-        a, b = before[name], after[name]
-        ratio = f"{b.sigma / a.sigma:.4f}" if a.sigma and b.sigma is not None else "–"
-        cells = (f"{x:.5g}" if x is not None else "–" for x in (a.sigma, b.sigma))
-        norms = (f"{x:.5g}" if x is not None else "–" for x in (a.frobenius, b.frobenius))
-        lines.append((name, *cells, ratio, *norms))
-    widths = [max(len(line[i]) for line in lines) for i in range(6)]
-    text = [
-        "  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    ]
-    for own, other, what in ((before, after, "before"), (after, before, "after")):
-        alone = [name for name in own if name not in other]
-        if alone:
-            text.append(f"Only {what}: {', '.join(alone[:10])}{', …' if len(alone) > 10 else ''}")
-    return "\n".join(map(printable, text))
+    return import_module("rich.text").Text(_one_line(content))

@@ -7,7 +7,7 @@ So a file is read tensor by tensor, and listing it costs its header alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
+from .._layout import Layout
 from ..errors import SpectralError
 
 Stored: TypeAlias = np.ndarray[Any, Any]
@@ -60,12 +61,14 @@ class TensorEntry:
 class Checkpoint:
     """What a reader returns: the convention of the axes, and the tensors.
 
-    ``kind`` is "torch", "flax", "keras", "gguf" or "numpy". It decides how the axes are read.
+    ``kind`` is "torch", "flax", "keras", "gguf" or "numpy". It decides how the axes are read, but
+    for tensors in ``layouts``, whose layers are known.
     """
 
     kind: str
     entries: list[TensorEntry]
     notes: tuple[str, ...] = ()
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
 
 
 class Reader(Protocol):

@@ -61,8 +61,17 @@ def parsed(text: str) -> tuple[str, Layout | None]:
     return pattern, Layout(axes, int(groups) if colon else 1)
 
 
-def layout_of(name: str, shape: Shape, kind: str, own: Mapping[str, Layout | str | None]) -> Choice:
+def layout_of(
+    name: str,
+    shape: Shape,
+    kind: str,
+    own: Mapping[str, Layout | str | None],
+    known: Mapping[str, Layout] | None = None,
+) -> Choice:
     """Return the layout of a tensor with two axes or more.
+
+    Patterns of the user (``own``) come first, then the layouts that layers of a live model have
+    (``known``), then the rules.
 
     >>> layout_of("features.0.weight", (8, 3, 5, 5), "torch", {}).layout.axes
     'oikk'
@@ -82,6 +91,8 @@ def layout_of(name: str, shape: Shape, kind: str, own: Mapping[str, Layout | str
                     f"shape {shape}"
                 )
             return Choice(layout)
+    if known and name in known:
+        return Choice(known[name])
     if _OPTIMIZER.search(name):
         return Choice(None, note="state of an optimizer")
     if _COMPANION.search(name):

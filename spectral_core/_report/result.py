@@ -12,7 +12,7 @@ from html import escape
 from importlib import import_module
 from math import isfinite, log10
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 _SHOWN = (
     "name",
@@ -102,6 +102,8 @@ class Report(Mapping[str, Row]):
     >>> round(report["w"].sigma, 10), report["w"].ratio, report.skipped
     (4.0, 0.5, {})
     """
+
+    columns: ClassVar[tuple[str, ...]] = _SHOWN
 
     def __init__(
         self,
@@ -236,10 +238,8 @@ class Report(Mapping[str, Row]):
 
     def table(self, top: int | None = None) -> str:
         """Return the table as plain text."""
-        lines = [_SHOWN, *self.cells(top)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(_SHOWN))]
-        text = ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) for line in lines]
-        return "\n".join(printable(x.rstrip()) for x in (self.source, *text, *self.footer()))
+        text = aligned([_SHOWN, *self.cells(top)])
+        return "\n".join(map(printable, (self.source, *text, *self.footer())))
 
     def __repr__(self) -> str:
         return self.table()
@@ -253,11 +253,8 @@ class Report(Mapping[str, Row]):
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{below}</p>"
 
 
-COLUMNS = _SHOWN
-
-
 def _cells(row: Row, is_outlier: bool) -> tuple[str, ...]:
-    interval = "" if row.lower is None else f"[{_below(row.lower)}, {_above(row.upper)}]"
+    interval = "" if row.lower is None else f"[{below(row.lower)}, {above(row.upper)}]"
     if row.method not in ("proven", ""):
         interval += f" {row.method}"
     notes = [row.problems(), "outlier" if is_outlier else "", row.note]
@@ -265,27 +262,35 @@ def _cells(row: Row, is_outlier: bool) -> tuple[str, ...]:
         row.name,
         f"{row.rows}×{row.columns}",
         row.layout + "?" * row.guessed,
-        _number(row.sigma),
+        number(row.sigma),
         interval,
-        _number(row.ratio, 3),
-        _number(row.frobenius),
-        _number(row.stable_rank, 3),
-        _number(row.relative),
-        _above(row.convolution_upper),
+        number(row.ratio, 3),
+        number(row.frobenius),
+        number(row.stable_rank, 3),
+        number(row.relative),
+        above(row.convolution_upper),
         "; ".join(note for note in notes if note),
     )
 
 
-def _number(value: float | None, digits: int = 5) -> str:
+def aligned(lines: list[tuple[str, ...]]) -> list[str]:
+    """Return rows of cells as lines of equally wide columns."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    ]
+
+
+def number(value: float | None, digits: int = 5) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
 
 
-def _above(value: float | None) -> str:
+def above(value: float | None) -> str:
     """Return a number rounded up: a bound must hold as it is printed."""
     return _rounded(value, ROUND_CEILING)
 
 
-def _below(value: float | None) -> str:
+def below(value: float | None) -> str:
     return _rounded(value, ROUND_FLOOR)
 
 

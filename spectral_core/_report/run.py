@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .._arrays import as_numpy
 from .._convolution import convolution_norm
 from .._layout import Layout, as_matrix
-from .entry import Checkpoint, CheckpointError, Stored, TensorEntry
-from .files import readable, short
-from .folders import opened
+from .entry import Checkpoint, Stored, TensorEntry
+from .files import short
 from .layouts import Choice, layout_of
+from .live import blamed, listed, name_of
 from .lora import pairs
 from .matrix import Numbers, measure
 from .numbers import widened
@@ -39,7 +37,7 @@ def report_of(
     progress: Progress = iter,
 ) -> Report:
     """Return the report of a path, a mapping of arrays or a model: see `spectral_core.report`."""
-    checkpoint = opened(source) if isinstance(source, str | Path) else _live(source)
+    checkpoint = listed(source)
     rows: list[Row] = []
     skipped: dict[str, str] = {}
     broken: dict[str, int] = {}
@@ -48,20 +46,15 @@ def report_of(
         if entry.skip:
             skipped[entry.name] = entry.skip
             continue
-        try:
-            _add(entry, checkpoint.kind, options, rows, skipped, broken)
-        except CheckpointError as error:
-            raise CheckpointError(f"{source}: {error}") from None
-        except OSError as error:
-            raise CheckpointError(f"{source}: {short(entry.name)}: {error.strerror}") from None
+        with blamed(source, entry):
+            _add(entry, checkpoint, options, rows, skipped, broken)
     rows += pairs(checkpoint.entries)
-    name = str(source) if isinstance(source, str | Path) else type(source).__name__
-    return Report(name, rows, skipped, broken)
+    return Report(name_of(source), rows, skipped, broken)
 
 
 def _add(
     entry: TensorEntry,
-    kind: str,
+    checkpoint: Checkpoint,
     options: tuple[Layouts, bool, bool],
     rows: list[Row],
     skipped: dict[str, str],
@@ -78,7 +71,7 @@ def _add(
             broken[entry.name] = count
         skipped[entry.name] = "not a matrix: fewer than two axes"
         return
-    choice = layout_of(entry.name, entry.shape, kind, layouts)
+    choice = layout_of(entry.name, entry.shape, checkpoint.kind, layouts, checkpoint.layouts)
     if choice.layout is None:
         skipped[entry.name] = choice.note
         return
@@ -158,43 +151,3 @@ def _nonfinite(entry: TensorEntry) -> int:
         int((~np.isfinite(widened(stored[i : i + _CHUNK], entry.dtype))).sum())
         for i in range(0, stored.size, _CHUNK)
     )
-
-
-def _live(source: Any) -> Checkpoint:
-    """Return the arrays of a mapping, a nested one, or of a model of PyTorch or Keras."""
-    kind = "numpy"
-    if callable(getattr(source, "state_dict", None)):
-        source, kind = source.state_dict(), "torch"
-    elif hasattr(source, "weights") and hasattr(source, "trainable_weights"):
-        source, kind = {x.path: x.numpy() for x in source.weights}, "keras"
-    if not isinstance(source, Mapping):
-        raise CheckpointError(
-            f"a report needs a path, a mapping of arrays or a model, not a {type(source).__name__}"
-        )
-    return Checkpoint(kind, list(_entries(source, "", 0)))
-
-
-def _entries(source: Mapping[Any, Any], path: str, depth: int) -> Iterator[TensorEntry]:
-    if depth > 100:
-        raise CheckpointError("the mapping is nested too deep, or holds itself")
-    for key, value in source.items():
-        name = f"{path}{key}"
-        if isinstance(value, Mapping):
-            yield from _entries(value, f"{name}/", depth + 1)
-        elif hasattr(value, "shape") and hasattr(value, "dtype"):
-            yield _entry(name, value)
-
-
-def _entry(name: str, value: Any) -> TensorEntry:
-    """Return the entry of a live array. It is copied when it is measured, one after another."""
-    dtype = str(value.dtype).rpartition(".")[2]
-    narrow = "float" in dtype and dtype not in ("float16", "float32", "float64")
-
-    def load() -> Stored:
-        if narrow and hasattr(value, "float"):  # PyTorch
-            return as_numpy(value.detach().float())
-        if narrow:
-            return np.asarray(value).astype(np.float32)
-        return as_numpy(value.detach() if hasattr(value, "detach") else value, name)
-
-    return readable(name, tuple(value.shape), "float32" if narrow else dtype, load)

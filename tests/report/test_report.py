@@ -84,15 +84,6 @@ def test_layout_option(path, capsys):
     assert main([str(path), "--layout", "nonsense"]) == 2
 
 
-def test_compare(path, tmp_path, capsys):
-    np.savez(tmp_path / "v.npz", a=2 * np.diag([3.0, 1.0]), new=np.eye(2))
-    assert main([str(path), "--compare", str(tmp_path / "v.npz")]) == 0
-    out = capsys.readouterr().out
-    assert "2.0000" in out
-    assert "Only before: conv" in out
-    assert "Only after: new" in out
-
-
 def test_outliers_and_dead_layers():
     weights = {f"w{i}": rng.standard_normal((8, 8)) for i in range(10)}
     report = sc.report({**weights, "far": 100 * weights["w0"], "zero": np.zeros((3, 3))})

@@ -1,0 +1,244 @@
+"""Compare two checkpoints: how far each matrix moved, and in which directions.
+
+Both are read tensor by tensor, and at most two matrices are decoded in memory at a time. The
+difference of two large ones is not among them: its tiles are made in each product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from .._layout import as_matrix
+from .._validate import check_number
+from ..errors import ArgumentError, check_int
+from .drift import Comparison, Drift
+from .entry import Checkpoint, CheckpointError, Stored, TensorEntry
+from .files import short
+from .intruders import Similarity, similarity_of, similarity_of_large
+from .layouts import Choice, layout_of
+from .live import blamed, listed, name_of
+from .matrix import MOST_PROVEN, Numbers, measure
+from .numbers import widened
+from .result import finite
+from .run import Layouts, Progress
+
+_MOST_ELEMENTS = 2**28  # of a matrix whose vectors are computed: 1 GB in float32
+_UNIT = 2.0**-53
+
+
+class _Options(NamedTuple):
+    layouts: Layouts
+    proven: bool
+    n_vectors: int
+    similarity: float
+
+
+class _Found(NamedTuple):
+    """What is collected on the way."""
+
+    rows: list[Drift]
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    skipped: dict[str, str]
+
+
+class _Pair(NamedTuple):
+    """A matrix before and after, as it is stored, with the dtypes."""
+
+    before: Stored
+    after: Stored
+    dtypes: tuple[str, str]
+
+    def decoded(self) -> tuple[Stored, Stored]:
+        """Return both matrices as float64 or complex128."""
+        return widened(self.before, self.dtypes[0]), widened(self.after, self.dtypes[1])
+
+    def narrow(self) -> tuple[Stored, Stored]:
+        """Return both matrices in float32 where it holds them, and in one dtype."""
+        before, after = self.decoded()
+        both = np.result_type(before, after)
+        if not {"float64", "complex128"} & {*self.dtypes}:
+            both = np.dtype(np.complex64 if both.kind == "c" else np.float32)
+        return before.astype(both, copy=False), after.astype(both, copy=False)
+
+
+class _Difference:
+    """The difference of two matrices, made where it is read: a stand-in for an array in `measure`.
+
+    Each element is rounded once, which `_measured` adds to the interval.
+    """
+
+    def __init__(self, pair: _Pair) -> None:
+        self._pair = pair
+        self.shape, self.size = pair.before.shape, pair.before.size
+
+    @property
+    def T(self) -> _Difference:  # noqa: N802
+        """The transpose."""
+        before, after, dtypes = self._pair
+        return _Difference(_Pair(before.T, after.T, dtypes))
+
+    def __getitem__(self, rows: slice) -> Stored:
+        before, after, dtypes = self._pair
+        with np.errstate(invalid="ignore", over="ignore"):  # Inf − Inf
+            found = _Pair(before[rows], after[rows], dtypes).decoded()
+            return np.asarray(found[1] - found[0])
+
+
+def compared(
+    before: Any,
+    after: Any,
+    *,
+    layouts: Layouts | None = None,
+    proven: bool = False,
+    n_vectors: int = 10,
+    similarity: float = 0.5,
+    progress: Progress = iter,
+) -> Comparison:
+    """Return how two checkpoints or models differ: see `spectral_core.compare`."""
+    n_vectors = check_int(n_vectors, "n_vectors", least=0)
+    if not 0 < check_number(similarity, "similarity") <= 1:
+        raise ArgumentError(f"similarity must be above 0 and at most 1, not {similarity!r}")
+    first, second = listed(before), listed(after)
+    own, other = ({x.name: x for x in checkpoint.entries} for checkpoint in (first, second))
+    common = [x for name, x in own.items() if name in other]
+    if not common:
+        raise CheckpointError(
+            f"{name_of(before)} and {name_of(after)} have no tensor of the same name: the first "
+            f"has {_some(own)}, the second {_some(other)}"
+        )
+    found = _Found([], {}, {})
+    options = _Options(layouts or {}, proven, n_vectors, float(similarity))
+    for entry in progress(common):
+        with blamed(f"{name_of(before)} or {name_of(after)}", entry):
+            _add(entry, other[entry.name], first, options, found)
+    return Comparison(
+        (name_of(before), name_of(after)),
+        found.rows,
+        only_before=[name for name in own if name not in other],
+        only_after=[name for name in other if name not in own],
+        shapes=found.shapes,
+        skipped=found.skipped,
+        n_vectors=n_vectors,
+        similarity=options.similarity,
+    )
+
+
+def _some(names: Mapping[str, Any]) -> str:
+    return short(next(iter(names))) if names else "none"
+
+
+def _add(
+    before: TensorEntry, after: TensorEntry, base: Checkpoint, options: _Options, found: _Found
+) -> None:
+    """Compare a tensor: add its rows, or the reason why it has none."""
+    name, shape = before.name, before.shape
+    reason = before.skip or after.skip
+    if not reason and shape != after.shape:
+        found.shapes[name] = (shape, after.shape)
+        return
+    if not reason and not before.size:
+        reason = "empty"
+    elif not reason and len(shape) < 2:
+        reason = "not a matrix: fewer than two axes"
+    choice = Choice(None, note=reason)
+    if not reason:  # the axes are those of the base: one meaning for both
+        choice = layout_of(name, shape, base.kind, options.layouts, base.layouts)
+    if choice.layout is None:
+        found.skipped[name] = choice.note
+        return
+    stored = [
+        as_matrix(np.asarray(x.load()), choice.layout, name=short(name)) for x in (before, after)
+    ]
+    for index in np.ndindex(*stored[0].shape[:-2]):
+        pair = _Pair(stored[0][index], stored[1][index], (before.dtype, after.dtype))
+        row_name = name + "".join(f"[{i}]" for i in index)
+        found.rows.append(_row(row_name, before, choice, pair, options))
+
+
+def _row(name: str, entry: TensorEntry, choice: Choice, pair: _Pair, options: _Options) -> Drift:
+    """Return the row of a matrix."""
+    before, after = (
+        measure(x, partial(widened, name=dtype), proven=options.proven)
+        for x, dtype in zip(pair[:2], pair.dtypes, strict=True)
+    )
+    change = _measured(pair, proven=options.proven)
+    like, note = _similarity(pair, (before, after), options)
+    layout = choice.layout
+    assert layout is not None
+    m, n = pair.before.shape
+    drift = change.frobenius / before.frobenius if before.frobenius else np.nan
+    return Drift(
+        name=name,
+        tensor=entry.name,
+        shape=entry.shape,
+        layout=layout.axes + (f":{layout.groups}" if layout.groups > 1 else ""),
+        guessed=choice.guessed,
+        rows=m,
+        columns=n,
+        drift=0.0 if change.frobenius == 0 else finite(drift),
+        sigma=finite(change.sigma),
+        lower=finite(change.lower),
+        upper=finite(change.upper),
+        method=change.method,
+        sigma_before=finite(before.sigma),
+        upper_before=finite(before.upper),
+        sigma_after=finite(after.sigma),
+        upper_after=finite(after.upper),
+        stable_rank_before=_stable_rank(before),
+        stable_rank_after=_stable_rank(after),
+        frobenius_before=finite(before.frobenius),
+        frobenius_after=finite(after.frobenius),
+        frobenius=finite(change.frobenius),
+        left_overlap=like and like.overlaps[0],
+        right_overlap=like and like.overlaps[1],
+        left_angle=like and like.angles[0],
+        right_angle=like and like.angles[1],
+        left_intruders=like and like.intruders[0],
+        right_intruders=like and like.intruders[1],
+        undecided=like.undecided if like else 0,
+        note="; ".join(x for x in (choice.note, note) if x),
+    )
+
+
+def _measured(pair: _Pair, *, proven: bool) -> Numbers:
+    """Return the norms of the difference, whose interval holds for the exact one.
+
+    Subtraction rounds each element by its share of 2⁻⁵³. The norm of all these errors is at most
+    that share of the Frobenius norm.
+    """
+    found = measure(cast(Stored, _Difference(pair)), np.asarray, proven=proven)
+    error = 2 * _UNIT * found.frobenius
+    lower, upper = np.nextafter([found.lower - error, found.upper + error], [-np.inf, np.inf])
+    if not found.frobenius > 0:
+        lower, upper = found.lower, found.upper
+    return found._replace(lower=max(float(lower), 0.0), upper=float(upper))
+
+
+def _stable_rank(found: Numbers) -> float | None:
+    return finite((found.frobenius / found.sigma) ** 2) if found.sigma else None
+
+
+def _similarity(
+    pair: _Pair, numbers: tuple[Numbers, Numbers], options: _Options
+) -> tuple[Similarity | None, str]:
+    """Compare the first singular vectors, or return the reason why they are not."""
+    m, n = pair.before.shape
+    if not options.n_vectors:
+        return None, ""
+    if any(x.nonfinite for x in numbers):
+        return None, "NaN or Inf"
+    if any(x.sigma == 0 for x in numbers):
+        return None, "a zero matrix has no singular vectors"
+    if options.proven or m * n * min(m, n) <= MOST_PROVEN:
+        before, after = (
+            x / number.largest for x, number in zip(pair.decoded(), numbers, strict=True)
+        )
+        return similarity_of(before, after, options.n_vectors, options.similarity), ""
+    if m * n > _MOST_ELEMENTS:
+        return None, "too large for its singular vectors: --proven computes them"
+    found = similarity_of_large(*pair.narrow(), options.n_vectors, options.similarity)
+    return found, "" if found.converged else "singular vectors have not converged"
