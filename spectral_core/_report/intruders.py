@@ -28,8 +28,9 @@ from .quadrature import quadratures
 # any rotation within their span is as good, so a cosine is taken with the span.
 _EQUAL = 1e-9
 _STEPS = 48  # of the quadrature
-_TOLERANCE = 1e-5  # of the vectors of a large matrix, relative to the largest value
-_MOST_PRODUCTS = 300
+_TOLERANCE = 1e-4  # of the vectors of a large matrix, relative to the largest value
+_MOST_PRODUCTS = 120
+_MORE = 4  # vectors of the base beyond those that are compared
 _NEGLIGIBLE = 1e-4  # of the largest singular value, in a large matrix
 
 
@@ -92,7 +93,7 @@ def similarity_of(before: Stored, after: Stored, k: int, threshold: float) -> Si
 def similarity_of_large(before: Stored, after: Stored, k: int, threshold: float) -> Similarity:
     """Compare two large matrices by their first vectors alone: see `similarity_of`."""
     tuned = _top(after, min(k, *after.shape))
-    base = _top(before, min(2 * k, *before.shape))
+    base = _top(before, min(k + _MORE, *before.shape))
 
     def adjoint_times(rows: Stored) -> Stored:
         return (rows.conj() @ before).conj()
