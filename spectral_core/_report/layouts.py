@@ -28,8 +28,17 @@ class Choice(NamedTuple):
 
 Shape = tuple[int, ...]
 _TABLE = re.compile(
-    r"(^|[._/])(wte|wpe|embed|embed_(in|tokens|positions)|embeddings?|embd|shared)[._/]\w+$"
+    r"(^|[._/])(wte|wpe|embed|embed_(in|tokens|positions)|embeddings?|embd|shared"
+    r"|relative_attention_bias)[._/]\w+$"
+    r"|(^|[._/])(pos_embed|pos_embedding|position_embeddings?|positional_embedding)$"
 )
+_BIAS = re.compile(r"(^|[._/])(\w*_)?bias(_table)?(:0)?$")
+_TOKEN = re.compile(r"(^|[._/])(\w+_token|(query|prompt)_tokens)$")
+_LOGARITHM = re.compile(r"(^|\.)A_log$")  # of Mamba
+_LENGTHS = re.compile(r"(weight_g|parametrizations\.weight\.original0)$")
+_DIRECTIONS = re.compile(r"(weight_v|parametrizations\.weight\.original1)$")
+_KERNEL = re.compile(r"(^|[./])(kernel|embedding)$")  # how Flax calls them, in files of any kind
+_GATE_UP = re.compile(r"gate_up_proj\.weight$")
 _FUSED = re.compile(r"(in_proj_weight|qkv\w{0,40}\.weight|Wqkv\.weight)$")
 _MIXED = re.compile(r"query_key_value\.weight$")  # GPT-NeoX and BLOOM: a head after the other
 _CONV1D = re.compile(r"(^|\.)h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
@@ -40,6 +49,17 @@ _OPTIMIZER = re.compile(
     r"^(optim\w*|opt_state|adam\w*|lr_scheduler\w*|scaler|master_?weights)[._/]"
 )
 _COMPANION = re.compile(r"(weight_scale(_inv)?|_scale|scales|absmax|quant_map|zeros|g_idx)$")
+
+
+# What has two axes or more and is no matrix of a layer.
+_NO_MATRICES = {
+    _OPTIMIZER: "state of an optimizer",
+    _COMPANION: "scales of a quantized weight",
+    _BIAS: "a bias, not the matrix of a layer",
+    _TOKEN: "a token, not the matrix of a layer",
+    _LOGARITHM: "logarithms of a state space, not the matrix of a layer",
+    _LENGTHS: "lengths of a weight normalization",
+}
 
 
 def parsed(text: str) -> tuple[str, Layout | None]:
@@ -91,15 +111,28 @@ def layout_of(
                     f"shape {shape}"
                 )
             return Choice(layout)
-    if known and name in known:
-        return Choice(known[name])
-    if _OPTIMIZER.search(name):
-        return Choice(None, note="state of an optimizer")
-    if _COMPANION.search(name):
-        return Choice(None, note="scales of a quantized weight")
+    rule = _ruled(name, shape, kind)
+    if not known or name not in known:
+        return rule
+    # A layer says which axis is the output, but not that its outputs are several maps.
+    fused = rule.layout is not None and (rule.layout.groups > 1 or rule.note)
+    return rule if fused and len(shape) == 2 else Choice(known[name])
+
+
+def _ruled(name: str, shape: Shape, kind: str) -> Choice:
+    """Return what the convention of a framework and the name say."""
+    for pattern, reason in _NO_MATRICES.items():
+        if pattern.search(name):
+            return Choice(None, note=reason)
     if kind in ("flax", "keras"):
         return _channels_last(name, shape, kind)
-    return _channels_first(name, shape, guessed=kind == "numpy")
+    if _KERNEL.search(name):
+        found = _channels_last(name, shape, "flax")
+        return found._replace(guessed=True)
+    found = _channels_first(name, shape, guessed=kind == "numpy")
+    if _DIRECTIONS.search(name) and found.layout is not None:
+        return Choice(found.layout, True, "without the lengths of its weight normalization")
+    return found
 
 
 def _channels_first(name: str, shape: Shape, *, guessed: bool) -> Choice:
@@ -116,7 +149,11 @@ def _channels_first(name: str, shape: Shape, *, guessed: bool) -> Choice:
             if shape[0] == 3 * shape[1]:
                 return Choice(Layout("(go)i", 3), guessed, "query, key and value")
             return Choice(Layout("oi"), True, "fused query, key and value, not taken apart")
+        if _GATE_UP.search(name) and shape[0] % 2 == 0:
+            return Choice(Layout("(go)i", 2), guessed, "gate and up")
         return Choice(Layout("oi"), guessed)
+    if ndim == 3 and shape[0] == 1 and _TABLE.search(name):
+        return Choice(Layout("sio"), guessed, "positions")
     if _EXPERTS.search(name):
         return Choice(stack_layout(ndim), True, "one matrix an expert")
     if ndim > 5:

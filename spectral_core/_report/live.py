@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .._arrays import as_numpy
+from .._layout import Layout
 from .entry import Checkpoint, CheckpointError, Stored, TensorEntry
 from .files import readable, short
 from .folders import opened
@@ -37,18 +41,66 @@ def blamed(source: Any, entry: TensorEntry) -> Iterator[None]:
         raise CheckpointError(f"{name_of(source)}: {short(entry.name)}: {reason}") from None
 
 
+# The module of a base class, and the adapter that knows the layers of its framework. A model can
+# exist only where its framework is imported, so nothing is imported for the others.
+_MODELS = {
+    "torch.nn.": "spectral_torch",
+    "keras.": "spectral_keras",
+    "equinox.": "spectral_jax",
+    "flax.nnx.": "spectral_jax",
+}
+
+
 def _live(source: Any) -> Checkpoint:
-    """Return the arrays of a mapping, a nested one, or of a model of PyTorch or Keras."""
-    kind = "numpy"
-    if callable(getattr(source, "state_dict", None)):
-        source, kind = source.state_dict(), "torch"
-    elif hasattr(source, "weights") and hasattr(source, "trainable_weights"):
-        source, kind = {x.path: x.numpy() for x in source.weights}, "keras"
+    """Return the arrays of a mapping, a nested one, or of a model."""
+    adapter = _adapter_of(source)
+    if adapter:
+        return _known(source, adapter)
     if not isinstance(source, Mapping):
+        kind = type(source)
+        if kind.__module__.startswith("flax.linen") or _is_linen(source):
+            raise CheckpointError(
+                f"{kind.__name__} is a module of flax.linen, which holds no weights: pass the "
+                "variables that init() returned"
+            )
         raise CheckpointError(
-            f"a report needs a path, a mapping of arrays or a model, not a {type(source).__name__}"
+            f"a report needs a path, a mapping of arrays or a model, not a {kind.__name__}"
         )
-    return Checkpoint(kind, list(_entries(source, "", 0)))
+    return Checkpoint("numpy", list(_entries(source, "", 0)))
+
+
+def _is_linen(source: Any) -> bool:
+    return any(x.__module__.startswith("flax.linen") for x in type(source).__mro__)
+
+
+def _adapter_of(source: Any) -> str:
+    """Return the name of the adapter for a model, or for a mapping that holds arrays of JAX."""
+    for kind in type(source).__mro__:
+        for prefix, adapter in _MODELS.items():
+            if f"{kind.__module__}.".startswith(prefix):
+                return adapter
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(source, Mapping):
+        leaves = jax.tree_util.tree_leaves(source)
+        if any(isinstance(leaf, jax.Array) for leaf in leaves):
+            return "spectral_jax"
+    return ""
+
+
+def _known(source: Any, adapter: str) -> Checkpoint:
+    """Return the arrays of a model with the layouts of its layers, which its adapter reads."""
+    kind, tensors, meanings = import_module(f"{adapter}._live").live_tensors(source)
+    entries = []
+    layouts: dict[str, Layout] = {}
+    for name, value in tensors.items():
+        meaning = meanings.get(name)
+        entry = _entry(name, value)
+        if isinstance(meaning, Layout):
+            layouts[name] = meaning
+        elif meaning:
+            entry = replace(entry, skip=meaning)
+        entries.append(entry)
+    return Checkpoint(kind, entries, layouts=layouts)
 
 
 def _entries(source: Mapping[Any, Any], path: str, depth: int) -> Iterator[TensorEntry]:
