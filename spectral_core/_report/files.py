@@ -16,13 +16,15 @@ from .numbers import is_floating, stored_dtype
 
 _MOST_VALUES = 8_000_000  # of JSON, each of some 40 bytes in memory
 MOST_HEADER = 100 * 2**20  # bytes of a header: a million tensors of 100 bytes each
+_MOST_COPIED = 2**26  # bytes of an array
+_CUT = "a tensor ends past the end of the file, which was cut after its header was read"
 
 
 class Mapped:
     """A regular file, or ``size`` bytes of one from ``start``, whose parts can be read or mapped.
 
-    Each array is a map of its own. It is unmapped with the array, so memory holds one tensor at a
-    time. One map of the whole file would count as used memory until its end.
+    Each large array is a map of its own. It is unmapped with the array, so memory holds one tensor
+    at a time. One map of the whole file would count as used memory until its end.
     """
 
     def __init__(self, path: Path, start: int = 0, size: int | None = None) -> None:
@@ -52,12 +54,25 @@ class Mapped:
     def array(
         self, offset: int, dtype: np.dtype, shape: tuple[int, ...], order: Literal["C", "F"] = "C"
     ) -> Stored:
-        """Map an array."""
+        """Return an array: a copy of a small one, a map of a large one.
+
+        A map of a file that is cut later ends the process at the next look, which no handler can
+        prevent. So only what is too large to copy is mapped.
+        """
         count = prod(shape) * dtype.itemsize
         if not 0 <= offset <= offset + count <= self.size:
             raise CheckpointError("a tensor ends past the end of the file")
         if not count:
             return np.empty(shape, dtype)
+        if count <= _MOST_COPIED:
+            flat = np.empty(count, np.uint8)
+            with self.path.open("rb") as file:
+                file.seek(self.start + offset)
+                if file.readinto(memoryview(flat)) < count:
+                    raise CheckpointError(_CUT)
+            return flat.view(dtype).reshape(shape, order=order)
+        if self.path.stat().st_size < self.start + offset + count:
+            raise CheckpointError(_CUT)
         return np.memmap(self.path, dtype, "r", self.start + offset, shape, order)
 
     def part(self, offset: int, size: int) -> Mapped:

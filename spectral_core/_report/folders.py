@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from . import gguf, hdf5, msgpack_files, numpy_files, orbax, safetensors, torch_files, torch_folders
@@ -176,7 +177,8 @@ def _check_files(files: list[Path] | list[str]) -> None:
 def _bytes_of(path: Path) -> int:
     if path.is_file():
         return path.stat().st_size
-    return sum(x.stat().st_size for x in path.rglob("*") if x.is_file())
+    inner = islice(path.rglob("*"), _MOST_FILES)  # the folder may be one of many others
+    return sum(x.stat().st_size for x in inner if x.is_file())
 
 
 def _check_total(entries: Iterable[TensorEntry], held: int) -> None:

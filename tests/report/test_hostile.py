@@ -1,10 +1,12 @@
 """Files that lie, are broken, or hold code: one line says so, and nothing else happens."""
 
 import io
+import json
 import os
 import pickle
 import zipfile
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +15,10 @@ from hypothesis import strategies as st
 
 import spectral_core as sc
 from checkpoints import FORMATS, safetensors
-from fuzz import attempt, mutated
+from fuzz import attempt, check, mutated, within
 from spectral_core._report import files, msgpack_files, pickles, zips
 from spectral_core._report.command import main
+from spectral_core._report.folders import opened
 from spectral_core._report.pickles import loads
 
 
@@ -217,6 +220,95 @@ def test_long_names(tmp_path, capsys):
     assert "5,000 characters" in refused(tmp_path / "a.safetensors", capsys)
 
 
+@pytest.mark.parametrize("most", [0, 2**26], ids=["mapped", "copied"])
+@pytest.mark.parametrize("name", ["a.safetensors", "a.npz", "a.npy", "a.gguf"])
+def test_files_that_are_cut_while_they_are_read(name, most, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_MOST_COPIED", most)
+    path = tmp_path / name
+    FORMATS[name][0](path)
+    entries = [x for x in opened(path).entries if not x.skip]
+    path.write_bytes(path.read_bytes()[:50])
+    for entry in entries:
+        with pytest.raises(sc.SpectralError, match="cut after"):
+            entry.load()
+    path.unlink()
+    with pytest.raises((sc.SpectralError, OSError)):
+        entries[0].load()
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no /dev/zero here")
+def test_devices_and_folders_in_place_of_files(tmp_path, capsys):
+    assert "not a regular file" in refused("/dev/zero", capsys)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "model.safetensors").mkdir()
+    assert "not a regular file" in refused(tmp_path / "a", capsys)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / ".metadata").symlink_to("/dev/zero")
+    (tmp_path / "b" / "back").symlink_to(tmp_path / "b", target_is_directory=True)
+    assert "without weights" in refused(tmp_path / "b", capsys)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "w.safetensors").mkdir()
+    index = '{"weight_map": {"w": "w.safetensors"}}'
+    (tmp_path / "c" / "model.safetensors.index.json").write_text(index)
+    assert "missing" in refused(tmp_path / "c", capsys)
+
+
+def test_nested_zip_files_are_not_opened(tmp_path):
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("w.npy", bytes(10**6))
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("inner.zip", inner.getvalue())
+        archive.writestr("w.npy", npy(np.eye(2)))
+    report = sc.report(tmp_path / "a.npz")
+    assert list(report) == ["w"]
+    assert report.skipped == {"inner.zip": "not an array"}
+
+
+def npy(x):
+    buffer = io.BytesIO()
+    np.save(buffer, x)
+    return buffer.getvalue()
+
+
+def test_zip_members_that_overlap(tmp_path, monkeypatch, capsys):
+    """Let every entry of the directory point at one member (Fifield 2019)."""
+    monkeypatch.setattr(zips, "FREE", 0)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("w000.npy", npy(np.zeros((60, 60))))
+    data = buffer.getvalue()
+    start, end = data.index(b"PK\x01\x02"), data.index(b"PK\x05\x06")
+    entry, count = data[start:end], 300
+    directory = b"".join(entry.replace(b"w000", f"w{i:03}".encode()) for i in range(count))
+    tail = bytearray(data[end:])
+    tail[8:12] = count.to_bytes(2, "little") * 2
+    tail[12:16] = len(directory).to_bytes(4, "little")
+    (tmp_path / "a.npz").write_bytes(data[:start] + directory + tail)
+    assert "inflates" in refused(tmp_path / "a.npz", capsys)
+
+
+def test_a_huge_shape_with_zero_bytes(tmp_path, capsys):
+    fields = {"dtype": "F32", "shape": [2**61, 0], "data_offsets": [0, 0]}
+    (tmp_path / "a.safetensors").write_bytes(header(json.dumps({"w": fields}).encode()))
+    assert sc.report(tmp_path / "a.safetensors").skipped == {"w": "empty"}
+    fields = {"dtype": "F4", "shape": [2**61, 2**61], "data_offsets": [0, 0]}
+    (tmp_path / "a.safetensors").write_bytes(header(json.dumps({"w": fields}).encode()))
+    assert "not a dtype" in sc.report(tmp_path / "a.safetensors").skipped["w"]
+
+
+def test_names_that_turn_the_line_around(tmp_path, capsys):
+    name = "\u202egpj.\u2066x\u200b\x85"  # bidi, invisible, and a line end of its own
+    (tmp_path / "a.safetensors").write_bytes(safetensors({name: ("F64", np.eye(2))}))
+    path = str(tmp_path / "a.safetensors")
+    for options in ([], ["--csv"], ["--compare", path], ["--compare", path, "--csv"]):
+        assert main([path, *options]) == 0
+        out = capsys.readouterr().out
+        assert all(c.isprintable() or c == "\n" for c in out)
+    assert main([path, "--fail-above", "0.1"]) == 1
+    assert capsys.readouterr().err.rstrip("\n").isprintable()
+
+
 FILES = [name for name in FORMATS if "folder" not in name]
 
 
@@ -234,9 +326,13 @@ def good(request, tmp_path_factory):
 @given(data=st.data())
 def test_changed_bytes_raise_nothing_else(good, data):
     path, content = good
-    changed = mutated(content, lambda n: data.draw(st.integers(0, n - 1)))
-    path.write_bytes(changed)
-    attempt(path)
+
+    def choose(n):
+        return data.draw(st.integers(0, n - 1))
+
+    changed = within(content, choose) if choose(2) else None
+    path.write_bytes(mutated(content, choose) if changed is None else changed)
+    check(attempt(path))
 
 
 @settings(max_examples=25)
@@ -244,4 +340,4 @@ def test_changed_bytes_raise_nothing_else(good, data):
 def test_any_bytes_raise_nothing_else(good, content):
     path, _ = good
     path.write_bytes(content)
-    attempt(path)
+    check(attempt(path))
