@@ -182,14 +182,16 @@ def _gpt2(name: str, shape: Shape, *, guessed: bool) -> Choice:
     return Choice(Layout("io" if wide == grows else "oi"), guessed)
 
 
-_FLAX_ATTENTION = re.compile(r"(^|/)(query|key|value|(?P<out>out))/kernel$")
+_ATTENTION = re.compile(  # of Flax, and of Keras in its files
+    r"(^|/)_?(query|key|value|(?P<out>out(put)?))(_dense)?/(kernel|vars/0)$"
+)
 _KERNELS = {2: "io", 3: "kio", 4: "hwio", 5: "dhwio"}
 
 
 def _channels_last(name: str, shape: Shape, kind: str) -> Choice:
     """Return the layout in the convention of Flax and Keras: outputs come last."""
     ndim = len(shape)
-    attention = _FLAX_ATTENTION.search(name)
+    attention = _ATTENTION.search(name)
     if ndim == 3 and attention:
         return Choice(Layout("iio" if attention["out"] else "ioo"), note="all heads together")
     if ndim not in _KERNELS:
@@ -201,5 +203,7 @@ def _channels_last(name: str, shape: Shape, kind: str) -> Choice:
     if kind == "keras" and ndim > 2 and _TRANSPOSED.search(name):  # Flax keeps inputs, outputs
         return Choice(Layout("k" * (ndim - 2) + "oi"), True, "a transposed convolution")
     # Embeddings, dense layers and convolutions all have their outputs last. The kernel of a
-    # recurrent layer joins its gates, which is one matrix of the map to all gates.
-    return Choice(Layout(_KERNELS[ndim]), ndim == 3)
+    # recurrent layer joins its gates, which is one matrix of the map to all gates. A Keras file
+    # names a layer by its class, or by its model's attribute: that says nothing about the class.
+    plain = "conv" in name.lower() and "separable" not in name.lower()
+    return Choice(Layout(_KERNELS[ndim]), ndim == 3 or (kind == "keras" and ndim > 3 and not plain))

@@ -55,7 +55,11 @@ def _live(source: Any) -> Checkpoint:
     """Return the arrays of a mapping, a nested one, or of a model."""
     adapter = _adapter_of(source)
     if adapter:
-        return _known(source, adapter)
+        try:
+            return _known(source, adapter)
+        except ImportError as error:  # the adapter needs more than the framework: optax beside JAX
+            if not isinstance(source, Mapping):
+                raise CheckpointError(str(error)) from None
     if not isinstance(source, Mapping):
         kind = type(source)
         if kind.__module__.startswith("flax.linen") or _is_linen(source):

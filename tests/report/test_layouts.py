@@ -32,6 +32,10 @@ RULES = [
     ("flax", "params/attention/query/kernel", (8, 2, 4), "ioo", False),
     ("flax", "params/attention/out/kernel", (2, 4, 8), "iio", False),
     ("keras", "layers/conv2d/vars/0", (5, 5, 3, 4), "hwio", False),
+    ("keras", "up/vars/0", (3, 3, 8, 4), "hwio", True),
+    ("keras", "layers/separable_conv2d/vars/0", (3, 3, 8, 1), "hwio", True),
+    ("keras", "layers/multi_head_attention/query_dense/vars/0", (8, 2, 4), "ioo", False),
+    ("keras", "layers/multi_head_attention/output_dense/vars/0", (2, 4, 8), "iio", False),
     ("keras", "layers/depthwise_conv2d/vars/0", (3, 3, 8, 1), "kk(gi)o", True),
     ("keras", "layers/conv2d_transpose/vars/0", (3, 3, 8, 4), "kkoi", True),
 ]

@@ -1,5 +1,7 @@
 """Live models: each framework's layers say their own layouts."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -84,6 +86,13 @@ def test_flax_linen():
     assert {x: y[1:] for x, y in axes_of(sc.report(host)).items()} == {
         x: y[1:] for x, y in expected.items()
     }
+
+
+def test_arrays_of_jax_without_its_adapter(monkeypatch):
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    monkeypatch.setitem(sys.modules, "spectral_jax._live", None)
+    params = {"Dense_0": {"kernel": jax.numpy.ones((3, 5))}}
+    assert axes_of(sc.report(params)) == {"Dense_0/kernel": ("io", 5, 3)}
 
 
 def test_keras():
