@@ -68,7 +68,7 @@ class Mapped:
             flat = np.empty(count, np.uint8)
             with self.path.open("rb") as file:
                 file.seek(self.start + offset)
-                if file.readinto(memoryview(flat)) < count:
+                if file.readinto(flat.data) < count:
                     raise CheckpointError(_CUT)
             return flat.view(dtype).reshape(shape, order=order)
         if self.path.stat().st_size < self.start + offset + count:
