@@ -4,6 +4,7 @@ from ._algorithm import add_gradient, add_gradient_, init, iterate
 from ._chain import ChainBound, chain_bound
 from ._constraint import constrain, constrain_
 from ._convolution import ConvolutionNorm, convolution_norm
+from ._density import SpectralDensity, spectral_density
 from ._geometry import Convolution
 from ._interval import SigmaBounds, bounds, gram_bound
 from ._lanczos import SpectralNorm, spectral_norm
@@ -52,6 +53,7 @@ __all__ = [
     "PowerIteration",
     "ShapeError",
     "SigmaBounds",
+    "SpectralDensity",
     "SpectralError",
     "SpectralNorm",
     "SpectralState",
@@ -84,6 +86,7 @@ __all__ = [
     "report",
     "schatten_norm",
     "slope",
+    "spectral_density",
     "spectral_norm",
     "stable_rank",
     "start_vector",

@@ -377,24 +377,41 @@ def _gram_of(W: Array, xp: Namespace) -> Callable[[Array], Array]:
 
 
 def ritz_values(gram: Callable[[Array], Array], x: Array, steps: int, xp: Namespace) -> Host:
-    """Return the Ritz values of the Krylov space of that many steps, in rising order.
+    """Return the Ritz values of the Krylov space of that many steps, in rising order."""
+    (T,) = projections(lambda X: gram(X[0, :])[None, :], x[None, :], steps, xp)
+    return np.linalg.eigvalsh(T, UPLO="U")
 
+
+def projections(gram: Callable[[Array], Array], X: Array, steps: int, xp: Namespace) -> list[Host]:
+    """Return the operator in the Krylov space of each row of X: the upper half of a matrix.
+
+    ``gram`` is applied to all rows at once, so that a weight is read once a step for all of them.
     The vectors are made orthogonal to all before, twice: the theorem is about exact arithmetic.
-    The array of vectors has one shape in all steps, so that JAX compiles once.
+    The array of vectors has one shape in all steps, so that JAX compiles once. A row whose space is
+    complete goes on as zeros.
     """
+    count = X.shape[0]
     rows = xp.arange(steps)
-    basis = x[None, :] * xp.zeros((steps, 1), dtype=x.dtype, device=x.device)
-    T = np.zeros((steps, steps), complex)
+    basis = X[:, None, :] * xp.zeros((1, steps, 1), dtype=X.dtype, device=X.device)
+    T = np.zeros((count, steps, steps), complex)
+    used, going = [0] * count, [True] * count
+    least = 8 * traits(X, xp, "x").eps
     for k in range(steps):
-        basis = basis + xp.astype(rows == k, x.dtype)[:, None] * x[None, :]
-        y = gram(x)
-        products = xp.matmul(conj(basis, xp), y)
-        T[:, k] = to_host(products)
+        basis = basis + xp.astype(rows == k, X.dtype)[None, :, None] * X[:, None, :]
+        Y = gram(X)
+        products = xp.matmul(conj(basis, xp), Y[..., None])
+        T[:, :, k] = to_host(xp.reshape(products, (-1,))).reshape(count, steps)
         for _ in range(2):
-            y = y - xp.matmul(xp.matmul(conj(basis, xp), y), basis)
-        length = float(norm(y, xp))
-        if length <= 8 * traits(x, xp, "x").eps * abs(T[k, k]) or k + 1 == steps:
+            along = xp.matmul(conj(basis, xp), Y[..., None])
+            Y = Y - xp.matmul(xp.matrix_transpose(along), basis)[:, 0, :]
+        length = norm(Y, xp)
+        inverse = np.zeros(count)
+        for i, own in enumerate(to_host(length).real):
+            used[i] += going[i]
+            going[i] = going[i] and bool(own > least * abs(T[i, k, k]))
+            inverse[i] = 1 / own if going[i] else 0.0
+        if not any(going):
             break
-        x = y / length
+        X = Y * xp.asarray(inverse, dtype=length.dtype, device=X.device)[:, None]
     # Column k holds the products with the vectors up to it: the upper half of the operator.
-    return np.linalg.eigvalsh(T[: k + 1, : k + 1], UPLO="U")
+    return [T[i, : used[i], : used[i]] for i in range(count)]
