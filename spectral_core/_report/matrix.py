@@ -7,10 +7,13 @@ is in float64, which holds every stored number exactly.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from math import frexp, inf, ldexp, nan
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -21,6 +24,7 @@ from .._certificate import (
     scaled_up,
     times_power_of_two,
 )
+from .._density import quadrature, smoothed
 from .._interval import enclosure, ritz_values
 from .._power import start_vector
 from .entry import Stored
@@ -32,8 +36,19 @@ STEPS = 32  # of Lanczos, each a product with W and one with Wᴴ
 _TILE = 1 << 17
 _KEPT = 24 * 2**20  # elements that are kept decoded, 192 MB
 MOST_PROVEN = 2 * 10**8  # multiplications of a factorization
+MOST_VALUES = 4 * 10**9  # multiplications up to which all singular values are computed
+_MOST_DENSE = 2**23  # elements of it, of which the factorization has a few copies
+_PROBES, _DENSITY_STEPS = 4, 64  # of the density of a larger matrix
+# Threads share a product by parts of the rows. Their number is fixed, and their results are added
+# in order, so that the last digits do not depend on the number of cores.
+_PARTS = 16
+_SERIAL = 2**20  # elements up to which threads cost more than they save
 _EPS = 2.0**-52
 _FAR = 200  # exponent of the largest element from which squares could leave float64
+
+
+# All singular values in falling order, or "values" and the "density" there.
+Spectrum: TypeAlias = tuple[float, ...] | dict[str, tuple[float, ...]]
 
 
 class Numbers(NamedTuple):
@@ -50,20 +65,43 @@ class Numbers(NamedTuple):
     dead_rows: int
     dead_columns: int
     nonfinite: int
+    spectrum: Spectrum | None = None
 
 
-def measure(matrix: Stored, decode: Callable[[Stored], Stored], *, proven: bool = False) -> Numbers:
+class Matrix(Protocol):
+    """What is measured: an array, or what has its shape, its transpose and parts of its rows."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def T(self) -> Any: ...  # noqa: N802
+
+    def __getitem__(self, rows: Any, /) -> Any: ...
+
+
+Decode = Callable[[Any], Stored]
+
+
+def measure(
+    matrix: Matrix, decode: Decode, *, proven: bool = False, spectrum: bool = False
+) -> Numbers:
     """Measure a matrix of stored numbers.
 
     Parameters
     ----------
-    matrix : array, shape (m, n)
+    matrix : Matrix, shape (m, n)
         Stored numbers, often a map of a file.
     decode : callable
         Return a part of them as float64 or complex128.
     proven : bool
         True to prove the bounds of large matrices too, which needs m·n² multiplications and memory
         for the whole matrix in float64.
+    spectrum : bool
+        True for all singular values, or for the density of those of a large matrix.
 
     Returns
     -------
@@ -90,7 +128,14 @@ def measure(matrix: Stored, decode: Callable[[Stored], Stored], *, proven: bool 
             found = _proven(tiles) if small or proven else _probable(tiles, sums)
     zeros = sums.zeros / max(1, matrix.size)
     return Numbers(
-        *found, sums.frobenius, sums.largest, zeros, dead_rows, dead_columns, sums.nonfinite
+        *found,
+        sums.frobenius,
+        sums.largest,
+        zeros,
+        dead_rows,
+        dead_columns,
+        sums.nonfinite,
+        _spectrum(tiles, sums) if spectrum and not sums.nonfinite else None,
     )
 
 
@@ -112,10 +157,10 @@ class _Tiles:
     Each tile is multiplied by both products of WᴴW while it is in the cache.
     """
 
-    def __init__(self, matrix: Stored, decode: Callable[[Stored], Stored]) -> None:
+    def __init__(self, matrix: Matrix, decode: Decode) -> None:
         # σ of the transpose is the same, also without the conjugate.
         self._stored = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-        self.shape = self._stored.shape
+        self.shape = (int(self._stored.shape[0]), int(self._stored.shape[1]))
         self._decode = decode
         self._rows = max(1, _TILE // self.shape[1])
         self._kept: list[Stored] | None = None
@@ -130,9 +175,20 @@ class _Tiles:
         return iter(self._kept)
 
     def _decoded(self) -> Iterator[Stored]:
-        for start in range(0, self.shape[0], self._rows):
-            tile = self._decode(self._stored[start : start + self._rows])
-            yield times_power_of_two(tile, -self.exponent) if self.exponent else tile
+        return map(self._tile, range(0, self.shape[0], self._rows))
+
+    def _tile(self, start: int) -> Stored:
+        tile = self._decode(self._stored[start : start + self._rows])
+        return times_power_of_two(tile, -self.exponent) if self.exponent else tile
+
+    def _parts(self) -> list[Iterator[Stored]]:
+        """Return the tiles in parts that threads can share."""
+        starts = range(0, self.shape[0], self._rows)
+        cuts = [len(starts) * i // _PARTS for i in range(_PARTS + 1)]
+        pairs = list(pairwise(cuts))
+        if (kept := self._kept) is not None:
+            return [iter(kept[a:b]) for a, b in pairs]
+        return [map(self._tile, starts[a:b]) for a, b in pairs]
 
     def scale(self, largest: float) -> None:
         """Scale by a power of two where squares would leave the range of float64."""
@@ -148,10 +204,17 @@ class _Tiles:
         return np.concatenate(list(self), axis=0)
 
     def gram(self, x: Stored) -> Stored:
-        """Return WᴴW·x."""
-        found = np.zeros(self.shape[1], x.dtype)
-        for tile in self:
-            y = tile @ x
+        """Return WᴴW·x, or that of each row of x. NumPy releases the lock of Python in it."""
+        if self._stored.size <= _SERIAL:
+            return self._gram(iter(self), x)
+        with ThreadPoolExecutor(_cores()) as pool:
+            found = list(pool.map(lambda tiles: self._gram(tiles, x), self._parts()))
+        return np.sum(found, axis=0)
+
+    def _gram(self, tiles: Iterator[Stored], x: Stored) -> Stored:
+        found = np.zeros(x.shape, x.dtype)
+        for tile in tiles:
+            y = (tile @ x.T).T
             found += (y.conj() @ tile).conj() if y.dtype.kind == "c" else y @ tile
         return found
 
@@ -182,6 +245,14 @@ class _Tiles:
             nonfinite,
             (dead, int((columns == 0).sum())),
         )
+
+
+def _cores() -> int:
+    """Return the number of cores that this process may use."""
+    try:
+        return min(_PARTS, len(os.sched_getaffinity(0)))
+    except AttributeError:  # not on every system
+        return min(_PARTS, os.cpu_count() or 1)
 
 
 def _length(size: Stored) -> float:
@@ -246,3 +317,21 @@ def _ratio(values: Stored) -> float:
     if len(values) < 2:
         return nan
     return float((max(float(values[-2]), 0.0) / float(values[-1])) ** 0.5)
+
+
+def _spectrum(tiles: _Tiles, sums: _Sums) -> Spectrum:
+    """Return all singular values, or the density of those of a large matrix."""
+    m, n = tiles.shape
+    if sums.largest == 0:
+        return (0.0,) * n
+    if m * n * n <= MOST_VALUES and m * n <= _MOST_DENSE:
+        values: Stored = np.linalg.svd(tiles.whole(), compute_uv=False)
+        return tuple(scaled_up(float(value), tiles.exponent) for value in values)
+    like = next(iter(tiles))
+    starts = start_vector((_PROBES, n), like, seed=0, name="density")
+    steps = min(_DENSITY_STEPS, n)
+    grid, density = smoothed(*quadrature(tiles.gram, starts, steps, np), steps)
+    return {
+        "values": tuple(scaled_up(float(x), tiles.exponent) for x in grid),
+        "density": tuple(scaled_up(float(x), -tiles.exponent) for x in density),
+    }
