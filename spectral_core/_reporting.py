@@ -19,6 +19,11 @@ def report(
     layouts: Mapping[str, Layout | str | None] | None = None,
     proven: bool = False,
     convolutions: bool = True,
+    spectrum: bool = False,
+    heads: bool | int = False,
+    config: str | PathLike[str] | Mapping[str, Any] | None = None,
+    base: str | PathLike[str] | Mapping[str, Any] | Any = None,
+    lora_scale: float | None = None,
 ) -> Report:
     """Measure the spectral norms of a checkpoint, or of a model.
 
@@ -39,6 +44,20 @@ def report(
         more than about 580 × 580 elements fails with a probability of at most 1e-9.
     convolutions : bool
         False to leave out the norms of convolutions as maps of images.
+    spectrum : bool
+        True for all singular values of each matrix, in ``spectrum`` of its row. A matrix of more
+        than about 1,600 × 1,600 elements gets their density by `spectral_density` instead.
+    heads : bool or int
+        True for the norms of each head of attention and of the products WqᵀWk and WoWv, in
+        ``heads`` of the report. The number of heads is read from the ``config.json`` beside the
+        weights, or from the model. An integer gives it.
+    config : path or mapping, optional
+        A configuration with ``num_attention_heads``, instead of the one beside the weights.
+    base : path, mapping or model, optional
+        The weights that low-rank updates (LoRA) in ``source`` belong to. Each W + s·B·A gets a row.
+    lora_scale : float, optional
+        The factor s of all updates. Without it, ``adapter_config.json`` beside the file or the
+        ``alpha`` in it decides, and B·A is measured without a factor where there is none.
 
     Returns
     -------
@@ -69,7 +88,17 @@ def report(
     """
     from ._report.run import report_of
 
-    return report_of(_path(source), layouts=layouts, proven=proven, convolutions=convolutions)
+    return report_of(
+        _path(source),
+        layouts=layouts,
+        proven=proven,
+        convolutions=convolutions,
+        spectrum=spectrum,
+        heads=heads,
+        config=config,
+        base=_path(base),
+        lora_scale=lora_scale,
+    )
 
 
 def compare(

@@ -104,6 +104,30 @@ def _parser() -> argparse.ArgumentParser:
         "'*.qkv.weight=(go)i:3' for three groups, or '*.wpe.weight=skip'; may be repeated",
     )
     parser.add_argument("--top", type=_positive, metavar="K", help="show the K largest norms only")
+    parser.add_argument(
+        "--spectrum",
+        action="store_true",
+        help="show all singular values, or their density where the matrix is large",
+    )
+    parser.add_argument(
+        "--heads",
+        type=_count_or_config,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="N",
+        help="measure each head of attention; N is their number where no config.json says it",
+    )
+    parser.add_argument("--config", metavar="PATH", help="a config.json for --heads")
+    parser.add_argument(
+        "--base", metavar="PATH", help="weights to which the LoRA factors in the file belong"
+    )
+    parser.add_argument(
+        "--lora-scale",
+        type=float,
+        metavar="S",
+        help="factor of B·A where no adapter_config.json says it",
+    )
     parser.add_argument("--proven", action="store_true", help="prove all bounds, also large ones")
     parser.add_argument(
         "--no-convolutions", action="store_true", help="leave out norms of convolutions"
@@ -121,6 +145,15 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--json", action="store_true", help="write JSON")
     output.add_argument("--csv", action="store_true", help="write CSV")
     return parser
+
+
+def _count_or_config(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(
+            f"{_one_line(ValueError(text))!r} is no number of heads: put the path first, or "
+            "write --heads=N"
+        )
+    return int(text)
 
 
 def _positive(text: str) -> int:
@@ -151,6 +184,11 @@ def _report(layouts: dict[str, Layout | None], options: argparse.Namespace) -> R
         layouts=layouts,
         proven=options.proven,
         convolutions=not options.no_convolutions,
+        spectrum=options.spectrum,
+        heads=options.heads or (options.config is not None),
+        config=options.config,
+        base=options.base,
+        lora_scale=options.lora_scale,
         progress=_progress,
     )
 

@@ -43,6 +43,8 @@ class TensorEntry:
         Return the stored numbers, undecoded: bfloat16 is an array of ``uint16``.
     skip : str
         Reason why the tensor cannot be read, or "".
+    scale : TensorEntry, optional
+        What the numbers are multiplied by, for a float8 weight.
     """
 
     name: str
@@ -50,6 +52,7 @@ class TensorEntry:
     dtype: str
     load: Callable[[], Stored] = field(repr=False)
     skip: str = ""
+    scale: TensorEntry | None = None
 
     @property
     def size(self) -> int:

@@ -1,66 +1,181 @@
-"""Pair the two factors of a low-rank update, and measure their product without forming it."""
+"""Measure low-rank updates: the product of the two factors, and the weight that it changes.
+
+Neither is formed in memory. B·A is measured by the cores of the factors. W + s·B·A is decoded tile
+by tile as W is, with the update added to each tile.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from .._layout import Layout
 from .._operator import product_norm
-from .entry import TensorEntry
+from .adapters import Pair, Scale
+from .entry import CheckpointError, Stored, TensorEntry
+from .files import short
+from .layouts import Choice
+from .matrix import Decode, measure
 from .numbers import widened
 from .result import Row, finite
+from .rows import row_of
+from .scales import matrices_of
 
 # PEFT, and the names of kohya's scripts. The first factor maps inputs to the rank.
-_DOWN = re.compile(r"\.(lora_A|lora_down)(\.\w+)?\.weight$|\.lora_A$")
+_DOWN = re.compile(r"\.(lora_A|lora_down|lora_embedding_A)(\.\w+)?\.weight$|\.(lora_\w*A)(\.\w+)?$")
 _MOST_RANK = 4096  # the products of a factor with itself have the square of it
-_UP = {"lora_A": "lora_B", "lora_down": "lora_up"}
+_UP = {"lora_A": "lora_B", "lora_down": "lora_up", "lora_embedding_A": "lora_embedding_B"}
+_EPS = 2.0**-52
+_PREFIX = "base_model.model."
+
+Chosen = Callable[[TensorEntry], Choice]
 
 
-def pairs(entries: Iterable[TensorEntry]) -> list[Row]:
-    """Return a row for B·A of each pair of factors, without the scale that a configuration has."""
+class Base(NamedTuple):
+    """The weights that updates belong to, by name, and how their layout is chosen."""
+
+    entries: Mapping[str, TensorEntry]
+    choose: Chosen
+
+
+@dataclass(frozen=True)
+class Updated:
+    """The matrix W + B·A, of which parts of the rows are decoded; see `scales.Scaled`."""
+
+    stored: Any
+    decode: Decode
+    B: Stored
+    A: Stored
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (int(self.stored.shape[0]), int(self.stored.shape[1]))
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def T(self) -> Updated:  # noqa: N802 as of an array
+        return replace(self, stored=self.stored.T, B=self.A.T, A=self.B.T)
+
+    def __getitem__(self, rows: slice) -> Updated:
+        return replace(self, stored=self.stored[rows], B=self.B[rows])
+
+    def numbers(self) -> Stored:
+        """Return the sum in float64."""
+        return self.decode(self.stored) + self.B @ self.A
+
+
+def found_pairs(entries: Iterable[TensorEntry]) -> list[Pair]:
+    """Return the factors that belong together. Kernels are flattened to matrices."""
     readable = {entry.name: entry for entry in entries if not entry.skip}
-    rows = []
+    found = []
     for name, down in readable.items():
         match = _DOWN.search(name)
-        if match is None:
+        part = match and (match[1] or match[3])
+        if match is None or part not in _UP:
             continue
-        part = match[1] or "lora_A"
-        up = readable.get(name[: match.start()] + match[0].replace(part, _UP[part]))
-        if up is None or len(down.shape) != 2 or len(up.shape) != 2:
+        stem = name[: match.start()]
+        up = readable.get(stem + match[0].replace(part, _UP[part]))
+        if up is None or not _fit(up.shape, down.shape):
             continue
-        if up.shape[1] == down.shape[0] <= _MOST_RANK and 0 not in (*up.shape, *down.shape):
-            rows.append(_row(name[: match.start()], up, down))
+        magnitude = any(
+            f"{stem}.lora_magnitude_vector{end}" in readable
+            for end in ("", ".weight", match[2] or "")
+        )
+        found.append(
+            Pair(stem, up, down, readable.get(f"{stem}.alpha"), part.endswith("ding_A"), magnitude)
+        )
+    return found
+
+
+def _fit(up: tuple[int, ...], down: tuple[int, ...]) -> bool:
+    """Return True if the shapes are (m, r, 1, …) and (r, …)."""
+    if len(up) < 2 or len(down) < 2 or 0 in (*up, *down):
+        return False
+    return up[1] == down[0] <= _MOST_RANK and prod(up[2:]) == 1
+
+
+def pairs(
+    entries: Iterable[TensorEntry], scale: Scale, base: Base | None, skipped: dict[str, str]
+) -> list[Row]:
+    """Return a row for the update of each pair of factors, and for the weight with its update.
+
+    A pair that fits no weight of the base gets its reason in ``skipped``.
+    """
+    rows = []
+    named = None if base is None else _Names(base.entries)
+    for pair in found_pairs(entries):
+        s = scale.of(pair)
+        B, A = _factors(pair)
+        rows.append(_row(pair, s, B, A))
+        if base is None or named is None:
+            continue
+        if s is None:
+            raise CheckpointError(
+                f"W + s·B·A of {short(pair.name)} needs the scale s: there is no "
+                "adapter_config.json with lora_alpha beside the file; give --lora-scale S"
+            )
+        entry = named.of(pair.name)
+        reason = "the base has no such weight" if entry is None else ""
+        if entry is not None:
+            row, reason = _sum(pair, s, B, A, entry, base.choose(entry))
+            rows += [] if row is None else [row]
+        if reason:
+            skipped[f"{pair.name} (W + s·B·A)"] = reason
     return rows
 
 
-def _row(name: str, up: TensorEntry, down: TensorEntry) -> Row:
-    B, A = (np.ascontiguousarray(widened(np.asarray(x.load()), x.dtype)) for x in (up, down))
+def _factors(pair: Pair) -> tuple[Stored, Stored]:
+    """Return B (m, r) and A (r, n) in float64."""
+    B, A = (
+        np.ascontiguousarray(widened(np.asarray(x.load()), x.dtype)).reshape(x.shape[0], -1)
+        for x in (pair.up, pair.down)
+    )
+    kind = np.result_type(A, B)
+    return B.astype(kind, copy=False), A.astype(kind, copy=False)
+
+
+def product_bounds(B: Stored, A: Stored) -> tuple[float, float, float]:
+    """Return σ₁(B·A) and its bounds, from the triangular factors of both. NaN if not finite."""
+    if not (np.isfinite(B).all() and np.isfinite(A).all()):
+        return np.nan, np.nan, np.nan
+    found = product_norm(B, A)
+    sigma = float(found.sigma)
+    # `error_bound` is that of the core; the factorizations add roundings of ‖A‖·‖B‖.
+    lengths = float(np.linalg.norm(A)) * float(np.linalg.norm(B))
+    error = float(found.error_bound) + 64 * (B.shape[0] + A.shape[1]) * _EPS * lengths
+    return sigma, max(sigma - error, 0.0), sigma + error
+
+
+def _row(pair: Pair, s: float | None, B: Stored, A: Stored) -> Row:
+    """Return the row of s·B·A, or of B·A where s is not known."""
     m, n = B.shape[0], A.shape[1]
     nonfinite = int((~np.isfinite(B)).sum() + (~np.isfinite(A)).sum())
-    sigma = error = frobenius = np.nan
+    sigma, lower, upper = product_bounds(B if s is None else s * B, A)
+    frobenius = np.nan
     if not nonfinite:
-        B, A = B.astype(np.result_type(A, B)), A.astype(np.result_type(A, B))
-        found = product_norm(B, A)
-        sigma = float(found.sigma)
-        # `error_bound` is that of the core; the factorizations add roundings of ‖A‖·‖B‖.
-        lengths = float(np.linalg.norm(A)) * float(np.linalg.norm(B))
-        error = float(found.error_bound) + 64 * (m + n) * np.finfo(float).eps * lengths
         product = np.trace((B.conj().T @ B) @ (A @ A.conj().T)).real
-        frobenius = max(float(product), 0.0) ** 0.5
+        frobenius = max(float(product), 0.0) ** 0.5 * abs(1.0 if s is None else s)
+    about = f"low-rank update of rank {A.shape[0]}"
     return Row(
-        name=f"{name} (B·A)",
-        tensor=up.name,
+        name=f"{pair.name} ({'B·A' if s is None else 's·B·A'})",
+        tensor=pair.up.name,
         shape=(m, n),
-        dtype=up.dtype,
+        dtype=pair.up.dtype,
         layout="oi",
         guessed=False,
         rows=m,
         columns=n,
         sigma=finite(sigma),
-        lower=finite(max(sigma - error, 0.0)),
-        upper=finite(sigma + error),
+        lower=finite(lower),
+        upper=finite(upper),
         method="" if nonfinite else "product",
         ratio=None,
         frobenius=finite(frobenius),
@@ -73,5 +188,62 @@ def _row(name: str, up: TensorEntry, down: TensorEntry) -> Row:
         dead_rows=0,
         dead_columns=0,
         nonfinite=nonfinite,
-        note=f"low-rank update of rank {A.shape[0]}, without its scale",
+        note=f"{about}, without its scale" if s is None else f"{about}, with s = {s:g}",
     )
+
+
+def _sum(
+    pair: Pair, s: float, B: Stored, A: Stored, entry: TensorEntry, choice: Choice
+) -> tuple[Row | None, str]:
+    """Return the row of W + s·B·A, or the reason why there is none."""
+    if entry.skip or choice.layout is None:
+        return None, entry.skip or choice.note
+    axes = choice.layout.axes.replace("(", "").replace(")", "").replace("g", "")
+    if sorted(axes[:2]) != ["i", "o"]:
+        return None, f"the base's weight has the layout {choice.layout.axes}"
+    if pair.embedding:  # its factors are those of the table's transpose
+        axes = "io"
+    W, decode, note = matrices_of(entry, Layout(axes))
+    m, n = W.shape
+    if (m, n) != (B.shape[0], A.shape[1]):
+        return None, f"the base's matrix has shape {(m, n)}, not {(B.shape[0], A.shape[1])}"
+    alone = measure(W, decode)
+    found = measure(Updated(W, decode, s * B, A), Updated.numbers)
+    # Each element of the sum has a rounding of the product of r terms, of s·B and of the addition.
+    lengths = [float(np.linalg.norm(x)) for x in (B, A)]
+    error = (A.shape[0] + 4) * _EPS * (alone.frobenius + abs(s) * lengths[0] * lengths[1])
+    about = [note, f"s = {s:g}, rank {A.shape[0]}; σ₁ of W alone is {alone.sigma:.5g}"]
+    if pair.magnitude:
+        about.append("DoRA: without its magnitudes")
+    choice = Choice(Layout(axes), choice.guessed, "; ".join(x for x in about if x))
+    row = row_of(f"{pair.name} (W + s·B·A)", entry, choice, (m, n), found)
+    if row.lower is not None and row.upper is not None:
+        row = replace(row, lower=max(row.lower - error, 0.0), upper=row.upper + error)
+    return row, ""
+
+
+class _Names:
+    """Weights of a base by the names that adapters have for them."""
+
+    def __init__(self, entries: Mapping[str, TensorEntry]) -> None:
+        self._full: dict[str, TensorEntry] = {}
+        self._inner: dict[str, TensorEntry | None] = {}  # without the first part of the name
+        self._flat: dict[str, TensorEntry | None] = {}  # as kohya's scripts write names
+        for name, entry in entries.items():
+            stem = name.removesuffix(".weight")
+            self._full[stem] = entry
+            inner = stem.partition(".")[2]
+            self._inner[inner] = None if inner in self._inner else entry
+            flat = stem.replace(".", "_")
+            self._flat[flat] = None if flat in self._flat else entry
+
+    def of(self, name: str) -> TensorEntry | None:
+        """Return the weight that an adapter's module changes, or None."""
+        name = name.removeprefix(_PREFIX).removesuffix(".base_layer")
+        rest = name
+        while rest:
+            if rest in self._full:
+                return self._full[rest]
+            rest = rest.partition(".")[2]
+        flat = re.sub(r"^lora_[a-z0-9]+_", "", name) if name.startswith("lora_") else name
+        return self._inner.get(name) or self._flat.get(flat)

@@ -14,6 +14,9 @@ from math import isfinite, log10
 from statistics import median
 from typing import Any, ClassVar
 
+from .matrix import Spectrum
+from .spectrum import sparkline
+
 _SHOWN = (
     "name",
     "matrix",
@@ -39,6 +42,8 @@ class Row:
     ``relative`` is σ/√(rows/columns), which is about the same for all layers of a network whose
     features keep their size (Yang, Simon & Bernstein 2023). ``convolution_lower`` and
     ``convolution_upper`` bound the norm of a convolution as a map of images of any size.
+    ``spectrum`` has all singular values in falling order. For a large matrix it is a dict: "values"
+    from 0 to a little more than the largest one, and their "density" there, with the integral 1.
     """
 
     name: str
@@ -65,6 +70,7 @@ class Row:
     dead_columns: int
     nonfinite: int
     note: str = ""
+    spectrum: Spectrum | None = None
 
     @property
     def is_dead(self) -> bool:
@@ -79,6 +85,24 @@ class Row:
             return "zero"
         dead = [(self.dead_rows, "dead outputs"), (self.dead_columns, "dead inputs")]
         return ", ".join(f"{count:,} {what}" for count, what in dead if count)
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """Norms of the heads of an attention layer, in one matrix or product.
+
+    ``part`` is "W_q", "W_k", "W_v", "W_o", "W_qᵀW_k" or "W_oW_v". ``rows`` and ``columns`` are
+    those of one head's matrix. ``sigma``, ``lower`` and ``upper`` have an element a head: σ₁ and
+    its bounds, or None where a number is not finite. Queries that share keys have one head of keys.
+    """
+
+    layer: str
+    part: str
+    rows: int
+    columns: int
+    sigma: tuple[float | None, ...]
+    lower: tuple[float | None, ...]
+    upper: tuple[float | None, ...]
 
 
 class Report(Mapping[str, Row]):
@@ -116,6 +140,8 @@ class Report(Mapping[str, Row]):
         self._rows = {row.name: row for row in rows}
         self.skipped = dict(skipped)
         self.nonfinite = dict(nonfinite or {})
+        self.heads: list[HeadNorms] = []
+        self.without_heads: dict[str, str] = {}
 
     def __getitem__(self, name: str) -> Row:
         return self._rows[name]
@@ -184,22 +210,26 @@ class Report(Mapping[str, Row]):
         }
 
     def to_json(self) -> str:
-        """Return the report as JSON: "summary", "matrices" and "skipped"."""
+        """Return the report as JSON: "summary", "matrices", "skipped", and "heads" if measured."""
         content = {
             "summary": self.summary(),
             "matrices": [asdict(row) for row in self.values()],
             "skipped": self.skipped,
         }
+        if self.heads or self.without_heads:
+            content["heads"] = [asdict(head) for head in self.heads]
+            content["without_heads"] = self.without_heads
         return json.dumps(content, indent=2, allow_nan=False)
 
     def to_csv(self) -> str:
         """Return one line a matrix, after a line of names."""
         text = io.StringIO()
-        names = [field.name for field in fields(Row)]
+        names = [field.name for field in fields(Row) if field.name != "spectrum"]
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         for row in self.values():
             values = {**asdict(row), "shape": "x".join(map(str, row.shape))}
+            del values["spectrum"]
             for key in ("name", "tensor", "dtype", "note"):
                 values[key] = printable(values[key])
             writer.writerow(values)
@@ -219,7 +249,7 @@ class Report(Mapping[str, Row]):
         return [_cells(row, row.name in outliers) for row in rows]
 
     def footer(self) -> list[str]:
-        """Return the sentences below the table."""
+        """Return the sentences below the table, after the lines of the heads."""
         found = self.summary()
         lines = [f"{len(self):,} matrices; {len(self.skipped):,} tensors are skipped"]
         if self.log10_product is not None:
@@ -234,7 +264,7 @@ class Report(Mapping[str, Row]):
                 lines.append(f"{what}: {', '.join(found[key][:10])}{more}")
         if any(row.guessed for row in self.values()):
             lines.append("? after a layout: guessed. Correct it by --layout PATTERN=AXES.")
-        return lines
+        return lines + head_lines(self.heads, self.without_heads)
 
     def table(self, top: int | None = None) -> str:
         """Return the table as plain text."""
@@ -257,7 +287,8 @@ def _cells(row: Row, is_outlier: bool) -> tuple[str, ...]:
     interval = "" if row.lower is None else f"[{below(row.lower)}, {above(row.upper)}]"
     if row.method not in ("proven", ""):
         interval += f" {row.method}"
-    notes = [row.problems(), "outlier" if is_outlier else "", row.note]
+    line = "" if row.spectrum is None else sparkline(row.spectrum)
+    notes = [row.problems(), "outlier" if is_outlier else "", row.note, line]
     return (
         row.name,
         f"{row.rows}×{row.columns}",
@@ -279,6 +310,22 @@ def aligned(lines: list[tuple[str, ...]]) -> list[str]:
     return [
         "  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines
     ]
+
+
+def head_lines(heads: list[HeadNorms], left_out: Mapping[str, str]) -> list[str]:
+    """Return a line for each part of an attention layer: the smallest, median and largest σ₁."""
+    lines = []
+    for head in heads:
+        known = [x for x in head.sigma if x is not None]
+        if known:
+            most = max(known)
+            numbers = (number(x) for x in (min(known), median(known), most))
+            shown = "σ₁ from {} (median {}) to {}".format(*numbers)
+            shown += f" in head {head.sigma.index(most)}"
+        else:
+            shown = "not finite"
+        lines.append(f"{head.layer} {head.part}, {len(head.sigma)} heads: {shown}")
+    return lines + [f"{name}: no heads: {reason}" for name, reason in left_out.items()]
 
 
 def number(value: float | None, digits: int = 5) -> str:

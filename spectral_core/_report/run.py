@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .._convolution import convolution_norm
-from .._layout import Layout, as_matrix
-from .entry import Checkpoint, Stored, TensorEntry
-from .files import short
+from .._layout import Layout
+from .adapters import CONFIG, Scale, read_beside
+from .entry import Checkpoint, TensorEntry
+from .heads import Heads, head_norms
 from .layouts import Choice, layout_of
 from .live import blamed, listed, name_of
-from .lora import pairs
+from .lora import Base, pairs
 from .matrix import Numbers, measure
 from .numbers import widened
 from .result import Report, Row, finite
+from .rows import row_of
+from .scales import matrices_of, with_scales
 
 Layouts = Mapping[str, Layout | str | None]
 Progress = Callable[[Sequence[TensorEntry]], Iterator[TensorEntry]]
@@ -28,12 +31,26 @@ _TOLERANCE = 1e-2  # of the norm of a convolution
 _CHUNK = 1 << 20
 
 
+class Options(NamedTuple):
+    """What is measured, and how."""
+
+    layouts: Layouts
+    proven: bool
+    convolutions: bool
+    spectrum: bool
+
+
 def report_of(
     source: Any,
     *,
     layouts: Layouts | None = None,
     proven: bool = False,
     convolutions: bool = True,
+    spectrum: bool = False,
+    heads: bool | int = False,
+    config: Any = None,
+    base: Any = None,
+    lora_scale: float | None = None,
     progress: Progress = iter,
 ) -> Report:
     """Return the report of a path, a mapping of arrays or a model: see `spectral_core.report`."""
@@ -41,27 +58,49 @@ def report_of(
     rows: list[Row] = []
     skipped: dict[str, str] = {}
     broken: dict[str, int] = {}
-    options = (layouts or {}, proven, convolutions)
-    for entry in progress(checkpoint.entries):
+    options = Options(layouts or {}, proven, convolutions, spectrum)
+    scale = Scale(lora_scale, read_beside(source, CONFIG))
+    attention = Heads.of(source, heads, config)
+    entries = with_scales(checkpoint.entries)
+    others = None if base is None else _base(base, options)
+    for entry in progress(entries):
         if entry.skip:
             skipped[entry.name] = entry.skip
             continue
         with blamed(source, entry):
             _add(entry, checkpoint, options, rows, skipped, broken)
-    rows += pairs(checkpoint.entries)
-    return Report(name_of(source), rows, skipped, broken)
+    rows += pairs(entries, scale, others, skipped)
+    report = Report(name_of(source), rows, skipped, broken)
+    if attention is not None:
+        report.heads, report.without_heads = head_norms(
+            entries, attention, _chooser(checkpoint, options)
+        )
+    return report
+
+
+def _chooser(checkpoint: Checkpoint, options: Options) -> Callable[[TensorEntry], Choice]:
+    """Return the function that chooses the layout of a tensor."""
+    return lambda entry: layout_of(
+        entry.name, entry.shape, checkpoint.kind, options.layouts, checkpoint.layouts
+    )
+
+
+def _base(source: Any, options: Options) -> Base:
+    """Return the weights that low-rank updates belong to."""
+    found = listed(source)
+    named = {entry.name: entry for entry in with_scales(found.entries)}
+    return Base(named, _chooser(found, options))
 
 
 def _add(
     entry: TensorEntry,
     checkpoint: Checkpoint,
-    options: tuple[Layouts, bool, bool],
+    options: Options,
     rows: list[Row],
     skipped: dict[str, str],
     broken: dict[str, int],
 ) -> None:
     """Measure a tensor: add its rows, or the reason why it has none."""
-    layouts, proven, convolutions = options
     if not entry.size:
         skipped[entry.name] = "empty"
         return
@@ -71,68 +110,25 @@ def _add(
             broken[entry.name] = count
         skipped[entry.name] = "not a matrix: fewer than two axes"
         return
-    choice = layout_of(entry.name, entry.shape, checkpoint.kind, layouts, checkpoint.layouts)
+    choice = _chooser(checkpoint, options)(entry)
     if choice.layout is None:
         skipped[entry.name] = choice.note
         return
-    stored = np.asarray(entry.load())
-    matrices = as_matrix(stored, choice.layout, name=short(entry.name))
-    stack = matrices.shape[:-2]
+    layout = choice.layout
+    matrices, decode, note = matrices_of(entry, layout)
+    choice = choice._replace(note="; ".join(x for x in (choice.note, note) if x))
     found: dict[str, Numbers] = {}
-    for index in np.ndindex(*stack):
+    for index in np.ndindex(*matrices.shape[:-2]):
         name = entry.name + "".join(f"[{i}]" for i in index)
-        found[name] = measure(matrices[index], lambda x: widened(x, entry.dtype), proven=proven)
-    norm = _convolution(entry, stored, choice.layout) if convolutions else (None, None, "")
+        found[name] = measure(
+            matrices[index], decode, proven=options.proven, spectrum=options.spectrum
+        )
+    norm = _convolution(entry, layout) if options.convolutions else (None, None, "")
     m, n = matrices.shape[-2:]
     rows += [row_of(name, entry, choice, (m, n), x, norm) for name, x in found.items()]
 
 
-def row_of(
-    name: str,
-    entry: TensorEntry,
-    choice: Choice,
-    shape: tuple[int, int],
-    found: Numbers,
-    norm: tuple[float | None, float | None, str] = (None, None, ""),
-) -> Row:
-    """Return the row of a matrix."""
-    m, n = shape
-    layout = choice.layout
-    axes = (
-        "" if layout is None else layout.axes + (f":{layout.groups}" if layout.groups > 1 else "")
-    )
-    rank = (found.frobenius / found.sigma) ** 2 if found.sigma else np.nan
-    return Row(
-        name=name,
-        tensor=entry.name,
-        shape=entry.shape,
-        dtype=entry.dtype,
-        layout=axes,
-        guessed=choice.guessed,
-        rows=m,
-        columns=n,
-        sigma=finite(found.sigma),
-        lower=finite(found.lower),
-        upper=finite(found.upper),
-        method=found.method,
-        ratio=finite(found.ratio),
-        frobenius=finite(found.frobenius),
-        stable_rank=finite(rank),
-        relative=finite(found.sigma / (m / n) ** 0.5),
-        convolution_lower=norm[0],
-        convolution_upper=norm[1],
-        largest=finite(found.largest),
-        zeros=found.zeros,
-        dead_rows=found.dead_rows,
-        dead_columns=found.dead_columns,
-        nonfinite=found.nonfinite,
-        note="; ".join(x for x in (choice.note, norm[2]) if x),
-    )
-
-
-def _convolution(
-    entry: TensorEntry, stored: Stored, layout: Layout
-) -> tuple[float | None, float | None, str]:
+def _convolution(entry: TensorEntry, layout: Layout) -> tuple[float | None, float | None, str]:
     """Return the bounds of a kernel's norm as a map of images of any size, stride 1."""
     letters = layout.axes.replace("(", "").replace(")", "").replace("g", "")
     taps = [n for letter, n in zip(letters, entry.shape, strict=True) if letter in "kdhw"]
@@ -140,7 +136,10 @@ def _convolution(
         return None, None, ""
     if max(taps) > 31 or prod(taps) > _MOST_TAPS or entry.size > _MOST_CONVOLUTION:
         return None, None, "too large for the norm of a convolution"
-    found = convolution_norm(widened(stored, entry.dtype), layout, tol=_TOLERANCE)
+    if entry.scale is not None:
+        return None, None, "the norm of a convolution is not computed with scales"
+    kernel = widened(np.asarray(entry.load()), entry.dtype)
+    found = convolution_norm(kernel, layout, tol=_TOLERANCE)
     return finite(found.lower), finite(found.upper), ""
 
 

@@ -1,0 +1,120 @@
+"""Norms of attention heads against dense products in float64."""
+
+import json
+
+import numpy as np
+import pytest
+
+import spectral_core as sc
+from heads_by_hand import check, dense
+from spectral_core._report.command import main
+
+rng = np.random.default_rng(11)
+D, H, SIZE = 12, 4, 3
+
+
+def separate(keys=H, stem="model.layers.0.self_attn", names=("q_proj", "k_proj", "v_proj")):
+    rows = (H, keys, keys)
+    return {
+        f"{stem}.{name}.weight": rng.standard_normal((n * SIZE, D))
+        for name, n in zip(names, rows, strict=True)
+    }
+
+
+@pytest.mark.parametrize("keys", [1, 2, 4])
+def test_heads_that_share_keys(keys):
+    weights = separate(keys)
+    o = rng.standard_normal((D, H * SIZE))
+    weights["model.layers.0.self_attn.o_proj.weight"] = o
+    expected = dense(*list(weights.values())[:3], o, H)
+    for options in ({"heads": H}, {"config": {"num_attention_heads": H}}):
+        report = sc.report(weights, **options)
+        check(report, expected, "model.layers.0.self_attn")
+        assert not report.without_heads
+
+
+def test_fused_matrices():
+    q, k, v, o = (rng.standard_normal((D, D)) for _ in range(4))
+    weights = {
+        "h.0.attn.c_attn.weight": np.concatenate([q, k, v]).T.copy(),  # of GPT-2: transposed
+        "h.0.attn.c_proj.weight": o.T.copy(),
+        "blocks.0.attn.qkv.weight": np.concatenate([q, k, v]),
+        "blocks.0.attn.proj.weight": o,
+        "mha.in_proj_weight": np.concatenate([q, k, v]),
+        "mha.out_proj.weight": o,
+        "neox.query_key_value.weight": np.stack(
+            [x.reshape(H, SIZE, D) for x in (q, k, v)], 1
+        ).reshape(-1, D),
+        "neox.dense.weight": o,
+        "phi.qkv_proj.weight": np.concatenate([q, k[: 2 * SIZE], v[: 2 * SIZE]]),
+        "phi.o_proj.weight": o,
+    }
+    report = sc.report(weights, heads=H)
+    expected = dense(q, k, v, o, H)
+    for layer in ("h.0.attn", "blocks.0.attn", "mha", "neox"):
+        check(report, expected, layer)
+    check(report, dense(q, k[: 2 * SIZE], v[: 2 * SIZE], o, H), "phi")
+
+
+def test_without_an_output_its_products_are_left_out():
+    weights = separate(names=("query", "key", "value"), stem="attention.self")
+    parts = [row.part for row in sc.report(weights, heads=H).heads]
+    assert parts == ["W_q", "W_k", "W_v", "W_qᵀW_k"]
+
+
+def test_what_does_not_fit_is_said():
+    report = sc.report(separate(), heads=5)
+    assert report.heads == []
+    (reason,) = report.without_heads.values()
+    assert reason == "12 rows of queries and 12 of keys do not fit 5 heads"
+    assert reason in report.table()
+    weights = separate()
+    weights["model.layers.0.self_attn.q_proj.weight"][0, 0] = np.nan
+    rows = {row.part: row for row in sc.report(weights, heads=H).heads}
+    assert rows["W_q"].sigma[0] is None
+    assert rows["W_qᵀW_k"].sigma[0] is None
+    assert rows["W_q"].sigma[1] is not None
+    json.loads(sc.report(weights, heads=H).to_json())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_attention_heads": H},
+        {"n_head": H},
+        {"num_heads": H},
+        {"text_config": {"num_attention_heads": H}, "vision_config": {"num_attention_heads": 5}},
+        {"num_attention_heads": H, "num_key_value_heads": H, "head_dim": SIZE},
+    ],
+)
+def test_configuration_beside_the_weights(tmp_path, capsys, config):
+    path = tmp_path / "w.npz"
+    np.savez(path, **separate())
+    assert main([str(path), "--heads"]) == 2
+    message = capsys.readouterr().err
+    assert "there is no config.json beside the weights; give --heads N or --config PATH" in message
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for arguments in (["--heads"], ["--config", str(tmp_path)], [f"--heads={H}"]):
+        assert main([str(path), "--json", *arguments]) == 0
+        found = json.loads(capsys.readouterr().out)["heads"]
+        assert [len(row["sigma"]) for row in found] == [H] * 4
+    assert main([str(path), "--heads"]) == 0
+    assert "self_attn W_qᵀW_k, 4 heads: σ₁ from" in capsys.readouterr().out
+
+
+def test_bad_configurations(tmp_path, capsys):
+    path = tmp_path / "w.npz"
+    np.savez(path, **separate())
+    (tmp_path / "config.json").write_text('{"num_attention_heads": "many"}')
+    assert main([str(path), "--heads"]) == 2
+    assert "config.json has none of num_attention_heads" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{")
+    assert main([str(path), "--heads"]) == 2
+    assert "is no JSON" in capsys.readouterr().err
+    assert main([str(path), "--config", str(tmp_path / "none.json")]) == 2
+    assert "there is no such file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--heads", str(path)])
+    assert "put the path first" in capsys.readouterr().err
+    with pytest.raises(sc.SpectralError, match="at least 1"):
+        sc.report(path, heads=0)
