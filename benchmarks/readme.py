@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from . import accuracy, certify, norms, operator_norm
+from . import report as checkpoints
 from .common import RESULTS, markdown, read_json, read_toml
 from .paper import page, runs
 from .speed import report
@@ -37,7 +38,7 @@ def blocks() -> dict[str, str]:
     if (path := RESULTS / "digits.json").exists():
         found["digits"] = digits(result := read_json(path))
         found |= {"vectors": vectors(result)} if "n_vectors" in result else {}
-    for module in (certify, norms):
+    for module in (certify, norms, checkpoints):
         if (RESULTS / module.FILE).exists():
             found[module.FILE.removesuffix(".json")] = module.page()
     return found
