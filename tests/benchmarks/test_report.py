@@ -13,7 +13,7 @@ def test_checkpoint_is_what_is_measured(tmp_path, monkeypatch):
     assert found["matrices"] == 2
     assert found["largest_gap"] >= 0
     assert set(report.of_yardstick(str(path), tensors)) == {
-        "read", "decode", "times", "adjoint_times"
+        "read", "decode", "times", "adjoint_times", "cpu_seconds"
     }  # fmt: skip
     for row in sc.report(path).values():
         assert row.frobenius**2 == pytest.approx(row.rows, rel=0.2)
