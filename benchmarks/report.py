@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
+import sys
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -44,8 +46,8 @@ LAYER = {
     "mlp.down_proj": (WIDTH, HIDDEN),
 }
 ROWS = 512  # that are drawn at once
-# Of the checkpoint that WeightWatcher measures too: four layers of a GPT-2.
-LINEAR = [(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 4
+# Of the checkpoint that WeightWatcher measures too: one layer of a GPT-2.
+LINEAR = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]
 
 
 def shapes(gigabytes: float) -> dict[str, tuple[int, int]]:
@@ -255,6 +257,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the checkpoint")
     add_output(parser, "report-output")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the folder is deleted
     path = output_of(options) / FILE
     result = read_json(path) if path.exists() else {}
     if "checkpoint" in options.parts:

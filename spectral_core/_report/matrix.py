@@ -28,6 +28,7 @@ from .._density import quadrature, smoothed
 from .._interval import enclosure, ritz_values
 from .._power import start_vector
 from .entry import Stored
+from .numbers import Widening
 
 PROBABILITY = 1e-9  # that an upper bound of a large matrix is too small
 STEPS = 32  # of Lanczos, each a product with W and one with Wᴴ
@@ -177,18 +178,24 @@ class _Tiles:
     def _decoded(self) -> Iterator[Stored]:
         return map(self._tile, range(0, self.shape[0], self._rows))
 
-    def _tile(self, start: int) -> Stored:
-        tile = self._decode(self._stored[start : start + self._rows])
+    def _tile(self, start: int, decode: Decode | None = None) -> Stored:
+        tile = (decode or self._decode)(self._stored[start : start + self._rows])
         return times_power_of_two(tile, -self.exponent) if self.exponent else tile
 
-    def _parts(self) -> list[Iterator[Stored]]:
-        """Return the tiles in parts that threads can share."""
+    def _parts(self) -> list[range]:
+        """Return the first rows of all tiles, in parts that threads can share."""
         starts = range(0, self.shape[0], self._rows)
         cuts = [len(starts) * i // _PARTS for i in range(_PARTS + 1)]
-        pairs = list(pairwise(cuts))
-        if (kept := self._kept) is not None:
-            return [iter(kept[a:b]) for a, b in pairs]
-        return [map(self._tile, starts[a:b]) for a, b in pairs]
+        return [starts[a:b] for a, b in pairwise(cuts)]
+
+    def _part(self, starts: range, x: Stored) -> Stored:
+        """Return what some tiles add to a product. Each tile replaces the one before."""
+        if self._kept is not None:
+            return self._gram((self._kept[start // self._rows] for start in starts), x)
+        if not isinstance(self._decode, Widening):
+            return self._gram(map(self._tile, starts), x)
+        with self._decode.reused() as decode:
+            return self._gram((self._tile(start, decode) for start in starts), x)
 
     def scale(self, largest: float) -> None:
         """Scale by a power of two where squares would leave the range of float64."""
@@ -208,7 +215,7 @@ class _Tiles:
         if self._stored.size <= _SERIAL:
             return self._gram(iter(self), x)
         with ThreadPoolExecutor(_cores()) as pool:
-            found = list(pool.map(lambda tiles: self._gram(tiles, x), self._parts()))
+            found = list(pool.map(lambda starts: self._part(starts, x), self._parts()))
         return np.sum(found, axis=0)
 
     def _gram(self, tiles: Iterator[Stored], x: Stored) -> Stored:

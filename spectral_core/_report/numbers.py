@@ -6,6 +6,8 @@ holds each number of each dtype here exactly.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
@@ -68,6 +70,54 @@ def widened(stored: Stored, name: str) -> Stored:
         return _table(name)[stored]
     with np.errstate(invalid="ignore"):
         return stored.astype(np.complex128 if stored.dtype.kind == "c" else np.float64)
+
+
+class Widening:
+    """Decode tiles of a dtype: each into new memory, or one after another into the same.
+
+    A thread of its own gets its memory from a heap that the C library gives back after each tile.
+    The system would clear new pages for the next one, which costs as much as the decoding.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._rooms: list[dict[str, Stored]] = []
+
+    def __call__(self, stored: Stored) -> Stored:
+        """Return the numbers of a tile in new memory."""
+        return widened(stored, self._name)
+
+    @contextmanager
+    def reused(self) -> Iterator[Callable[[Stored], Stored]]:
+        """Yield a function whose result is overwritten by its next call. Each thread needs one."""
+        # Both operations on the list are atomic.
+        room = self._rooms.pop() if self._rooms else {}
+        yield lambda stored: self._into(stored, room)
+        self._rooms.append(room)
+
+    def _into(self, stored: Stored, room: dict[str, Stored]) -> Stored:
+        if self._name not in ("bfloat16", "float32", "float16") or stored.ndim != 2:
+            return self(stored)
+        found = _place(room, "numbers", np.float64, stored)
+        with np.errstate(invalid="ignore"):  # signaling NaN
+            if self._name == "bfloat16":
+                bits = _place(room, "bits", np.uint32, stored)
+                np.copyto(bits, stored)
+                np.left_shift(bits, 16, out=bits)
+                np.copyto(found, bits.view(np.float32))
+            else:
+                np.copyto(found, stored)
+        return found
+
+
+def _place(room: dict[str, Stored], key: str, dtype: type, like: Stored) -> Stored:
+    """Return memory of the shape of a matrix, and with the order of its axes."""
+    held = room.get(key)
+    if held is None or held.size < like.size:
+        held = room[key] = np.empty(like.size, dtype)
+    part = held[: like.size]
+    turned = abs(like.strides[0]) < abs(like.strides[1])
+    return part.reshape(like.shape[::-1]).T if turned else part.reshape(like.shape)
 
 
 @cache

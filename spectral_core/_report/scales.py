@@ -18,7 +18,7 @@ from .._layout import Layout, as_matrix
 from .entry import CheckpointError, Stored, TensorEntry
 from .files import short
 from .matrix import Decode
-from .numbers import widened
+from .numbers import Widening, widened
 
 _SUFFIXES = ("_scale_inv", "_scale")
 _BLOCK = 128  # of each axis, where the number of blocks fits it
@@ -124,10 +124,7 @@ def matrices_of(entry: TensorEntry, layout: Layout) -> tuple[Any, Decode, str]:
     """Return the matrix or stack of a tensor, how its numbers are decoded, and a note."""
     stored = np.asarray(entry.load())
     plain = as_matrix(stored, layout, name=short(entry.name))
-
-    def decode(x: Stored) -> Stored:
-        return widened(x, entry.dtype)
-
+    decode = Widening(entry.dtype)
     if entry.scale is None:
         return plain, decode, ""
     scale, blocks, problem = _blocks_of(entry, entry.scale)

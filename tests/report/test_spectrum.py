@@ -9,6 +9,7 @@ import spectral_core as sc
 from spectral_core._report import matrix as module
 from spectral_core._report.command import main
 from spectral_core._report.matrix import measure
+from spectral_core._report.numbers import Widening, stored_dtype
 from spectral_core._report.spectrum import sparkline
 
 
@@ -53,6 +54,18 @@ def test_threads_do_not_change_a_product(monkeypatch):
     np.testing.assert_array_equal(found[0], found[2])
     np.testing.assert_allclose(found[0], plain, atol=1e-9)
     np.testing.assert_allclose(found[0], X @ W.T @ W, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16", "float64", "float8_e5m2"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_memory_that_is_reused_holds_the_same_numbers(dtype, turned):
+    codes = np.random.default_rng(3).integers(0, 120, (6, 40)).astype(stored_dtype(dtype))
+    codes = codes.T if turned else codes
+    decode = Widening(dtype)
+    for _ in range(2):
+        with decode.reused() as into:
+            for rows in (slice(0, 4), slice(4, 6)):  # the last one is smaller
+                np.testing.assert_array_equal(into(codes[rows]), decode(codes[rows]))
 
 
 def test_what_has_no_spectrum():
