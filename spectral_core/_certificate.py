@@ -5,13 +5,15 @@ A residual proves that some singular value is near an estimate, not that it is t
 positive definiteness*, 2006): if the Cholesky factorization of τ²I − WᴴW runs through in floating
 point, then λ₁(WᴴW) is at most τ² and the allowance for rounding that is written out below.
 
-Everything here expects a matrix whose largest element is between 1 and 2, as `spectral_norm` scales
-it: nothing overflows, and what underflows is far below the allowances.
+Everything here expects a matrix whose largest element is between 2⁻¹⁶ and 2¹⁶: nothing overflows,
+and what underflows is far below the allowances.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
+from importlib import import_module
 from math import inf, ldexp, nextafter
 from sys import float_info
 from typing import Any, NamedTuple, TypeAlias
@@ -25,6 +27,9 @@ Host: TypeAlias = np.ndarray[Any, Any]
 # Largest number of multiplications: about a second. It is 2,154³.
 _MOST = 10**10
 _ROWS = 1024  # that are multiplied at a time
+_PANEL = 320  # columns of the Gram matrix that are multiplied at a time, not a power of two
+_TILE = 128  # rows that are copied at a time
+_LARGE = 192  # rows from which SciPy's factorization pays
 _UNIT = 2.0**-53
 
 
@@ -41,7 +46,7 @@ def bounds(W: Array, v: Array, sigma: float, xp: Namespace) -> Bounds:
     Parameters
     ----------
     W : array, shape (m, n)
-        Its largest element is between 1 and 2.
+        Its largest element is between 2⁻¹⁶ and 2¹⁶.
     v : array, shape (n,)
         An estimate of the first right singular vector. The bounds hold for any vector; they are
         close for a good one.
@@ -73,7 +78,10 @@ def from_norms(W: Array, estimate: float, xp: Namespace) -> Bounds:
     m, n = W.shape
     unit = 4 * traits(W, xp, "W").eps * (m + n + 8)  # of a sum of sums, and of complex products
     size = xp.abs(W)
-    frobenius = float(xp.sum(xp.sum(size * size, axis=1), axis=0)) ** 0.5
+    if xp is np:
+        frobenius = float(np.vdot(size, size)) ** 0.5
+    else:  # devices may round what products multiply
+        frobenius = float(xp.sum(xp.sum(size * size, axis=1), axis=0)) ** 0.5
     rows, columns = (float(xp.max(xp.sum(size, axis=axis))) for axis in (1, 0))
     least = min(frobenius, (rows * columns) ** 0.5)
     return Bounds(max(0.0, estimate - unit * frobenius), least * (1 + unit))
@@ -85,7 +93,7 @@ def close_bounds(host: Host, size: float, vectors: Callable[[Host], Iterable[Hos
     Parameters
     ----------
     host : array, shape (m, n)
-        Its largest element is between 1 and 2.
+        Its largest element is between 2⁻¹⁶ and 2¹⁶.
     size : float
         A bound of the norm of |W|.
     vectors : callable
@@ -111,8 +119,13 @@ def close_bounds(host: Host, size: float, vectors: Callable[[Host], Iterable[Hos
 
 def gamma(k: int, W: Host) -> float:
     """Return the relative error of a sum of k products, four times as much for complex ones."""
+    unit = _unit(W)
     k = 4 * k if np.iscomplexobj(W) else k
-    return k * _UNIT / (1 - k * _UNIT)
+    return k * unit / (1 - k * unit)
+
+
+def _unit(W: Host) -> float:
+    return 2.0**-24 if W.dtype.char in "fF" else _UNIT
 
 
 def _lower(W: Host, v: Host, size: float) -> float:
@@ -138,11 +151,20 @@ def _gram(W: Host, size: float) -> _Gram:
 
     A sum's rounding grows with its length, and decides how close the bounds are. So the rows are
     multiplied a thousand at a time: the products are added in a sum that is short.
+
+    One half of the matrix is multiplied and the other is copied, in panels: NumPy does so itself
+    for a product with the adjoint, but one element at a time. Rows are not a power of two apart.
     """
+    n = W.shape[1]
     parts = [W[start : start + _ROWS] for start in range(0, len(W), _ROWS)]
-    total = parts[0].conj().T @ parts[0]
-    for part in parts[1:]:
-        total += part.conj().T @ part
+    total = np.empty((n, n + 8), W.dtype)[:, :n]
+    for start in range(0, n, _PANEL):
+        stop = min(start + _PANEL, n)
+        panel = parts[0][:, start:stop].conj().T @ parts[0][:, :stop]
+        for part in parts[1:]:
+            panel += part[:, start:stop].conj().T @ part[:, :stop]
+        total[start:stop, :stop] = panel
+        total[:start, start:stop] = panel[:, :start].conj().T
     return _Gram(total, gamma(len(parts[0]) + len(parts), W) * size**2)
 
 
@@ -165,8 +187,82 @@ def is_below(gram: Host, square: float) -> bool:
     return _factor(gram, square) is not None
 
 
+def narrowed(grams: Host) -> Host:
+    """Return matrices in float32 if they are so large that it pays to try that first."""
+    if grams.shape[-1] < _LARGE or _lapack() is None:
+        return grams
+    return grams.astype(np.complex64 if np.iscomplexobj(grams) else np.float32)
+
+
+def is_proven_below(gram: Host, narrow: Host, limit: float, estimate: float) -> bool:
+    """Return True if every eigenvalue of a Hermitian matrix is proven to be at most the limit.
+
+    Parameters
+    ----------
+    gram : array, shape (n, n)
+    narrow : array, shape (n, n)
+        The same as `narrowed` returns it.
+    limit : float
+    estimate : float
+        About the largest eigenvalue, from below. It decides what is tried, and proves nothing.
+    """
+    if narrow.dtype != gram.dtype and _is_proven_narrow(narrow, limit, estimate):
+        return True
+    square = limit - allowance(gram, limit)
+    return square > 0 and is_below(gram, square)
+
+
+def _is_proven_narrow(narrow: Host, limit: float, estimate: float) -> bool:
+    """Return True if a factorization in float32 proves it, which takes half of the time.
+
+    Its rounding may hide a few thousandths: it is of use where the limit is farther away. The norm
+    of |L||L|ᵀ is about √n·limit for random matrices. The factor says what it is.
+    """
+    n, unit = len(narrow), _unit(narrow)
+    square = limit * (1 - 1.5 * n**0.5 * gamma(n + 8, narrow))
+    if not 2.0**-20 < estimate < square < 2.0**60:  # so that underflow is far below the rounding
+        return False
+    factor = _factor(narrow, square)
+    if factor is None:
+        return False
+    hidden = _allowance_of(factor, narrow, square)
+    rounded = 1.01 * unit * float(np.linalg.norm(narrow))  # from float64 to float32
+    return (square + hidden + rounded) * (1 + 8 * _UNIT) <= limit
+
+
 def _factor(gram: Host, square: float) -> Host | None:
-    """Return the Cholesky factor of square·I − gram or of its conjugate, or None if it has none.
+    """Return the Cholesky factor of square·I − gram or of its conjugate, or None if it has none."""
+    n = len(gram)
+    lapack = _lapack() if n >= _LARGE else None
+    if lapack is None:
+        return _factor_by_numpy(gram, square)
+    # LAPACK reads and writes the lower half, in place. So the upper one is left zero.
+    factor = np.zeros((n, n), gram.dtype)
+    for start in range(0, n, _TILE):
+        stop = min(start + _TILE, n)
+        np.negative(gram[start:stop, :stop], out=factor[start:stop, :stop])
+        factor[start:stop, start:stop] = np.tril(factor[start:stop, start:stop])
+    factor[np.diag_indices(n)] += square
+    potrf = {"f": lapack.spotrf, "d": lapack.dpotrf, "F": lapack.cpotrf, "D": lapack.zpotrf}
+    # Columns are contiguous for LAPACK: it sees the transpose.
+    upper, failed = potrf[gram.dtype.char](factor.T, lower=0, overwrite_a=1, clean=0)
+    return None if failed else upper.T
+
+
+@cache
+def _lapack() -> Any:
+    """Return SciPy's LAPACK, or None where it cannot be imported.
+
+    NumPy copies a matrix to LAPACK and back, which takes longer than the factorization.
+    """
+    try:
+        return import_module("scipy.linalg.lapack")
+    except ImportError:
+        return None
+
+
+def _factor_by_numpy(gram: Host, square: float) -> Host | None:
+    """Return the same without SciPy.
 
     NumPy copies columns to LAPACK and back. So it is given the transpose, whose columns are rows
     here, and rows that are not a power of two apart: those would displace each other in the cache.
@@ -193,13 +289,13 @@ def _allowance_of(factor: Host, gram: Host, square: float) -> float:
 
     A closer bound is the largest ratio (|L||L|ᵀx)_i/x_i, for any positive x (Collatz 1942).
     """
-    size = np.abs(factor)
-    n, x, least = len(size), np.ones(len(size)), inf
-    for _ in range(4):
+    size = np.abs(factor, out=None if np.iscomplexobj(factor) else factor)
+    n, x, least = len(size), np.ones(len(size), size.dtype), inf
+    for _ in range(3):
         y = size @ (x @ size)
         least = min(least, float((y / x).max()))
-        x = np.maximum(y / y.max(), 2.0**-10)
-    return _hidden(least * (1 + 4 * (n + 4) * _UNIT), gram, square)
+        x = np.maximum(y / y.max(), size.dtype.type(2.0**-10))
+    return _hidden(least * (1 + 4 * (n + 4) * _unit(size)), gram, square)
 
 
 def _hidden(norm: float, gram: Host, square: float) -> float:
@@ -208,7 +304,7 @@ def _hidden(norm: float, gram: Host, square: float) -> float:
     The theorem has n + 1. Libraries multiply by the rounded reciprocals of the diagonal.
     """
     rate = gamma(len(gram) + 8, gram)
-    return rate / (1 - rate) * norm + 4 * _UNIT * (square + float(gram.diagonal().real.max()))
+    return rate / (1 - rate) * norm + 4 * _unit(gram) * (square + float(gram.diagonal().real.max()))
 
 
 def times_power_of_two(W: Array, exponent: int) -> Array:
