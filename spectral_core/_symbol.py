@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._certificate import Host, allowance, gamma, is_below
+from ._certificate import Host, gamma, is_proven_below, narrowed
 
 _UNIT = 2.0**-53
-_CHUNK = 2**22  # elements of the Gram matrices that are tested together
+_CHUNK = 2**21  # elements of the Gram matrices that are tested together
+_SLICE = 2**13  # elements of each of them that are computed together: they fit a cache
 _PEAKS = 4  # cells from which a maximum is searched
 _CLIMB = 10  # steps of such a search at most
 _KRYLOV = 6  # dimensions of the spaces that estimate an eigenvalue
@@ -97,12 +98,15 @@ class Symbol:
     def gram(self, group: int, frequencies: Host) -> Host:
         """Return K̂K̂ᴴ at frequencies (B, d), as (B, c, c)."""
         angles = frequencies @ self._differences.T
-        even, odd = self._even[group], self._odd[group]
+        cosine, sine = np.cos(angles), np.sin(angles)
         found = np.empty((len(frequencies), self.rows**2), complex)
-        if self.is_real:  # real products are a quarter of complex ones
-            found.real, found.imag = np.cos(angles) @ even, np.sin(angles) @ odd
-        else:
-            found[:] = np.cos(angles) @ even + 1j * (np.sin(angles) @ odd)
+        for start in range(0, self.rows**2, _SLICE):
+            part = slice(start, start + _SLICE)
+            even, odd = cosine @ self._even[group, :, part], sine @ self._odd[group, :, part]
+            if self.is_real:  # real products are a quarter of complex ones
+                found.real[:, part], found.imag[:, part] = even, odd
+            else:
+                found[:, part] = even + 1j * odd
         return found.reshape(-1, self.rows, self.rows)
 
     def at(self, group: int, frequency: Host) -> Host:
@@ -226,7 +230,8 @@ def supremum(
         before, best = best, _highest(symbol, cells, estimates, best)
         if not len(cells):
             break
-        new = cells.split(_halved(symbol, cells, estimates, best))
+        risen = before is None or best.lower > before.lower * (1 + tol)
+        new = cells.split(_halved(symbol, cells, estimates, best, risen))
         # Points of a grid cannot be split. They are tested again if the peak is a higher one.
         stuck = len(new) == len(cells) and before is not None and best.lower == before.lower
         if stuck or evaluated > max_evaluations:
@@ -249,12 +254,14 @@ def _tested_(symbol: Symbol, cells: Cells, best: Peak | None, tol: float) -> tup
         * (1 + tol)
     ) ** 2
     for places, grams in _chunks(symbol, cells):
-        estimates[places], cells.vectors[places] = _ritz(grams, cells.vectors[places], 1)
-        for place, gram in zip(places, grams, strict=True):
+        narrow = narrowed(grams)
+        estimates[places], cells.vectors[places] = _ritz(narrow, cells.vectors[places], 1)
+        for place, gram, small in zip(places, grams, narrow, strict=True):
+            estimate = float(estimates[place])
             # Where a lower bound is too large already, no factorization would run through.
-            if estimates[place] <= limits[place]:
-                error = symbol.rounding[cells.group[place]]
-                kept[place] = not _is_below(gram, limits[place], error)
+            if estimate <= limits[place]:
+                limit = float(limits[place] - symbol.rounding[cells.group[place]])
+                kept[place] = not is_proven_below(gram, small, limit, estimate)
     return estimates, kept
 
 
@@ -264,25 +271,21 @@ def _slack(reach: Host) -> Host:
     return found
 
 
-def _halved(symbol: Symbol, cells: Cells, estimates: Host, best: Peak) -> Host:
+def _halved(symbol: Symbol, cells: Cells, estimates: Host, best: Peak, risen: bool) -> Host:
     """Return the axes (B, d) along which each cell is to be split.
 
     They are the longest ones, as many as it takes until children with the estimate of their parent
     would be dropped. Most cells of a flat symbol miss that by little: halves are enough for them.
+    A cell is left whole only if the peak has risen since its test, which it may pass now.
     """
     reach = symbol.half_degrees * cells.halves
     halved = np.zeros(reach.shape, bool)
-    for _ in range(reach.shape[1]):
+    for turn in range(reach.shape[1]):
         hopeful = estimates <= (_slack(np.where(halved, reach / 2, reach)) * best.lower) ** 2
+        hopeful &= risen or turn > 0
         longest = np.where(halved, -1.0, reach).argmax(axis=1)
         halved[np.arange(len(cells)), longest] |= ~hopeful
     return halved & (np.array(symbol.sizes) > 1)
-
-
-def _is_below(gram: Host, limit: float, error: float) -> bool:
-    """Return True if the largest eigenvalue is proven to be at most the limit."""
-    square = limit - error - allowance(gram, limit)
-    return square > 0 and is_below(gram, square)
 
 
 def _highest(symbol: Symbol, cells: Cells, estimates: Host, best: Peak | None) -> Peak:
@@ -363,16 +366,18 @@ def _ritz(grams: Host, x: Host, rounds: int) -> tuple[Host, Host]:
     All matrices are handled together. A start from the parent's vector makes up for the few
     dimensions.
     """
+    x = x.astype(grams.dtype, copy=False)
     for _ in range(rounds):
         columns = [x[..., None]]
         for _ in range(min(_KRYLOV, grams.shape[-1]) - 1):
             y = grams @ columns[-1]
-            columns.append(y / np.maximum(np.linalg.norm(y, axis=-2, keepdims=True), 1e-300))
+            length = np.linalg.norm(y, axis=-2, keepdims=True)
+            columns.append(y / np.maximum(length, np.finfo(length.dtype).tiny))
         Q = np.linalg.qr(np.concatenate(columns, axis=-1))[0]
         values, vectors = np.linalg.eigh(Q.conj().swapaxes(-1, -2) @ (grams @ Q))
         x = (Q @ vectors[..., -1:])[..., 0]
     # Rounding must not make an estimate larger than the eigenvalue.
-    return values[:, -1] * (1 - 1e-13 * grams.shape[-1]), x
+    return values[:, -1] * (1 - 4 * gamma(grams.shape[-1], x.real)), x
 
 
 def _products(matrices: Host, x: Host) -> Host:
