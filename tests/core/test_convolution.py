@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import spectral_core as sc
+from spectral_core import _symbol
 
 torch = pytest.importorskip("torch")
 
@@ -213,3 +214,15 @@ def test_nan_is_nan():
 def test_errors_name_the_argument(kernel, layout, options, error, words):
     with pytest.raises(error, match=words):
         sc.convolution_norm(kernel, layout, **options)
+
+
+def test_a_cell_that_failed_its_test_is_split():
+    """Where the peak is as before, the same test would fail again."""
+    symbol = _symbol.Symbol(np.random.default_rng(0).standard_normal((1, 2, 2, 3, 3)))
+    cells = _symbol._first_cells(symbol, None)
+    best = _symbol.Peak(10.0, 0, np.zeros(2), np.zeros(2))
+    estimates = np.full(len(cells), 50.0)  # their children would be dropped, and so would they
+    whole = _symbol._halved(symbol, cells, estimates, best, True)
+    split = _symbol._halved(symbol, cells, estimates, best, False)
+    assert not whole.any()
+    assert (split.sum(axis=1) == 1).all()
