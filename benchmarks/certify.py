@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import spectral_core as sc
+from spectral_core._certificate import is_proven_below
 
 from .common import RESULTS, add_output, machine, markdown, output_of, read_json, write_json
 
@@ -269,6 +270,42 @@ def matrices(backend: str, count: int, every: int = 5) -> Rows:
     return rows
 
 
+def narrow(count: int) -> Rows:
+    """Ask for proofs of limits just above and below the exact eigenvalue, in float32 first."""
+    rng, rows = np.random.default_rng(SEED), {}
+    for i in range(-(-count // STACK)):
+        m, n = rng.integers(1, 9, 2)
+        whole = wholes(rng, KINDS[i % len(KINDS)], m, n, 12).astype(int).astype(object)
+        stack = Stack(whole, 0, None)
+        gram = gram_of(stack)
+        largest = np.linalg.eigvalsh(gram.astype(float))[:, -1]
+        limits = largest * (1 + rng.choice([-1e-3, -1e-6, -1e-8, 0, 1e-8, 1e-6, 1e-5, 1e-3], STACK))
+        proven = np.array(
+            [
+                is_proven_below(
+                    one.astype(float), one.astype(np.float32), float(limit), float(limit) / 2
+                )
+                for one, limit in zip(gram, limits, strict=True)
+            ]
+        )
+        # limit·I − gram in integers: the limits are floats.
+        digits, exponents = exact(limits)
+        down = np.maximum(-exponents, 0)
+        units = np.array([1 << int(s) for s in down], object)
+        squares_ = np.array(
+            [int(d) << int(e) for d, e in zip(digits, exponents + down, strict=True)], object
+        )
+        holds = is_positive(squares_, gram * units[:, None, None], strictly=False)
+        count_(rows, "factorization in float32, then float64: limits tried", len(gram), 0)
+        count_(
+            rows,
+            "factorization in float32, then float64: limits proven",
+            int(proven.sum()),
+            int((proven & ~holds).sum()),
+        )
+    return rows
+
+
 # Convolutions
 
 
@@ -392,10 +429,11 @@ def layer_of(rng: np.random.Generator, mode: str | None = None) -> Case:
 
 PARTS: dict[str, Callable[[int], Rows]] = {
     **{name: lambda count, name=name: matrices(name, count) for name in BACKENDS},
+    "narrow": narrow,
     "kernels": kernels,
     "layers": layers,
 }
-COUNTS = {**dict.fromkeys(BACKENDS, 30_000), "kernels": 2_000, "layers": 8_000}
+COUNTS = {**dict.fromkeys(BACKENDS, 30_000), "narrow": 100_000, "kernels": 2_000, "layers": 8_000}
 
 
 def page(folder: Path = RESULTS) -> str:
