@@ -132,6 +132,7 @@ def bounds(
     -----
     The function waits for the device, so it does not run inside ``jax.jit``. The Lanczos steps run
     in float64 where the backend has it. In float32, the allowance for rounding may be a percent.
+    The factorization is faster where SciPy is installed.
 
     Examples
     --------
