@@ -206,13 +206,13 @@ def is_proven_below(gram: Host, narrow: Host, limit: float, estimate: float) -> 
     estimate : float
         About the largest eigenvalue, from below. It decides what is tried, and proves nothing.
     """
-    if narrow.dtype != gram.dtype and _is_proven_narrow(narrow, limit, estimate):
+    if narrow.dtype != gram.dtype and _is_proven_narrow(gram, narrow, limit, estimate):
         return True
     square = limit - allowance(gram, limit)
     return square > 0 and is_below(gram, square)
 
 
-def _is_proven_narrow(narrow: Host, limit: float, estimate: float) -> bool:
+def _is_proven_narrow(gram: Host, narrow: Host, limit: float, estimate: float) -> bool:
     """Return True if a factorization in float32 proves it, which takes half of the time.
 
     Its rounding may hide a few thousandths: it is of use where the limit is farther away. The norm
@@ -226,7 +226,7 @@ def _is_proven_narrow(narrow: Host, limit: float, estimate: float) -> bool:
     if factor is None:
         return False
     hidden = _allowance_of(factor, narrow, square)
-    rounded = 1.01 * unit * float(np.linalg.norm(narrow))  # from float64 to float32
+    rounded = 1.01 * unit * float(np.vdot(gram, gram).real) ** 0.5  # from float64 to float32
     return (square + hidden + rounded) * (1 + 8 * _UNIT) <= limit
 
 
