@@ -6,6 +6,7 @@ A handler gets the walk, the equation's parameters, the shape of the result, and
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import isfinite, prod
 from typing import Any, TypeVar
 
@@ -51,7 +52,19 @@ def same(w: Walk, params: Params, shape: Shape, x: Operand) -> Value:
     return Value(w.gain(x), *w.chained(x, shape))
 
 
-@gain("transpose rev slice split")
+@gain("transpose")
+def turned(w: Walk, params: Params, shape: Shape, x: Operand) -> Value:
+    """Exchange axes. The product of a matrix with columns of samples becomes one with rows."""
+    before = x.value
+    if isinstance(before, Linear) and before.turned[0] is not None:
+        map = replace(before.map, channel=len(shape) - 1)
+        found = Linear(before.source, map, before.name, before.turned)
+        found.gain = before.gain
+        return found
+    return Value(w.gain(x))
+
+
+@gain("rev slice split unstack")
 def moved(w: Walk, params: Params, shape: Shape, x: Operand) -> Value:
     """Move elements, none of which occurs twice."""
     return Value(w.gain(x))
@@ -64,6 +77,23 @@ def sliced(w: Walk, params: Params, shape: Shape, x: Operand, *starts: Operand) 
     return Value(w.gain(x))
 
 
+@gain("dynamic_update_slice scatter")
+def replaced(w: Walk, params: Params, shape: Shape, x: Operand, *others: Operand) -> Value:
+    """Put a part into an array at a constant place, each of its elements once at most."""
+    # dynamic_update_slice(x, part, *starts), scatter(x, indices, part)
+    part, places = (others[1], others[:1]) if w.name == "scatter" else (others[0], others[1:])
+    _constant(*places)
+    return Value(side_by_side([w.gain(x), w.gain(part)]))
+
+
+@gain("sort")
+def sorted_(w: Walk, params: Params, shape: Shape, x: Operand, *others: Operand) -> Value:
+    """Sort: of all orders, the sorted one brings two rows closest to each other."""
+    if others:
+        raise NoBound("orders one array by another, which may jump")
+    return Value(w.gain(x))
+
+
 @gain("gather")
 def gathered(w: Walk, params: Params, shape: Shape, x: Operand, indices: Operand) -> Value:
     """Read elements at constant places, some of them several times."""
@@ -72,7 +102,15 @@ def gathered(w: Walk, params: Params, shape: Shape, x: Operand, indices: Operand
     params = {**params, "fill_value": -1}
     found = np.asarray(jax.lax.gather_p.bind(places, indices.array, **params)).reshape(-1)
     count = int(np.bincount(found[found >= 0], minlength=1).max())
-    return Value(in_series([w.gain(x), log10_up(count) / 2]))
+    return Value(in_series([w.gain(x), _counted(w, count)]))
+
+
+def _counted(w: Walk, count: float) -> float:
+    """Return the gain of reading an element so often, written down as a layer if it is one."""
+    size = count**0.5 * (1 + 4 * UNIT)
+    if count <= 1:
+        return 0.0
+    return w.ledger.layer(w.label, w.name, size * (1 - 8 * UNIT), size)
 
 
 @gain("broadcast_in_dim")
@@ -80,7 +118,7 @@ def repeated(w: Walk, params: Params, shape: Shape, x: Operand, *_: Operand) -> 
     """Repeat every element as often as any other."""
     if x.size == prod(shape):
         return Value(w.gain(x), *w.chained(x, shape))
-    return Value(in_series([w.gain(x), _repeats(x, shape)]))
+    return Value(in_series([w.gain(x), _counted(w, prod(shape) / max(x.size, 1))]))
 
 
 def _repeats(x: Operand, shape: Shape) -> float:
@@ -136,7 +174,7 @@ def scale(w: Walk, params: Params, shape: Shape, x: Operand, y: Operand) -> Valu
         return folded
     upper = in_series([w.gain(value), _repeats(value, shape), log10_up(largest)])
     if largest != 1:
-        w.ledger.layer(w.name, w.name, 0.0, largest)
+        w.ledger.layer(w.label, w.name, 0.0, largest)
     if number.size == 1 and w.name == "mul":
         return Value(upper, *w.chained(value, shape, slopes=(float(number.reshape(())),) * 2))
     return Value(upper)
@@ -154,7 +192,7 @@ def _folded(w: Walk, x: Operand, factor: Any, shape: Shape) -> Value | None:
         return None
     map = before.map.scaled(first.reshape(-1))
     # 1/c and the product are rounded.
-    return w.scaled(before, map.scaled(np.ones(1)) if w.name == "div" else map)
+    return w.with_map(before, map.scaled(np.ones(1)) if w.name == "div" else map)
 
 
 @gain("max min")
@@ -203,7 +241,7 @@ def activation(w: Walk, shape: Shape, x: Operand, low: float, high: float) -> Va
     steepest = max(abs(low), abs(high))
     before = w.gain(x)
     if steepest != 1:
-        w.ledger.layer(w.name, w.name, steepest, steepest)
+        w.ledger.layer(w.label, w.name, steepest, steepest)
     upper = in_series([before, slope_gain(low, high)])
     return Value(upper, *w.chained(x, shape, slopes=(low, high)))
 
@@ -219,56 +257,19 @@ for _name in ("tanh", "erf", "abs", "sin", "cos", "atan", "neg"):
     HANDLERS[_name] = _plain(_name)
 HANDLERS["logistic"] = _plain("sigmoid")
 
-# Functions of jax.nn that consist of primitives without a bound of their own. One is recognized by
-# its name, and then by its whole jaxpr: a function of yours with the same name is another one.
-_KNOWN: dict[str, tuple[Callable[..., Any], str]] = {
-    "celu": (jax.nn.celu, "celu"),
-    "elu": (jax.nn.elu, "elu"),
-    "gelu": (jax.nn.gelu, "gelu_tanh"),
-    "hard_silu": (jax.nn.hard_silu, "hardswish"),
-    "hard_swish": (jax.nn.hard_silu, "hardswish"),
-    "hard_tanh": (jax.nn.hard_tanh, "hardtanh"),
-    "leaky_relu": (jax.nn.leaky_relu, "relu"),
-    "log_sigmoid": (jax.nn.log_sigmoid, "log_sigmoid"),
-    "mish": (jax.nn.mish, "mish"),
-    "selu": (jax.nn.selu, "selu"),
-    "silu": (jax.nn.silu, "silu"),
-    "swish": (jax.nn.silu, "silu"),
-    "soft_sign": (jax.nn.soft_sign, "softsign"),
-    "softplus": (jax.nn.softplus, "softplus"),
-}
+
+def soft(w: Walk, shape: Shape, x: Operand) -> Value:
+    """Apply softmax: no row of its Jacobian diag(s) − ssᵀ has a sum of sizes above 1/2.
+
+    That of row i is s_i(1 − s_i) + s_i·Σ_{j≠i} s_j = 2s_i(1 − s_i), and the Jacobian is symmetric.
+    """
+    return w.grown(x, shape, (0.0, 0.5))
 
 
-def known(w: Walk, eqn: Any, operands: list[Operand]) -> Value | None:
-    """Return the value of a function of jax.nn, or None for another function."""
-    function, slopes = _KNOWN.get(eqn.params.get("name", ""), (None, ""))
-    x, *others = operands
-    if function is None or x.value is None or any(y.value is not None for y in others):
-        return None
-    aval = eqn.invars[0].aval
-    arguments = [jax.ShapeDtypeStruct(aval.shape, aval.dtype)]  # type: ignore[no-untyped-call]
-    closed = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
-    if others and eqn.params["name"] not in ("leaky_relu", "elu", "celu"):
-        return None
-    if any(y.size != 1 for y in others):
-        return None
-    try:
-        traced = jax.make_jaxpr(function)(*arguments, *(y.array for y in others))
-    except TypeError:
-        return None
-    forms = {str(traced)} | {str(one.params.get("jaxpr")) for one in traced.eqns}
-    if closed is None or closed.consts or str(closed) not in forms:
-        return None
-    low, high = SLOPES[slopes]
-    for y in others:  # the slope or the scale of the negative part
-        parameter = float(y.exact)
-        low, high = min(low, parameter), max(high, parameter)
-        if slopes == "celu" and parameter <= 0:
-            return None
-        if slopes == "celu":
-            low, high = SLOPES["celu"]
-    w.name = eqn.params["name"]
-    return activation(w, eqn.outvars[0].aval.shape, x, low, high)
+def log_softmax(w: Walk, shape: Shape, x: Operand, axis: int) -> Value:
+    """Apply log-softmax: its Jacobian I − 1sᵀ is an oblique projection, of norm √n·‖s‖ ≤ √n."""
+    n = x.shape[axis]
+    return w.grown(x, shape, (0.0, n**0.5 * (1 + 4 * UNIT) if n > 1 else 0.0))
 
 
 # Linear maps
@@ -292,26 +293,27 @@ def dot(w: Walk, params: Params, shape: Shape, x: Operand, y: Operand) -> Value:
     rows = prod(value.shape[1:-1])
     map = Matrix(W, len(shape) - 1 if last else None, rows)
     stages = w.chained(value, shape, dense=map.dense) if last else (None, ())
-    before = w.settled(value)
-    return Linear(before, map, w.name, stages)
+    # W times columns, as under jax.vmap: a transposition behind it makes rows of them.
+    columns = not left and len(value.shape) == len(shape) == 2 and tuple(mine) == (1,)
+    other_way = w.chained(value, shape[::-1], dense=map.dense) if columns else (None, ())
+    return Linear(w.settled(value), map, w.label, stages, other_way)
 
 
 @gain("conv_general_dilated")
 def convolve(w: Walk, params: Params, shape: Shape, x: Operand, kernel: Operand) -> Value:
     """Apply a convolution with a constant kernel."""
     _constant(kernel)
-    if params["batch_group_count"] != 1:
-        raise NoBound("the walk does not know groups of samples")
     numbers = params["dimension_numbers"]
     map = Convolution(
         kernel.exact.transpose(numbers.rhs_spec),
         numbers.out_spec[1],
         tuple(params["window_strides"]),
         tuple(params["rhs_dilation"]),
-        params["feature_group_count"],
+        # A group of samples meets its own share of the outputs, as a group of features does.
+        params["feature_group_count"] * params["batch_group_count"],
         tuple(params["lhs_dilation"]),
     )
-    return Linear(w.settled(x), map, w.name, (None, ()))
+    return Linear(w.settled(x), map, w.label, (None, ()))
 
 
 @gain("reduce_window_max reduce_window_min")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from math import inf
 from typing import Any
 
 import jax
@@ -12,9 +13,11 @@ from jax.flatten_util import ravel_pytree
 
 import spectral_core as sc
 from spectral_core.engine import Value
-from spectral_core.errors import check_int
+from spectral_core.errors import check_int, listed, shown
 
-from ._gains import HANDLERS, known
+from ._control import CONTROLS
+from ._gains import HANDLERS
+from ._known import recognize
 from ._regularize import is_traced
 from ._walk import Operand, Walk
 
@@ -22,6 +25,7 @@ from ._walk import Operand, Walk
 def lipschitz_bound(
     fn: Callable[..., Any],
     *example: Any,
+    gains: Mapping[str, float] | None = None,
     eclipse: bool = True,
     max_iter: int = 100,
     tol: float = 1e-6,
@@ -39,6 +43,9 @@ def lipschitz_bound(
     *example : array or pytree
         Floating-point inputs with an axis of samples. The bound holds for all inputs of these
         shapes.
+    gains : mapping of name to float, optional
+        Lipschitz constants that you know of functions under ``jax.jit``, by the names of the
+        functions: the walk does not look into these.
     eclipse : bool
         Whether to compute the bound by quadratic forms too, for a chain of dense layers of at most
         2048 elements of a sample: see `spectral_core.chain_bound`.
@@ -51,21 +58,23 @@ def lipschitz_bound(
     -------
     spectral_core.NetworkBound
         What has no bound is in ``unbounded`` with the reason and the line: products of two values
-        that depend on the input, as in attention and layer normalization, and every primitive that
-        the walk does not know. The bound is then infinite.
+        that depend on the input, as in attention and layer normalization, branches and loops that
+        depend on it, and every primitive that the walk does not know. The bound is then infinite.
 
     Raises
     ------
     spectral_core.DTypeError
         If an input is not floating-point.
     spectral_core.ArgumentError
-        If the function is called in a trace, or an option is out of its range.
+        If the function is called in a trace or returns no array, or an option is out of its range.
+    spectral_core.NamesError
+        If ``gains`` names no function under ``jax.jit`` that depends on the input.
 
     Notes
     -----
     The bound holds for exact arithmetic on the stored numbers, and its own rounding is accounted
-    for. The activations of ``jax.nn`` that JAX compiles as one function are known. ``jax.nn.gelu``
-    is not one of them: use ``jax.jit(jax.nn.gelu)``.
+    for. The activations of ``jax.nn`` are known by their equations. The body of a loop is followed
+    once for each step, up to 1000: its number of steps must not depend on the input.
 
     Examples
     --------
@@ -83,15 +92,36 @@ def lipschitz_bound(
             raise sc.DTypeError(f"example is {jnp.result_type(x)}: it must be floating-point")
     if not leaves or any(np.size(x) == 0 for x in leaves):
         raise sc.ShapeError("example is empty: give one sample at least")
-    max_iter = check_int(max_iter, "max_iter", 0)
+    max_iter, given = check_int(max_iter, "max_iter", 0), _checked(gains)
     closed = jax.make_jaxpr(fn)(*example)
     first = np.shape(leaves[0])
-    walk = Walk(HANDLERS, known, batch=first[0] if first else 0, tol=tol)
+    if not closed.out_avals:
+        raise sc.ArgumentError("fn returns no array")
+    batch = first[0] if first else 0
+    walk = Walk(HANDLERS, CONTROLS, recognize, given, batch=batch, tol=tol)
     inputs = [Operand(np.shape(x), Value(0.0, is_input=True)) for x in leaves]
-    outputs = walk.run(closed.jaxpr, closed.consts, inputs)
-    values = [Value(-np.inf) if x.value is None else walk.settled(x) for x in outputs]
-    lower = _jacobian(fn, example, max_iter) if max_iter else None
+    values = [walk.settled(x) for x in walk.run(closed.jaxpr, closed.consts, inputs)]
+    if unknown := sorted(set(given) - walk.used):
+        raise sc.NamesError(
+            f"gains names {listed(unknown)}, but fn calls no function of such a name under jax.jit"
+        )
+    lower = None
+    if max_iter:
+        try:
+            lower = _jacobian(fn, example, max_iter)
+        except (TypeError, ValueError, NotImplementedError, sc.SpectralError) as error:
+            reason = str(error).partition("\n")[0]
+            walk.ledger.notes.append(f"No Jacobian: {reason}")
     return walk.ledger.result(values, lower=lower, eclipse=eclipse)
+
+
+def _checked(gains: Mapping[str, float] | None) -> dict[str, float]:
+    """Return the gains as numbers."""
+    given = {name: float(value) for name, value in (gains or {}).items()}
+    for name, value in given.items():
+        if not 0 <= value < inf:
+            raise sc.ArgumentError(f"gains[{name!r}] must be a number ≥ 0, not {shown(value)}")
+    return given
 
 
 def _jacobian(fn: Callable[..., Any], example: Any, max_iter: int) -> float:

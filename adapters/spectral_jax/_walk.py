@@ -1,24 +1,31 @@
 """Follow a traced function, and say how far each value can move when the input moves.
 
 The equations of a jaxpr are pure, so nothing can bypass the walk. What depends on no input is
-computed: a weight that is normalized or masked in the function is the one that it uses.
+computed: a weight that is normalized or masked in the function is the one that it uses. For the
+same reason the number of steps of a loop is known, and its body is followed once for each step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from math import nan, prod
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
-from spectral_core.engine import Dense, Ledger, Stage, Value, in_series, log10_up
+from spectral_core.engine import Dense, Ledger, Stage, Value, in_series, log10_up, side_by_side
 
 from ._linear_maps import Map
 
 Handler = Callable[..., Value]
+Control = Callable[["Walk", Any, list["Operand"]], list["Operand"]]
+"""Return all results of an equation that has other equations within."""
+Recognizer = Callable[["Walk", Any, int, Callable[[Any], "Operand"]], tuple[int, "Operand"] | None]
+"""Return how many equations from a place on are a known function, and its result."""
 
 INLINED = frozenset(
     [
@@ -28,16 +35,35 @@ INLINED = frozenset(
 )
 
 
+_NORMALIZES = (
+    ": its slope has no limit near zero. A normalization by the statistics of a sample, such as "
+    "LayerNorm, uses it; put that behind jax.jit and name it in gains if you know a bound"
+)
+_JUMPS = ": what depends on its result may jump"
+_GROWS = ": its slope grows without limit"
+_WHY = {
+    **dict.fromkeys(("rsqrt", "sqrt"), _NORMALIZES),
+    **dict.fromkeys(("gt", "lt", "ge", "le", "eq", "ne", "sign", "floor", "round"), _JUMPS),
+    **dict.fromkeys(("exp", "square", "integer_pow", "pow"), _GROWS),
+}
+"""Why some primitives have no bound."""
+
+
 class NoBound(Exception):  # noqa: N818, for it is an answer and no error
     """A part of the function has no bound; the message says why."""
 
 
 class Linear(Value):
-    """The result of a linear map. Its norm is computed when more than a scale uses it."""
+    """The result of a linear map. Its norm is computed when more than a scale uses it.
 
-    def __init__(self, source: Value, map: Map, name: str, stages: Any) -> None:
+    ``turned`` has parent and stages of its transpose, where that has the samples as its first axis.
+    """
+
+    def __init__(
+        self, source: Value, map: Map, name: str, stages: Any, turned: Any = (None, ())
+    ) -> None:
         super().__init__(nan, *stages)
-        self.source, self.map, self.name = source, map, name
+        self.source, self.map, self.name, self.turned = source, map, name, turned
 
 
 class Operand:
@@ -61,16 +87,28 @@ class Walk:
 
     def __init__(
         self,
-        handlers: dict[str, Handler],
-        known: Callable[[Walk, Any, list[Operand]], Value | None],
+        handlers: Mapping[str, Handler],
+        controls: Mapping[str, Control],
+        recognize: Recognizer,
+        gains: Mapping[str, float],
         *,
         batch: int,
         tol: float,
     ) -> None:
         self.ledger = Ledger()
         self.batch, self.tol = batch, tol
-        self.name = ""
-        self._handlers, self._known = handlers, known
+        self.name = ""  # of the primitive
+        self.used: set[str] = set()  # the names in ``gains`` that the function has
+        self._handlers, self._controls, self._recognize = handlers, controls, recognize
+        self._gains = gains
+        self._scopes: list[str] = []
+        self._scope = ""
+
+    @property
+    def label(self) -> str:
+        """The primitive, behind the scopes of modules and of ``jax.named_scope`` it is in."""
+        parts = [*self._scopes, self._scope, self.name]
+        return "/".join(part for part in parts if part)
 
     def run(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Operand]) -> list[Operand]:
         """Follow the equations of a jaxpr; return its outputs."""
@@ -84,10 +122,31 @@ class Walk:
         for var, const in zip(jaxpr.constvars, consts, strict=True):
             found[var] = Operand(var.aval.shape, None, const)
         found.update(zip(jaxpr.invars, inputs, strict=True))
-        for eqn in jaxpr.eqns:
+        place = 0
+        while place < len(jaxpr.eqns):
+            eqn = jaxpr.eqns[place]
+            self.name, self._scope = eqn.primitive.name, _scope(eqn)
+            known = self._recognize(self, jaxpr, place, read)
+            if known is not None:
+                n, result = known
+                found[jaxpr.eqns[place + n - 1].outvars[0]] = result
+                place += n
+                continue
             results = self._follow(eqn, [read(var) for var in eqn.invars])
             found.update(zip(eqn.outvars, results, strict=True))
+            place += 1
         return [read(var) for var in jaxpr.outvars]
+
+    @contextmanager
+    def within(self, part: str = "") -> Iterator[None]:
+        """Follow the body of the current equation: its names are behind those of the equation."""
+        name, scope = self.name, self._scope
+        self._scopes.append("/".join(x for x in (scope, part) if x))
+        try:
+            yield
+        finally:
+            self._scopes.pop()
+            self.name, self._scope = name, scope
 
     def gain(self, x: Operand) -> float:
         """Return the gain of an argument; a linear map's norm is computed here."""
@@ -101,8 +160,7 @@ class Walk:
     def settled(self, x: Operand) -> Value:
         """Return the value of an argument with its gain computed."""
         self.gain(x)
-        assert x.value is not None
-        return x.value
+        return Value(-np.inf) if x.value is None else x.value
 
     def chained(
         self, x: Operand, shape: Sequence[int], **how: Any
@@ -122,54 +180,64 @@ class Walk:
     ) -> Value:
         """Return the value of a map with known bounds, written down as a layer."""
         before = self.gain(x)
-        gain = self.ledger.layer(self.name, self.name, *bounds)
+        gain = self.ledger.layer(self.label, self.name, *bounds)
         stages = (None, ()) if dense is None else self.chained(x, shape, dense=dense)
         return Value(in_series([before, gain]), *stages)
 
-    def scaled(self, before: Linear, map: Map) -> Linear:
+    def with_map(self, before: Linear, map: Map) -> Linear:
         """Return a linear map together with the scale behind it."""
-        stages: Any = (None, ())
-        if before.parent is not None and before.stages[0].dense is not None:
-            stages = before.parent, (replace(before.stages[0], dense=map.dense),)
-        return Linear(before.source, map, before.name, stages)
+        parts: Any = [(before.parent, before.stages), before.turned]
+        for i, (parent, stages) in enumerate(parts):
+            if parent is not None:
+                parts[i] = parent, (replace(stages[0], dense=map.dense),)
+        return Linear(before.source, map, before.name, *parts)
 
     def _follow(self, eqn: Any, operands: list[Operand]) -> list[Operand]:
         """Return the results of one equation."""
         if all(x.value is None for x in operands):
             return _computed(eqn, operands)
-        primitive = self.name = eqn.primitive.name
         if not eqn.outvars:  # a print
             return []
-        if primitive == "device_put":
+        if self.name in ("device_put", "optimization_barrier"):
             return [Operand(x.shape, x.value, x.array) for x in operands]
-        if primitive in INLINED:
-            known = self._known(self, eqn, operands)
-            if known is not None:
-                return [Operand(eqn.outvars[0].aval.shape, known)]
-            closed = _inner(eqn.params)
+        if self.name in INLINED:
+            if eqn.params.get("name") in self._gains:
+                return self._given(eqn, operands)
+            closed = inner(eqn.params)
             if closed is not None:
-                jaxpr, consts = closed
-                return self.run(jaxpr, consts, operands)
-        shape = eqn.outvars[0].aval.shape
-        handler = self._handlers.get(primitive)
+                with self.within():
+                    return self.run(*closed, operands)
+        handler = self._handlers.get(self.name)
         try:
+            if self.name in self._controls:
+                return self._controls[self.name](self, eqn, operands)
             if handler is None:
-                raise NoBound(f"the walk does not know the primitive {primitive}")
-            value = handler(self, eqn.params, shape, *operands)
+                why = _WHY.get(self.name, "")
+                raise NoBound(f"the walk does not know the primitive {self.name}{why}")
+            value = handler(self, eqn.params, eqn.outvars[0].aval.shape, *operands)
         except NoBound as reason:
-            value = self.ledger.refuse(primitive, f"{reason}{_place(eqn)}")
+            value = self.ledger.refuse(self.label, f"{reason}{_place(eqn)}")
+        return self._results(eqn, value)
+
+    def _results(self, eqn: Any, value: Value) -> list[Operand]:
+        """Return the results of an equation, each of which has this value."""
         results = []
         for var in eqn.outvars:
-            one = value
-            if (
-                value.gain < np.inf
-                and not np.issubdtype(var.aval.dtype, np.floating)
-                and str(var.aval.dtype) != "bfloat16"
-            ):
-                about = f"it gives {var.aval.dtype} that depends on the input"
-                one = self.ledger.refuse(primitive, f"{about}{_place(eqn)}")
+            one, kind = value, var.aval.dtype
+            if value.gain < np.inf and not jnp.issubdtype(kind, jnp.floating):
+                about = f"it gives {kind} that depends on the input"
+                one = self.ledger.refuse(self.label, f"{about}{_place(eqn)}")
             results.append(Operand(var.aval.shape, one))
         return results
+
+    def _given(self, eqn: Any, operands: list[Operand]) -> list[Operand]:
+        """Return the results of a function whose Lipschitz constant the user knows."""
+        name = eqn.params["name"]
+        self.used.add(name)
+        gains = [self.gain(x) for x in operands if x.value is not None]
+        gain = self._gains[name]
+        self.ledger.layer(self.label.rpartition(self.name)[0] + name, "given", 0.0, gain)
+        return self._results(eqn, Value(in_series([side_by_side(gains), log10_up(gain)])))
 
 
 def _computed(eqn: Any, operands: list[Operand]) -> list[Operand]:
@@ -181,7 +249,7 @@ def _computed(eqn: Any, operands: list[Operand]) -> list[Operand]:
     return [Operand(np.shape(x), None, x) for x in results]
 
 
-def _inner(params: dict[str, Any]) -> tuple[Any, Sequence[Any]] | None:
+def inner(params: dict[str, Any]) -> tuple[Any, Sequence[Any]] | None:
     """Return the jaxpr that an equation calls, with its constants."""
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         inner = params.get(key)
@@ -190,6 +258,14 @@ def _inner(params: dict[str, Any]) -> tuple[Any, Sequence[Any]] | None:
         if inner is not None:
             return inner, ()
     return None
+
+
+def _scope(eqn: Any) -> str:
+    """Return the names of the modules and scopes that an equation is in."""
+    try:
+        return str(eqn.source_info.name_stack)
+    except Exception:  # no public attribute: the name is a courtesy
+        return ""
 
 
 def _place(eqn: Any) -> str:
