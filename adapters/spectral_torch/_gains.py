@@ -25,7 +25,7 @@ from spectral_core.engine import (
 )
 
 from ._linear_maps import UNIT, by_axis, dense, exact
-from ._walk import CONSTANT, Handler, NoBound, Padded, Walk
+from ._walk import CONSTANT, Handler, Linear, NoBound, Padded, Walk
 
 HANDLERS: dict[str, Handler] = {}
 H = TypeVar("H", bound=Callable[..., Value])
@@ -46,8 +46,11 @@ def gain(names: str) -> Callable[[H], H]:
 
 @gain("reshape view flatten unflatten squeeze unsqueeze contiguous clone detach view_as reshape_as")
 @gain("alias requires_grad_ identity to float double half bfloat16 type type_as cpu cuda")
-def same(w: Walk, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Value:
+def same(w: Walk, out: Tensor, x: Tensor, *args: Any, **options: Any) -> Value:
     """Keep the elements in their order."""
+    kinds = [y for y in (*args, *options.values()) if isinstance(y, torch.dtype)]
+    if w._function == "view" and kinds and kinds[0] != x.dtype:
+        raise NoBound("reads the bits of its numbers as those of another dtype")
     before = w.value(x)
     return Value(before.gain, *w.chained(x, out))
 
@@ -55,6 +58,8 @@ def same(w: Walk, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Value:
 @gain("permute transpose swapaxes swapdims movedim moveaxis t T mT adjoint roll flip fliplr flipud")
 @gain("rot90 pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle chunk split")
 @gain("unbind tensor_split narrow select diagonal tril triu split_with_sizes hsplit vsplit dsplit")
+# Of all orders, the sorted one brings two rows closest to each other.
+@gain("sort msort topk kthvalue median")
 def moved(w: Walk, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Value:
     """Move elements, none of which occurs twice."""
     return Value(w.value(x).gain)
@@ -62,11 +67,32 @@ def moved(w: Walk, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Value:
 
 @gain("__getitem__")
 def item(w: Walk, out: Tensor, x: Tensor, index: Any) -> Value:
-    """Read a part of a tensor, each element once."""
+    """Read a part of a tensor, some elements perhaps several times."""
     parts = index if isinstance(index, tuple) else (index,)
-    if not all(part is None or isinstance(part, int | slice | type(...)) for part in parts):
-        raise NoBound("an index that is a tensor or a list may read an element twice")
-    return Value(w.value(x).gain)
+    if all(part is None or isinstance(part, int | slice | type(...)) for part in parts):
+        return Value(w.value(x).gain)
+    return _read(w, x, lambda places: places[index], *parts)
+
+
+@gain("index_select gather")
+def picked(w: Walk, out: Tensor, x: Tensor, dim: Any, index: Tensor, **_: Any) -> Value:
+    """Read elements at constant places."""
+    return _read(w, x, lambda places: getattr(places, w._function)(dim, index), index)
+
+
+def _read(w: Walk, x: Tensor, read: Callable[[Tensor], Tensor], *index: Any) -> Value:
+    """Return the value of elements at constant places: one counts once for each time it is read."""
+    if any(isinstance(part, Tensor) and w.depends(part) for part in index):
+        raise NoBound("reads at places that depend on the input: it may jump")
+    found = read(torch.arange(x.numel(), device=x.device).reshape(x.shape)).reshape(-1)
+    count = int(torch.bincount(found, minlength=1).max())
+    return Value(in_series([w.value(x).gain, _counted(w, "index", count)]))
+
+
+def _counted(w: Walk, kind: str, count: float) -> float:
+    """Return the gain of reading an element so often, written down as a layer if it is one."""
+    size = count**0.5 * (1 + 4 * UNIT)
+    return w.ledger.layer(w.name, kind, size * (1 - 8 * UNIT), size) if count > 1 else 0.0
 
 
 @gain("expand expand_as broadcast_to repeat tile repeat_interleave")
@@ -75,7 +101,9 @@ def repeated(w: Walk, out: Tensor, x: Tensor, *args: Any, **options: Any) -> Val
     counts = args[0] if args else options.get("repeats")
     if isinstance(counts, Tensor) and w._function == "repeat_interleave":
         raise NoBound("repeats elements by numbers in a tensor")
-    return Value(in_series([w.value(x).gain, _repeats(x, out)]))
+    return Value(
+        in_series([w.value(x).gain, _counted(w, "repeat", out.numel() / max(x.numel(), 1))])
+    )
 
 
 def _repeats(x: Any, out: Tensor) -> float:
@@ -115,7 +143,7 @@ def pad(
     before = w.value(x)
     total = in_series([before.gain, log10_up(upper)])
     if mode == "circular":
-        return Padded(x, tuple(widths), tuple(sizes), total)
+        return Padded(x, tuple(widths), tuple(sizes), total, (w.name, upper))
     w.ledger.layer(w.name, f"pad, {mode}", 0.0, upper)
     return Value(total)
 
@@ -126,6 +154,12 @@ def pad(
 @gain("add radd iadd sub rsub isub subtract")
 def add(w: Walk, out: Tensor, x: Any, other: Any, *, alpha: float = 1) -> Value:
     """Add two values, either of which may be a constant."""
+    constant = isinstance(x, Tensor) and not w.depends(other) and w._function != "rsub"
+    swapped = isinstance(other, Tensor) and not w.depends(x) and w._function in ("add", "radd")
+    one = x if constant else other
+    if (constant or (swapped and alpha == 1)) and one.shape == out.shape:
+        before = w.raw(one)  # the linear map before still is one: its norm can wait
+        return before if isinstance(before, Linear) else same(w, out, one)
     scales = [0.0, log10_up(abs(alpha))]
     if w._function == "rsub":
         scales.reverse()
@@ -133,8 +167,6 @@ def add(w: Walk, out: Tensor, x: Any, other: Any, *, alpha: float = 1) -> Value:
         in_series([w.value(one).gain, _repeats(one, out), scale])
         for one, scale in zip((x, other), scales, strict=True)
     ]
-    if alpha == 1 and w._function in ("add", "radd", "iadd") and not isinstance(other, Tensor):
-        return same(w, out, x)
     return Value(in_parallel(gains))
 
 
@@ -347,7 +379,10 @@ def threshold(
 
 @gain("softmax softmin")
 def softmax(w: Walk, out: Tensor, x: Tensor, *_: Any, **__: Any) -> Value:
-    """Apply softmax: its Jacobian diag(s) − ssᵀ has no norm above 1/2."""
+    """Apply softmax: no row of its Jacobian diag(s) − ssᵀ has a sum of sizes above 1/2.
+
+    That of row i is s_i(1 − s_i) + s_i·Σ_{j≠i} s_j = 2s_i(1 − s_i), and the Jacobian is symmetric.
+    """
     return w.grown(x, out, 0.0, 0.5)
 
 

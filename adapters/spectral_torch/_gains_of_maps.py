@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -167,9 +168,11 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    *_: Any,
+    *cudnn: Any,
 ) -> Value:
     """Scale each channel by a constant: as a part of the linear map before it, if there is one."""
+    if cudnn:  # torch.batch_norm has another order than that of torch.nn.functional
+        weight, bias, running_mean, running_var = running_mean, running_var, weight, bias
     if training or running_var is None:
         raise NoBound("normalizes by the statistics of the batch")
     _constant(w, running_mean, running_var, weight, bias)
@@ -198,13 +201,72 @@ def _folded(before: Linear, scale: Tensor) -> Value:
     return found
 
 
-@gain("layer_norm group_norm rms_norm instance_norm")
-def normalized(w: Walk, out: Tensor, x: Tensor, *args: Any, **options: Any) -> Value:
-    """Refuse a normalization by the statistics of the sample."""
-    raise NoBound(
-        "divides by the deviation of its own input: its slope grows without limit as that gets "
-        f"small, but for eps; say gains={{{w.name!r}: …}} if you know a bound"
-    )
+@gain("layer_norm group_norm")
+def normalized(
+    w: Walk,
+    out: Tensor,
+    x: Tensor,
+    groups: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Value:
+    """Normalize by the statistics of groups of elements.
+
+    With the deviation s = √(variance + eps) and z = (x − mean)/s, the Jacobian is γ/s times the
+    projection on what has no mean, less zzᵀ/n, whose norm is below 1. So no slope is above γ/√eps,
+    and where all elements are equal it is attained.
+    """
+    _constant(w, weight, bias)
+    if not eps > 0:
+        raise NoBound("divides by the deviation of its own input, which may be zero: eps is 0")
+    size = (1.0 if weight is None else largest_scale(exact(weight).numpy())) / eps**0.5
+    if _NORMALIZED not in w.ledger.notes:
+        w.ledger.notes.append(_NORMALIZED)
+    return w.grown(x, out, 0.0, size * (1 + 8 * UNIT))
+
+
+_NORMALIZED = (
+    "A normalization by the statistics of a sample counts with max|γ|/√eps, its slope where the "
+    "sample is constant. Name it in gains if you know that your samples stay away from that."
+)
+
+
+@gain("rms_norm")
+def normalized_by_size(
+    w: Walk,
+    out: Tensor,
+    x: Tensor,
+    shape: Any,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Value:
+    """Normalize by the root of the mean square: the same without the mean."""
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    return normalized(w, out, x, shape, weight, None, eps)
+
+
+@gain("instance_norm")
+def normalized_by_image(
+    w: Walk,
+    out: Tensor,
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *cudnn: Any,
+) -> Value:
+    """Normalize each channel of an image, or scale it by what was kept."""
+    if cudnn:  # torch.instance_norm has another order than that of torch.nn.functional
+        weight, bias, running_mean, running_var = running_mean, running_var, weight, bias
+    if use_input_stats:
+        return normalized(w, out, x, None, weight, bias, eps)
+    return batch_norm(w, out, x, running_mean, running_var, weight, bias, eps=eps)
 
 
 @gain("multi_head_attention_forward scaled_dot_product_attention")

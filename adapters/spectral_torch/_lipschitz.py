@@ -53,9 +53,9 @@ def lipschitz_bound(
     Returns
     -------
     spectral_core.NetworkBound
-        What has no bound is in ``unbounded`` with the reason: attention, layer normalization,
-        products of two values that depend on the input, and every function that the walk does not
-        know. The bound is then infinite.
+        What has no bound is in ``unbounded`` with the reason: attention, products of two values
+        that depend on the input, and every function that the walk does not know. The bound is then
+        infinite. A layer, group or RMS normalization counts with max|γ|/√eps.
 
     Raises
     ------
@@ -137,16 +137,24 @@ def _checked(
         if not 0 <= value < inf:
             raise sc.ArgumentError(f"gains[{name!r}] must be a number ≥ 0, not {shown(value)}")
     batch_norms = [
-        name
+        name or type(model).__name__
         for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training
+        if module.training and _differs_in_training(module)
     ]
     if batch_norms:
         raise sc.ArgumentError(
-            f"{listed(batch_norms)} are in training mode, where their output depends on the whole "
-            "batch: call model.eval() before, and model.train() after"
+            f"{listed(batch_norms)} are in training mode, where they normalize by the statistics "
+            "of the batch or the sample, not by those they keep: call model.eval() before, and "
+            "model.train() after"
         )
     return given
+
+
+def _differs_in_training(module: nn.Module) -> bool:
+    """Return True for a normalization that uses other statistics in evaluation."""
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        return module.track_running_stats
+    return isinstance(module, nn.modules.batchnorm._NormBase)
 
 
 @contextmanager

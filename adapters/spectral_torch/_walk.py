@@ -60,9 +60,12 @@ class Linear(Value):
 class Padded(Value):
     """The result of a padding that repeats samples around the image."""
 
-    def __init__(self, tensor: Tensor, widths: Any, sizes: Any, gain: float) -> None:
+    def __init__(
+        self, tensor: Tensor, widths: Any, sizes: Any, gain: float, row: tuple[str, float]
+    ) -> None:
         super().__init__(gain)
         self.tensor, self.widths, self.sizes = tensor, widths, sizes
+        self.row: tuple[str, float] | None = row  # name and norm, until they are written down
         self._version = tensor._version
 
     @property
@@ -172,6 +175,10 @@ class Walk(TorchFunctionMode):
         if isinstance(found, Linear) and found.gain != found.gain:
             gain = self.ledger.layer(found.name, found.map.kind, *found.map.bounds())
             found.gain = in_series([found.source.gain, gain])
+        if isinstance(found, Padded) and found.row is not None:
+            name, norm = found.row
+            self.ledger.layer(name, "pad, circular", 0.0, norm)
+            found.row = None
         return found
 
     def depends(self, x: Any) -> bool:
