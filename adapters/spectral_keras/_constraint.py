@@ -34,7 +34,7 @@ class SpectralNormConstraint(OptimizerWrapper):
         The largest spectral norm of each matrix.
     normalize : bool
         Whether to scale smaller matrices up to the bound too.
-    n_iter, n_vectors, warmup_iters, include, exclude, layouts, seed, name
+    n_iter, n_vectors, norm, warmup_iters, include, exclude, layouts, seed, name
         As for `SpectralNormRegularizer`.
 
     Raises
@@ -46,8 +46,8 @@ class SpectralNormConstraint(OptimizerWrapper):
     -----
     A step scales only weights with a gradient. Power iteration underestimates σ, so the true norm
     can exceed the bound slightly: see `spectral_core.constrain`. The bound is on the kernel's
-    matrix: a convolution as an operator can have a larger norm. Moments and averages of the inner
-    optimizer are not scaled.
+    matrix, unless ``norm="operator"``: a convolution as a map of images can have a larger norm.
+    Moments and averages of the inner optimizer are not scaled.
 
     v and σ are saved with the model. To load it, ``import spectral_keras`` first.
 
@@ -63,7 +63,7 @@ class SpectralNormConstraint(OptimizerWrapper):
     """
 
     _numbers = ("bound",)
-    _options = ("normalize", "n_iter", "n_vectors", "warmup_iters", "seed")
+    _options = ("normalize", "n_iter", "n_vectors", "norm", "warmup_iters", "seed")
 
     def __init__(
         self,
@@ -74,6 +74,7 @@ class SpectralNormConstraint(OptimizerWrapper):
         normalize: bool = False,
         n_iter: int = 1,
         n_vectors: int = 1,
+        norm: str = "flattened",
         warmup_iters: int = 15,
         include: Choice | None = None,
         exclude: Choice | None = None,
@@ -86,6 +87,7 @@ class SpectralNormConstraint(OptimizerWrapper):
             model,
             n_iter=n_iter,
             n_vectors=n_vectors,
+            norm=norm,
             warmup_iters=warmup_iters,
             include=include,
             exclude=exclude,

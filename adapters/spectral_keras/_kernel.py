@@ -75,7 +75,7 @@ class SpectralNorm(keras.regularizers.Regularizer):  # type: ignore[misc]
         self.factor = _plain_number(factor, "factor")
         self.target = _plain_number(target, "target")
         self.power = check_power(power)
-        self.layout = None if layout is None else as_layout(layout)
+        self.layout = _of_a_matrix(layout)
         self.n_iter = check_int(n_iter, "n_iter")
         self.seed = check_int(seed, "seed", least=0)
 
@@ -148,7 +148,7 @@ class SpectralNormBound(keras.constraints.Constraint):  # type: ignore[misc]
         seed: int = 0,
     ) -> None:
         self.bound = _plain_number(bound, "bound")
-        self.layout = None if layout is None else as_layout(layout)
+        self.layout = _of_a_matrix(layout)
         self.normalize = bool(normalize)
         self.n_iter = check_int(n_iter, "n_iter")
         self.seed = check_int(seed, "seed", least=0)
@@ -215,6 +215,17 @@ def _layout_of(x: Any, layout: sc.Layout | None, what: str) -> sc.Layout:
         f"axes are inputs and outputs: {write}, or use spectral_keras.SpectralNormRegularizer, "
         "which reads the layers"
     )
+
+
+def _of_a_matrix(layout: sc.Layout | str | None) -> sc.Layout | None:
+    """Return the layout; raise `ArgumentError` for one that needs a state."""
+    found = None if layout is None else as_layout(layout)
+    if isinstance(found, sc.Convolution):
+        raise sc.ArgumentError(
+            "layout is a Convolution, whose waves need a state between the steps: use a Layout, or "
+            'spectral_keras.SpectralNormRegularizer(…, norm="operator")'
+        )
+    return found
 
 
 def _plain_number(value: Any, name: str) -> float:

@@ -54,6 +54,11 @@ class SpectralNormRegularizer(OptimizerWrapper):
         Power iterations in a step.
     n_vectors : int
         Number of vectors to iterate with for each matrix: see `spectral_core.block_iteration`.
+        With ``norm="operator"``, a convolution follows the waves of its layout instead.
+    norm : str
+        "flattened", the norm of each weight's matrix, as in the paper, or "operator": the norm of a
+        convolution as a map of images, with the strides and the dilation rate of its layer. A
+        layout that is a `spectral_core.Convolution` chooses it for one weight.
     every_n_steps : int
         Iterate only in every n-th step. The steps between add the term of the last iteration again.
     warmup_iters : int
@@ -114,6 +119,7 @@ class SpectralNormRegularizer(OptimizerWrapper):
         "power",
         "n_iter",
         "n_vectors",
+        "norm",
         "every_n_steps",
         "warmup_iters",
         "seed",
@@ -129,6 +135,7 @@ class SpectralNormRegularizer(OptimizerWrapper):
         power: int = 2,
         n_iter: int = 1,
         n_vectors: int = 1,
+        norm: str = "flattened",
         every_n_steps: int = 1,
         warmup_iters: int = 15,
         include: Choice | None = None,
@@ -142,6 +149,7 @@ class SpectralNormRegularizer(OptimizerWrapper):
             model,
             n_iter=n_iter,
             n_vectors=n_vectors,
+            norm=norm,
             warmup_iters=warmup_iters,
             include=include,
             exclude=exclude,

@@ -13,7 +13,17 @@ import keras
 from keras import layers as kl
 
 from spectral_core import ArgumentError, Convolution, Layout, NamesError, SpectralWarning
-from spectral_core.engine import Choice, by_name, choose
+from spectral_core.engine import (
+    FLATTENED,
+    OPERATOR,
+    Choice,
+    Geometry,
+    by_name,
+    check_norm,
+    choose,
+    tell_assumed,
+    with_operator_norm,
+)
 from spectral_core.errors import listed
 
 Variable: TypeAlias = Any
@@ -146,8 +156,12 @@ class Weights:
 
     def get_config(self) -> dict[str, Any]:
         """Return the trained weights in a form that JSON can hold, for `from_config`."""
-        kept = [(path, self.layouts[path], place) for path, place in self.places.items()]
-        weights = {path: [layout.axes, layout.groups, place] for path, layout, place in kept}
+        weights = {}
+        for path, place in self.places.items():
+            layout = self.layouts[path]
+            weights[path] = [layout.axes, layout.groups, place]
+            if isinstance(layout, Convolution):
+                weights[path] += [list(layout.stride), list(layout.dilation), layout.waves]
         return {
             "weights": weights,
             "n_variables": self.n_variables,
@@ -160,12 +174,17 @@ class Weights:
         """Return the weights that `get_config` described, without the variables."""
         weights = config["weights"].items()
         return cls(
-            {path: Layout(axes, groups) for path, (axes, groups, _) in weights},
-            {path: place for path, (_, _, place) in weights},
+            {path: _layout_from(axes, groups, *more) for path, (axes, groups, _, *more) in weights},
+            {path: place for path, (_, _, place, *_) in weights},
             config["n_variables"],
             left_out=dict(config.get("left_out", {})),  # version 0.1.0 saved none
             model=config.get("model", ""),
         )
+
+
+def _layout_from(axes: str, groups: int, *geometry: Any) -> Layout:
+    """Return the layout that a config describes: a convolution's has its geometry and its waves."""
+    return Convolution(axes, groups, *geometry) if geometry else Layout(axes, groups)
 
 
 def places(chosen: Mapping[str, Variable], variables: Sequence[Variable]) -> dict[str, int]:
@@ -179,13 +198,17 @@ def choose_variables(
     include: Choice | None,
     exclude: Choice | None,
     layouts: Mapping[str, Layout | str] | None,
+    norm: str = FLATTENED,
 ) -> Weights:
     """Return the weights to regularize.
+
+    With ``norm="operator"`` a convolution's layout is a `Convolution` with the strides and the
+    dilation rate of its layer.
 
     Raises
     ------
     ArgumentError
-        If the model is not built.
+        If the model is not built, or ``norm`` is unknown.
     NamesError
         If a pattern of ``include``, ``exclude`` or ``layouts`` matches no variable with two axes,
         nothing is left, two variables have the same path, or a kernel with three axes or more is of
@@ -215,15 +238,12 @@ def choose_variables(
             f"there is nothing to regularize in {model.name!r}: it has no dense, convolution or "
             f"recurrent kernel that include and exclude leave; left out: {listed(reasons)}"
         )
-    maps = [path for path, layout in layouts_of.items() if isinstance(layout, Convolution)]
-    if maps:
-        raise ArgumentError(
-            f"the layout of {listed(maps)} is a Convolution, whose norm Keras's step does not "
-            "follow: use a Layout, or the adapter of PyTorch or JAX"
-        )
     _warn_of_guesses(selection.guessed, candidates, layouts_of)
     _warn_of_names([path for path, why in left_out.items() if why == _BIAS_BY_NAME])
     _warn_of_normalized(selection, chains)
+    if check_norm(norm) == OPERATOR:
+        layouts_of, assumed = with_operator_norm(layouts_of, _geometries(candidates, chains))
+        tell_assumed(assumed, layouts_of, 5)
     trained, found = model.trainable_variables, {path: candidates[path] for path in layouts_of}
     frozen = {path: candidates[path] for path, why in left_out.items() if why == "frozen"}
     return Weights(
@@ -387,6 +407,23 @@ def _layout_of(chain: Sequence[keras.Layer], variable: Variable) -> Layout | str
     if isinstance(layer, _TRANSPOSED):
         return Layout("k" * layer.rank + "oi")
     return None
+
+
+def _geometries(
+    variables: Mapping[str, Variable], chains: Mapping[str, Sequence[keras.Layer]]
+) -> dict[str, Geometry]:
+    """Return the stride and the dilation of each kernel whose layer convolves with it."""
+    found = {}
+    for path, chain in chains.items():
+        layer, name = chain[-1], variables[path].name
+        if name in ("recurrent_kernel", "pointwise_kernel"):
+            found[path] = Geometry()  # the layer's own strides are those of its other kernel
+        elif isinstance(layer, (*_CONVOLUTIONS, *_DEPTHWISE, *_TRANSPOSED)) or isinstance_of_any(
+            chain, _RECURRENT
+        ):
+            transposed = isinstance(layer, _TRANSPOSED)
+            found[path] = Geometry(layer.strides, layer.dilation_rate, transposed)
+    return found
 
 
 def _channels_last(kernel: Variable) -> Layout:

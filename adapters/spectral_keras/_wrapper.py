@@ -20,6 +20,7 @@ from spectral_core.engine import (
     Summary,
     check_factor,
     check_factors,
+    check_norm,
     plan_of,
 )
 from spectral_core.errors import check_int, listed
@@ -32,7 +33,8 @@ class OptimizerWrapper(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     Parameters
     ----------
-    inner_optimizer, model, n_iter, n_vectors, warmup_iters, include, exclude, layouts, seed, name
+    inner_optimizer, model, n_iter, n_vectors, norm, warmup_iters, include, exclude, layouts, seed,
+    name
         See `SpectralNormRegularizer`.
     """
 
@@ -46,6 +48,7 @@ class OptimizerWrapper(keras.optimizers.Optimizer):  # type: ignore[misc]
         *,
         n_iter: int,
         n_vectors: int,
+        norm: str,
         warmup_iters: int,
         include: Choice | None,
         exclude: Choice | None,
@@ -60,8 +63,9 @@ class OptimizerWrapper(keras.optimizers.Optimizer):  # type: ignore[misc]
         self.n_vectors = check_int(n_vectors, "n_vectors")
         self.warmup_iters = check_int(warmup_iters, "warmup_iters", least=0)
         self.seed = check_int(seed, "seed", least=0)
+        self.norm = check_norm(norm)
         if not isinstance(model, Weights):
-            model = choose_variables(_checked_model(model), include, exclude, layouts)
+            model = choose_variables(_checked_model(model), include, exclude, layouts, norm)
         self._weights = model
         self._steps_before = self._inner_steps()
         self._warned = False
@@ -143,10 +147,11 @@ class OptimizerWrapper(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     def _fresh_state(self, weights: Weights) -> sc.SpectralState:
         """Return the state of the weights as they are now, after the first iterations."""
-        values, engines = values_of(weights.variables), _engines()
+        engines = _engines()
         if any(engine.in_place for engine in engines):
             engines = ()
-        with full_precision():
+
+        def start(values: Mapping[str, Any]) -> sc.SpectralState:
             state = sc.init(
                 values,
                 seed=self.seed,
@@ -156,7 +161,11 @@ class OptimizerWrapper(keras.optimizers.Optimizer):  # type: ignore[misc]
             )
             if self.warmup_iters:
                 state = sc.iterate(values, state, n_iter=self.warmup_iters, engines=engines)
-        return state
+            return state
+
+        waves = any(isinstance(layout, sc.Convolution) for layout in weights.layouts.values())
+        with full_precision():
+            return (_as_one(start) if waves else start)(values_of(weights.variables))
 
     def _state(self) -> sc.SpectralState:
         """Return the state of this step. An engine may write into it."""
@@ -551,6 +560,23 @@ def full_precision() -> AbstractContextManager[Any]:
     import jax
 
     return jax.default_matmul_precision("highest")
+
+
+def _as_one(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that JAX compiles as one.
+
+    An iteration with waves has hundreds of small operations. Each of them would be compiled alone.
+    """
+    if keras.backend.backend() != "jax":
+        return function
+    try:
+        import jax
+
+        import spectral_jax  # noqa: F401, for it tells JAX how to return a state
+    except ImportError:  # optax is not installed
+        return function
+    compiled: Callable[..., Any] = jax.jit(function)
+    return compiled
 
 
 def is_traced(x: Any) -> bool:

@@ -524,7 +524,6 @@ def test_include_exclude_and_layouts():
         ({"exclude": "*"}, sc.NamesError, "nothing to regularize"),
         ({"layouts": {"head": "io"}}, sc.NamesError, "layouts: 'head' matches none"),
         ({"layouts": "io"}, sc.ArgumentError, "layouts must be a mapping"),
-        ({"layouts": {"*kernel": sc.Convolution("kio")}}, sc.ArgumentError, "is a Convolution"),
         ({"factor": "0.1"}, sc.ArgumentError, "factor must be a finite number"),
         ({"factor": [0.1]}, sc.ArgumentError, "factor must be a finite number"),
         ({"target": lambda step: -1.0}, sc.ArgumentError, "target must be a finite number"),

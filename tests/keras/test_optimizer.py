@@ -11,7 +11,7 @@ import pytest
 if find_spec("keras") is None:  # importing it would import its backend
     pytest.skip("keras is not installed", allow_module_level=True)
 
-CASES = [Path(__file__).with_name(f"{name}_cases.py") for name in ("keras", "machine")]
+CASES = [Path(__file__).with_name(f"{name}_cases.py") for name in ("keras", "machine", "operator")]
 ZOO = Path(__file__).with_name("zoo_cases.py")  # the choice does not depend on the backend
 
 
