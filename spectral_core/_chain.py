@@ -18,7 +18,7 @@ proves λ_max (see `_certificate`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from math import frexp, inf, isfinite, log10, ulp
 from typing import Any, NamedTuple
@@ -82,7 +82,8 @@ def chain_bound(
     DTypeError
         If a matrix is not real floating-point.
     ArgumentError
-        If a pair of slopes is not finite or not in order, or their number does not fit.
+        If ``weights`` is a mapping, a pair of slopes is not finite or not in order, or the number
+        of pairs does not fit.
 
     Notes
     -----
@@ -101,6 +102,8 @@ def chain_bound(
     >>> bool(bound.log10_upper < bound.log10_product - 0.5)
     True
     """
+    if isinstance(weights, Mapping):
+        raise ArgumentError("weights is a mapping: pass its matrices in order, [*weights.values()]")
     maps = [Inexact(_real(W, i), 0.0) for i, W in enumerate(weights)]
     if not maps:
         raise ShapeError("weights is empty: a chain has one matrix at least")
@@ -278,7 +281,7 @@ def _real(W: Array, place: int) -> Host:
 
 def _pairs(slopes: Slopes | Sequence[Slopes], n: int) -> list[Slopes]:
     """Return one pair of slopes for each activation."""
-    given: Sequence[Any] = list(slopes)
+    given: Sequence[Any] = list(slopes) if isinstance(slopes, Iterable) else [slopes]
     pairs = [given] * n if given and not isinstance(given[0], Sequence) else given
     found = []
     for pair in pairs:

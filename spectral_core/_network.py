@@ -117,8 +117,11 @@ class NetworkBound:
             for row in rows
         ]
         lines += [f"unbounded: {name}: {why}" for name, why in self.unbounded.items()]
-        lines.append(f"upper bound      10^{self.log10_upper:.4f} = {self.upper:.6g}")
-        lines.append(f"product of norms 10^{self.log10_product:.4f}")
+        if self.unbounded:
+            lines.append("upper bound      none")
+        else:
+            lines.append(f"upper bound      10^{self.log10_upper:.4f} = {self.upper:.6g}")
+            lines.append(f"product of norms 10^{self.log10_product:.4f}")
         if self.log10_eclipse is not None:
             lines.append(f"ECLipsE-Fast     10^{self.log10_eclipse:.4f} = {self.eclipse:.6g}")
         if self.lower is not None:
@@ -209,7 +212,8 @@ class Ledger:
         stages = chain_of(outputs[0]) if len(outputs) == 1 else None
         if stages is None:
             self.notes.append(
-                "ECLipsE-Fast left out: the network is no chain of linear maps and activations."
+                "ECLipsE-Fast left out: the network is no chain of activations and of linear maps "
+                "whose matrices are formed here."
             )
             return None
         largest = max((max(s.sizes) for s in stages if s.dense is not None), default=0)

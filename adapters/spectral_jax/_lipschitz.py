@@ -105,6 +105,10 @@ def lipschitz_bound(
         raise sc.NamesError(
             f"gains names {listed(unknown)}, but fn calls no function of such a name under jax.jit"
         )
+    if walk.ledger.unbounded and len(example) > 1:
+        walk.ledger.notes.append(
+            "All arguments of fn count as inputs. Close over parameters: lambda x: fn(params, x)."
+        )
     lower = None
     if max_iter:
         try:

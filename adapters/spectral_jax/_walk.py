@@ -105,10 +105,14 @@ class Walk:
         self._scope = ""
 
     @property
+    def place(self) -> str:
+        """The scopes of modules and of ``jax.named_scope`` that the current equation is in."""
+        return "/".join(part for part in (*self._scopes, self._scope) if part)
+
+    @property
     def label(self) -> str:
-        """The primitive, behind the scopes of modules and of ``jax.named_scope`` it is in."""
-        parts = [*self._scopes, self._scope, self.name]
-        return "/".join(part for part in parts if part)
+        """The name of a row: its place, or the primitive of a function without scopes."""
+        return self.place or self.name
 
     def run(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Operand]) -> list[Operand]:
         """Follow the equations of a jaxpr; return its outputs."""
@@ -216,8 +220,12 @@ class Walk:
                 raise NoBound(f"the walk does not know the primitive {self.name}{why}")
             value = handler(self, eqn.params, eqn.outvars[0].aval.shape, *operands)
         except NoBound as reason:
-            value = self.ledger.refuse(self.label, f"{reason}{_place(eqn)}")
+            value = self._refused(eqn, str(reason))
         return self._results(eqn, value)
+
+    def _refused(self, eqn: Any, reason: str) -> Value:
+        name = "/".join(part for part in (self.place, self.name) if part)
+        return self.ledger.refuse(name, f"{reason}{_place(eqn)}")
 
     def _results(self, eqn: Any, value: Value) -> list[Operand]:
         """Return the results of an equation, each of which has this value."""
@@ -225,8 +233,7 @@ class Walk:
         for var in eqn.outvars:
             one, kind = value, var.aval.dtype
             if value.gain < np.inf and not jnp.issubdtype(kind, jnp.floating):
-                about = f"it gives {kind} that depends on the input"
-                one = self.ledger.refuse(self.label, f"{about}{_place(eqn)}")
+                one = self._refused(eqn, f"it gives {kind} that depends on the input")
             results.append(Operand(var.aval.shape, one))
         return results
 
@@ -236,7 +243,8 @@ class Walk:
         self.used.add(name)
         gains = [self.gain(x) for x in operands if x.value is not None]
         gain = self._gains[name]
-        self.ledger.layer(self.label.rpartition(self.name)[0] + name, "given", 0.0, gain)
+        place = f"{self.place}/{name}" if self.place else name
+        self.ledger.layer(place, "given", 0.0, gain)
         return self._results(eqn, Value(in_series([side_by_side(gains), log10_up(gain)])))
 
 

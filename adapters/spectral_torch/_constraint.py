@@ -106,6 +106,9 @@ class SpectralNormConstraint(OptimizerHook):
             f"n_iter={self.n_iter}, weights={listed(self._parameters)}): {self._state_of()}"
         )
 
+    def _displayed(self, number: float) -> float | str:
+        return f"σ ≤ {number:.4g}"
+
     @property
     def bound(self) -> Schedule:
         """The largest spectral norm, or its schedule; checked when it is set."""

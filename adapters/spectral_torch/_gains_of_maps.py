@@ -278,6 +278,15 @@ def attention(w: Walk, out: Tensor, *_: Any, **__: Any) -> Value:
     )
 
 
+@gain("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
+def recurrent(w: Walk, out: Tensor, *_: Any, **__: Any) -> Value:
+    """Refuse a recurrent layer."""
+    raise NoBound(
+        f"the walk does not know recurrent layers ({w._function}), whose gates multiply values "
+        f"that depend on the input; say gains={{{w.name!r}: …}} if you know a bound"
+    )
+
+
 # Pooling
 
 

@@ -427,7 +427,7 @@ class OptimizerHook:
                     tuple(parameter.shape),
                     tuple(plan.matrix),
                     layout.axes,
-                    float(numbers[name]),
+                    self._displayed(float(numbers[name])),
                     float(self._state.sigma[name].max()),
                     "–" if holder is None else type(holder).__name__,
                     steps - 1 if steps else None,
@@ -435,6 +435,10 @@ class OptimizerHook:
                 )
             )
         return rows
+
+    def _displayed(self, number: float) -> float | str:
+        """Return λ of a weight as a summary shows it."""
+        return number
 
     def _required(self) -> dict[str, Tensor]:
         return sc.state_dict(replace(self._state, u={}))

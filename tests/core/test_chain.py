@@ -116,6 +116,8 @@ def test_zero_and_nan():
         ([np.eye(2, dtype=int)], {}, sc.DTypeError, "floating"),
         ([np.eye(2)] * 3, {"slopes": [(0, 1)]}, sc.ArgumentError, "1 pairs for 2"),
         ([np.eye(2)] * 2, {"slopes": (1, 0)}, sc.ArgumentError, "least, largest"),
+        ([np.eye(2)] * 2, {"slopes": 0.5}, sc.ArgumentError, "least, largest"),
+        ({"a": np.eye(2)}, {}, sc.ArgumentError, r"weights\.values"),
         ([np.eye(2)] * 2, {"slopes": (0, np.inf)}, sc.ArgumentError, "least, largest"),
     ],
 )

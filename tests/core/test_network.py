@@ -150,6 +150,8 @@ def test_result_is_a_table():
     assert found.log10_product == inf
     assert dict(found.unbounded) == {"block": "attention has no bound"}
     assert "block: attention has no bound" in str(found)
+    assert "upper bound      none" in str(found)
+    assert "product of norms" not in str(found)
 
 
 def test_norm_that_is_not_finite_is_named():

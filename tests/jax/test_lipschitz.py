@@ -446,6 +446,11 @@ def test_jacobian_that_jax_cannot_transpose_is_left_out_with_the_reason():
     assert found.lower is not None or "No Jacobian" in str(found)
 
 
+def test_parameters_among_the_examples_are_told():
+    found = lipschitz_bound(lambda W, x: x @ W, jnp.eye(2), jnp.ones((1, 2)), max_iter=0)
+    assert "lambda x: fn(params, x)" in str(found)
+
+
 def test_function_without_an_array_is_an_error():
     with pytest.raises(sc.ArgumentError, match="no array"):
         lipschitz_bound(lambda x: (), jnp.ones((1, 2)))

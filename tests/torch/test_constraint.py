@@ -379,3 +379,8 @@ def test_a_bound_holds_though_v_began_in_another_block(n_vectors, kernels):
     true = float(torch.linalg.matrix_norm(weight.detach(), 2))
     assert 0.9 < true < 1.05
     assert cap.sigmas()["w"] == pytest.approx(true, rel=0.05)
+
+
+def test_summary_shows_the_bound_as_one():
+    cap = SpectralNormConstraint(torch.nn.Linear(2, 3), bound=1.5)
+    assert cap.summary().rows[0].factor == "σ ≤ 1.5"
