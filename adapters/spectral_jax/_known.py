@@ -52,7 +52,7 @@ def recognize(w: Walk, jaxpr: Any, place: int, read: Read) -> tuple[int, Operand
         return 1, Operand(eqn.outvars[0].aval.shape, found)
     for name, function, how in _spelled_out(eqn):
         x = next(var for var, y in zip(eqn.invars, operands, strict=True) if y.value is not None)
-        template = _trace(function, x.aval.shape, x.aval.dtype)
+        template = _trace(function, x.aval)
         n = len(template.eqns)
         if template.eqns and _is_at(jaxpr, place, x, template):
             w.name = name
@@ -68,10 +68,11 @@ def _named(w: Walk, eqn: Any, operands: list[Operand]) -> Value | None:
     x, *others = operands
     if closed is None or len(closed[1]) or any(y.value is not None for y in others):
         return None
-    shape, kind = eqn.invars[0].aval.shape, eqn.invars[0].aval.dtype
+    aval = eqn.invars[0].aval
+    shape = aval.shape
     if name in _OVER_AXES:
         for axis in range(-1, len(shape) - 1):
-            traced = _trace(partial(_OVER_AXES[name], axis=axis), shape, kind)
+            traced = _trace(partial(_OVER_AXES[name], axis=axis), aval)
             if not others and str(closed[0]) in _forms(traced):
                 w.name = name
                 return soft(w, shape, x) if name == "softmax" else log_softmax(w, shape, x, axis)
@@ -80,9 +81,8 @@ def _named(w: Walk, eqn: Any, operands: list[Operand]) -> Value | None:
     if others and name not in ("leaky_relu", "elu", "celu"):
         return None
     function, slopes = _NAMED[name]
-    argument = jax.ShapeDtypeStruct(shape, kind)  # type: ignore[no-untyped-call]
     try:
-        traced = jax.make_jaxpr(function)(argument, *(y.array for y in others)).jaxpr
+        traced = jax.make_jaxpr(function)(_argument(aval), *(y.array for y in others)).jaxpr
     except TypeError:
         return None
     if str(closed[0]) not in _forms(traced):
@@ -111,25 +111,24 @@ How = Callable[[Walk, Any, Operand], Value]
 
 def _spelled_out(eqn: Any) -> list[tuple[str, Callable[..., Any], How]]:
     """Return the functions that can begin with an equation, each with its gain."""
-    name = eqn.primitive.name
-    if name == "reduce_max" and len(eqn.params["axes"]) == 1:
-        axis = eqn.params["axes"][0]
-        lse = jax.nn.logsumexp
-        return [
+    name, aval = eqn.primitive.name, eqn.outvars[0].aval
+    # An array made of Python's numbers has a weak type, and is converted first.
+    converts = name == "convert_element_type" and getattr(eqn.invars[0].aval, "weak_type", False)
+    found: list[tuple[str, Callable[..., Any], How]] = []
+    if converts or name == "integer_pow":
+        found.append(("gelu", partial(jax.nn.gelu, approximate=True), _sloped("gelu_tanh")))
+    if converts or name in ("mul", "div"):
+        found.append(("gelu", partial(jax.nn.gelu, approximate=False), _sloped("gelu")))
+    axes = range(aval.ndim) if converts else eqn.params["axes"] if name == "reduce_max" else ()
+    for axis in axes if converts or len(axes) == 1 else ():
+        lse, log = jax.nn.logsumexp, partial(jax.nn.log_softmax, axis=axis)
+        found += [
             ("softmax", partial(jax.nn.softmax, axis=axis), soft),
-            (
-                "log_softmax",
-                partial(jax.nn.log_softmax, axis=axis),
-                partial(log_softmax, axis=axis),
-            ),
+            ("log_softmax", log, partial(log_softmax, axis=axis)),
             ("logsumexp", partial(lse, axis=axis), _logsumexp),
             ("logsumexp", partial(lse, axis=axis, keepdims=True), _logsumexp),
         ]
-    if name == "integer_pow":
-        return [("gelu", partial(jax.nn.gelu, approximate=True), _sloped("gelu_tanh"))]
-    if name in ("mul", "div"):
-        return [("gelu", partial(jax.nn.gelu, approximate=False), _sloped("gelu"))]
-    return []
+    return found
 
 
 def _logsumexp(w: Walk, _: Any, x: Operand) -> Value:
@@ -142,14 +141,18 @@ def _sloped(slopes: str) -> How:
 
 
 @cache
-def _trace_cached(function: Any, options: Any, shape: Any, kind: Any) -> Any:
-    argument = jax.ShapeDtypeStruct(shape, kind)  # type: ignore[no-untyped-call]
-    return jax.make_jaxpr(partial(function, **dict(options)))(argument).jaxpr
+def _trace_cached(function: Any, options: Any, aval: Any) -> Any:
+    return jax.make_jaxpr(partial(function, **dict(options)))(_argument(aval)).jaxpr
 
 
-def _trace(function: Any, shape: Any, kind: Any) -> Any:
+def _trace(function: Any, aval: Any) -> Any:
     """Return the jaxpr of a function of one array."""
-    return _trace_cached(function.func, tuple(function.keywords.items()), shape, kind)
+    return _trace_cached(function.func, tuple(function.keywords.items()), aval)
+
+
+def _argument(aval: Any) -> Any:
+    """Return an argument to trace a function with. A weak type leaves traces in a jaxpr too."""
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)  # type: ignore[no-untyped-call]
 
 
 def _is_at(jaxpr: Any, place: int, x: Any, template: Any) -> bool:

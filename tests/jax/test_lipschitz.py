@@ -325,20 +325,23 @@ def test_functions_with_derivatives_of_their_own_count_as_they_compute(fn):
     assert lipschitz_bound(fn, jnp.ones((1, 2)), max_iter=0).upper == pytest.approx(3)
 
 
-@pytest.mark.parametrize("axis", [-1, 0, 1])
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("axis", [-1, 0])
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
-def test_softmax_and_its_kin(name, axis, jit):
+def test_softmax_and_its_kin(name, axis):
     function = getattr(nn, name)
-    fn = jax.jit(lambda x: function(x, axis=axis)) if jit else lambda x: function(x, axis=axis)
+
+    def fn(x):
+        return function(9 * x, axis=axis) / 9
+
     x = normal(0, 3, 4)
     expected = {"softmax": 0.5, "logsumexp": 1.0, "log_softmax": x.shape[axis] ** 0.5}[name]
-    found = check(lambda y: fn(9 * y) / 9, x, points=8)
+    found = check(fn, x, max_iter=0)
     assert found.upper == pytest.approx(expected)
-    # One far above the others, or two equal ones: what is attained.
-    big = jnp.zeros((3, 4)).at[0, 0].set(9.0).at[0, 1 if axis else 0].set(9.0)
-    big = big.at[1, 0].set(0.0 if axis else 9.0)
-    check(lambda y: fn(9 * y) / 9, big, points=1)
+    within = lipschitz_bound(jax.jit(lambda y: function(y, axis=axis)), x, max_iter=0)
+    assert within.upper == pytest.approx(expected)
+    # Two that are equal and above all others: softmax attains its bound.
+    pair = (0, slice(2)) if axis else (slice(2), 0)
+    check(fn, jnp.full((3, 4), -9.0).at[pair].set(9.0), points=1, max_iter=0)
 
 
 def test_softmax_with_a_part_that_is_used_elsewhere_is_not_recognized():
@@ -456,14 +459,6 @@ def test_function_without_an_array_is_an_error():
         lipschitz_bound(lambda x: (), jnp.ones((1, 2)))
 
 
-def test_rows_have_the_names_of_modules():
-    linen = pytest.importorskip("flax.linen", reason="Flax is not installed")
-    model, x = linen.Sequential([linen.Dense(3), linen.relu, linen.Dense(2)]), jnp.ones((1, 2))
-    variables = model.init(jax.random.key(0), x)
-    names = [row.name for row in lipschitz_bound(lambda y: model.apply(variables, y), x).layers]
-    assert ["layers_0" in names[0], "layers_2" in names[1]] == [True, True], names
-
-
 def test_equinox_network_under_vmap_is_a_chain():
     eqx = pytest.importorskip("equinox", reason="Equinox is not installed")
     model = eqx.nn.MLP(4, 3, 8, 3, key=jax.random.key(0))
@@ -490,6 +485,9 @@ def test_flax_network_with_batch_norm():
     kinds = [row.kind for row in found.layers]
     assert kinds.count("conv_general_dilated") == 1
     assert "mul" not in kinds  # the batch norm is part of the convolution
+    names = [row.name for row in found.layers]
+    assert "layers_0" in names[0]
+    assert "layers_5" in names[-1], names
 
 
 def test_prints_and_moves_do_not_stop_the_walk():
