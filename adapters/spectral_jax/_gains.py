@@ -86,7 +86,7 @@ def replaced(w: Walk, params: Params, shape: Shape, x: Operand, *others: Operand
     return Value(side_by_side([w.gain(x), w.gain(part)]))
 
 
-@gain("sort")
+@gain("sort top_k")
 def sorted_(w: Walk, params: Params, shape: Shape, x: Operand, *others: Operand) -> Value:
     """Sort: of all orders, the sorted one brings two rows closest to each other."""
     if others:

@@ -45,7 +45,7 @@ def recognize(w: Walk, jaxpr: Any, place: int, read: Read) -> tuple[int, Operand
     """Return how many equations from a place on are a known function, and its result."""
     eqn = jaxpr.eqns[place]
     operands = [read(var) for var in eqn.invars]
-    if all(x.value is None for x in operands):
+    if not eqn.outvars or all(x.value is None for x in operands):
         return None
     found = _named(w, eqn, operands)
     if found is not None:

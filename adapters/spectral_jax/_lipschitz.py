@@ -19,7 +19,7 @@ from ._control import CONTROLS
 from ._gains import HANDLERS
 from ._known import recognize
 from ._regularize import is_traced
-from ._walk import Operand, Walk
+from ._walk import NoBound, Operand, Walk
 
 
 def lipschitz_bound(
@@ -100,7 +100,7 @@ def lipschitz_bound(
     batch = first[0] if first else 0
     walk = Walk(HANDLERS, CONTROLS, recognize, given, batch=batch, tol=tol)
     inputs = [Operand(np.shape(x), Value(0.0, is_input=True)) for x in leaves]
-    values = [walk.settled(x) for x in walk.run(closed.jaxpr, closed.consts, inputs)]
+    values = [_output(walk, x) for x in walk.run(closed.jaxpr, closed.consts, inputs)]
     if unknown := sorted(set(given) - walk.used):
         raise sc.NamesError(
             f"gains names {listed(unknown)}, but fn calls no function of such a name under jax.jit"
@@ -117,6 +117,13 @@ def lipschitz_bound(
             reason = str(error).partition("\n")[0]
             walk.ledger.notes.append(f"No Jacobian: {reason}")
     return walk.ledger.result(values, lower=lower, eclipse=eclipse)
+
+
+def _output(walk: Walk, x: Operand) -> Value:
+    try:
+        return walk.settled(x)
+    except NoBound as reason:
+        return walk.ledger.refuse("output", str(reason))
 
 
 def _checked(gains: Mapping[str, float] | None) -> dict[str, float]:

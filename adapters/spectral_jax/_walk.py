@@ -66,6 +66,14 @@ class Linear(Value):
         self.source, self.map, self.name, self.turned = source, map, name, turned
 
 
+class Unusable(Value):
+    """A value that has no bound if something uses it: the indices that a ``top_k`` gives too."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(np.inf)
+        self.reason = reason
+
+
 class Operand:
     """An argument of an equation: a value that depends on the input, or an array."""
 
@@ -156,6 +164,8 @@ class Walk:
         """Return the gain of an argument; a linear map's norm is computed here."""
         if x.value is None:
             return -np.inf
+        if isinstance(x.value, Unusable):
+            raise NoBound(x.value.reason)
         if isinstance(x.value, Linear) and x.value.gain != x.value.gain:
             gain = self.ledger.layer(x.value.name, x.value.map.kind, *x.value.map.bounds(self.tol))
             x.value.gain = in_series([x.value.source.gain, gain])
@@ -204,15 +214,15 @@ class Walk:
             return []
         if self.name in ("device_put", "optimization_barrier"):
             return [Operand(x.shape, x.value, x.array) for x in operands]
-        if self.name in INLINED:
-            if eqn.params.get("name") in self._gains:
-                return self._given(eqn, operands)
-            closed = inner(eqn.params)
-            if closed is not None:
-                with self.within():
-                    return self.run(*closed, operands)
+        closed = inner(eqn.params) if self.name in INLINED else None
+        given = closed is not None and eqn.params.get("name") in self._gains
+        if closed is not None and not given:
+            with self.within():
+                return self.run(*closed, operands)
         handler = self._handlers.get(self.name)
         try:
+            if given:
+                return self._given(eqn, operands)
             if self.name in self._controls:
                 return self._controls[self.name](self, eqn, operands)
             if handler is None:
@@ -233,7 +243,7 @@ class Walk:
         for var in eqn.outvars:
             one, kind = value, var.aval.dtype
             if value.gain < np.inf and not jnp.issubdtype(kind, jnp.floating):
-                one = self._refused(eqn, f"it gives {kind} that depends on the input")
+                one = Unusable(f"uses {kind} that depends on the input{_place(eqn)}")
             results.append(Operand(var.aval.shape, one))
         return results
 
