@@ -362,13 +362,19 @@ PARTS = {
     "slice": lambda x: lax.dynamic_slice(x, (1, 0), (2, 3)),
     "take": lambda x: x[:, jnp.array([0, 0, 3, 0])],
     "interior": lambda x: lax.pad(x, 1.0, ((0, 1, 1), (-1, 0, 0))),
-    "barrier": lambda x: lax.optimization_barrier((x, 2 * x))[1],
 }
 
 
 @pytest.mark.parametrize("name", PARTS)
 def test_parts_that_move(name):
     check(PARTS[name], normal(0, 3, 4), points=6)
+
+
+def test_barrier_passes_each_value_on():
+    found = lipschitz_bound(
+        lambda x: lax.optimization_barrier((x, 2 * x))[1], jnp.ones((1, 2)), max_iter=0
+    )
+    assert found.upper == pytest.approx(2)
 
 
 @st.composite
