@@ -87,10 +87,17 @@ def _holds(condition: Any, operands: list[Operand]) -> bool:
     needed = _read_by(condition.jaxpr)
     if any(x.value is not None for x, used in zip(operands, needed, strict=True) if used):
         raise NoBound("a loop whose number of steps depends on the input: it may jump")
-    filled = [jnp.zeros(x.shape) if x.value is not None else x.array for x in operands]
-    avals = condition.in_avals
-    arrays = [jnp.asarray(x, aval.dtype) for x, aval in zip(filled, avals, strict=True)]
+    arrays = [
+        jnp.zeros(aval.shape, aval.dtype) if x.value is not None else _as(x.array, aval)
+        for x, aval in zip(operands, condition.in_avals, strict=True)
+    ]
     return bool(np.all(jaxpr_as_fun(condition)(*arrays)[0]))
+
+
+def _as(array: Any, aval: Any) -> Any:
+    """Return an array of the dtype that a jaxpr wants; a random key has it already."""
+    same = getattr(array, "dtype", None) == aval.dtype
+    return array if same else jnp.asarray(array, aval.dtype)
 
 
 def _read_by(jaxpr: Any) -> list[bool]:

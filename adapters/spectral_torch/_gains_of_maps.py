@@ -206,11 +206,12 @@ def normalized(
     w: Walk,
     out: Tensor,
     x: Tensor,
-    groups: Any,
+    groups: Any = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *_: Any,
+    **__: Any,
 ) -> Value:
     """Normalize by the statistics of groups of elements.
 
@@ -238,13 +239,14 @@ def normalized_by_size(
     w: Walk,
     out: Tensor,
     x: Tensor,
-    shape: Any,
+    normalized_shape: Any,
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Value:
     """Normalize by the root of the mean square: the same without the mean."""
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    return normalized(w, out, x, shape, weight, None, eps)
+    if eps is None:  # that of the dtype it is computed in, for which float32 is the narrowest
+        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+    return normalized(w, out, x, normalized_shape, weight, None, eps)
 
 
 @gain("instance_norm")

@@ -262,6 +262,12 @@ LOOPS = {
     "counted": lambda x: lax.fori_loop(0, 3, lambda i, y: 2 * y, x),
     "counted, traced": lambda x: lax.fori_loop(0, jnp.int32(3), lambda i, y: 2 * y, x),
     "index": lambda x: lax.fori_loop(0, jnp.int32(2), lambda i, y: y * jnp.array([2.0, 4.0])[i], x),
+    "random key": lambda x: lax.fori_loop(
+        0,
+        jnp.int32(3),
+        lambda i, s: (2 * s[0], jax.random.fold_in(s[1], i)),
+        (x, jax.random.key(0)),
+    )[0],
     "reversed": lambda x: lax.scan(
         lambda y, c: (y * c, None), x, jnp.array([2.0, 4.0]), reverse=True
     )[0],

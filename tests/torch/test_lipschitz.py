@@ -257,6 +257,8 @@ NORMS = [
     (nn.InstanceNorm1d(3, affine=True), (3, 5)),
     (nn.RMSNorm(6), 6),
     (nn.RMSNorm(6, eps=1e-3), 6),
+    (Calls(lambda x: F.layer_norm(x, normalized_shape=(6,), eps=1e-3)), 6),
+    (Calls(lambda x: F.group_norm(x, num_groups=2, eps=1e-3)), (6, 5)),
     (Calls(lambda x: torch.layer_norm(x, [6], None, None, 1e-3)), 6),
     (Calls(lambda x: torch.instance_norm(x, *[None] * 4, True, 0.1, 1e-3, False)), (3, 5)),
 ]
