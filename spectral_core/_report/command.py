@@ -9,13 +9,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 from .._layout import Layout
 from ..errors import SpectralError
 from .compare import compared
 from .drift import Comparison
 from .entry import TensorEntry
+from .hdf5 import needed
 from .layouts import parsed
+from .output import checked, write
 from .result import Report, printable
 from .run import report_of
 
@@ -31,7 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.fail_drift is not None and not options.compare:
         parser.error("--fail-drift needs --compare OTHER")
+    if options.compare and options.html:
+        parser.error("--html writes the page of one report: leave --compare out")
     try:
+        target = _page_target(options)
         layouts = dict(map(parsed, options.layout))
         report = (_comparison if options.compare else _report)(layouts, options)
     except SpectralError as error:
@@ -49,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
+    if target and isinstance(report, Report) and not _write_page(report, target):
+        return BAD
     return _verdict(report, options)
 
 
@@ -141,6 +149,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="with --compare: exit with 1 if a relative drift is larger than X",
     )
+    parser.add_argument(
+        "--html", metavar="PATH", help="write one page too, with plots, that needs no network"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="let --html replace a file that is no such page"
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="write JSON")
     output.add_argument("--csv", action="store_true", help="write CSV")
@@ -154,6 +168,25 @@ def _count_or_config(text: str) -> int:
             "write --heads=N"
         )
     return int(text)
+
+
+def _page_target(options: argparse.Namespace) -> Path | None:
+    """Return the file of the page: what prevents it is said before minutes of measuring."""
+    if not options.html:
+        return None
+    needed("jinja2")
+    return checked(options.html, force=options.force)
+
+
+def _write_page(report: Report, target: Path) -> bool:
+    """Write the page and say so; return False if it cannot be written."""
+    try:
+        write(target, report.to_html())
+    except OSError as error:
+        print(f"spectral-report: {_one_line(error)}", file=sys.stderr)
+        return False
+    print(f"spectral-report: wrote {printable(str(target))}", file=sys.stderr)
+    return True
 
 
 def _positive(text: str) -> int:

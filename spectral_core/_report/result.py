@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context
-from html import escape
 from importlib import import_module
 from math import isfinite, log10
 from statistics import median
@@ -274,13 +273,49 @@ class Report(Mapping[str, Row]):
     def __repr__(self) -> str:
         return self.table()
 
+    def to_html(self) -> str:
+        """Return one page that loads nothing: a table to sort and search, and plots.
+
+        It needs Jinja2. Equal reports give equal pages: there is no date in it.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import spectral_core as sc
+        >>> page = sc.report({"w": np.eye(2)}).to_html()
+        >>> page.startswith("<!DOCTYPE html>"), page.count('<th scope="row">')
+        (True, 1)
+        """
+        from .page import page
+
+        return page(self)
+
+    def plot(self, column: str = "sigma", *, ax: Any = None) -> Any:
+        """Draw one number of each matrix against depth, in file order, and return the axes.
+
+        It needs Matplotlib. The scale is logarithmic where the values differ tenfold.
+
+        Parameters
+        ----------
+        column : str
+            "sigma", "relative", "frobenius", "stable_rank", "ratio" or "convolution_upper": see
+            `Row`.
+        ax : matplotlib.axes.Axes, optional
+            Axes to draw into, instead of a new figure.
+
+        Raises
+        ------
+        SpectralError
+            If Matplotlib is not installed, or ``column`` is another name.
+        """
+        from .plot import plot
+
+        return plot(self, column, ax)
+
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{escape(x)}</th>" for x in _SHOWN)
-        body = "".join(
-            f"<tr>{''.join(f'<td>{escape(x)}</td>' for x in line)}</tr>" for line in self.cells()
-        )
-        below = "<br>".join(map(escape, self.footer()))
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{below}</p>"
+        from .page import fragment
+
+        return fragment(self)
 
 
 def _cells(row: Row, is_outlier: bool) -> tuple[str, ...]:
