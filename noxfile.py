@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -182,6 +183,18 @@ def docs(session: nox.Session) -> None:
         "docs",
         f"{site}/html",
     )
+
+
+@nox.session
+def page(session: nox.Session) -> None:
+    """The page of a report in headless Chromium, its accessibility, and the plot."""
+    install(session, "-e", ".[report]", *group("test"), *group("page"))
+    browsers = ("chromium", "chromium-browser", "google-chrome")
+    if not any(map(shutil.which, browsers)) and "CI" in os.environ and os.geteuid() == 0:
+        for command in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
+            # Without a browser its tests are skipped, with that reason.
+            session.run("apt-get", "-q", *command, external=True, success_codes=range(256))
+    session.run(*PYTEST, "-rs", "tests/report/test_page.py", "tests/report/test_browser.py")
 
 
 @nox.session
