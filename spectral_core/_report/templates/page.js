@@ -18,6 +18,7 @@ const draw = (tag, attributes, text = "") => {
 
 // The table is the data.
 const STEP = 100; // rows that are added at once: a browser lays out thousands of rows slowly
+const MOST = 1000;
 const head = [...find("#matrices thead tr").cells];
 const labels = head.map((th) => th.textContent.trim());
 const NAME = 1, NOTES = labels.indexOf("notes"), INTERVAL = labels.indexOf("interval");
@@ -78,6 +79,7 @@ const place = () => {
   body.classList.add("ready");
   const few = part.length < state.shown.length;
   find("#rest").hidden = !few;
+  find("#all").textContent = state.shown.length - part.length > MOST ? "Show 1,000 more" : "Show all";
   find("#status").textContent =
     `${state.shown.length.toLocaleString("en")} of ${rows.length.toLocaleString("en")} matrices` +
     (few ? `, the first ${part.length.toLocaleString("en")} shown` : "");
@@ -416,7 +418,7 @@ find("#search").addEventListener("input", (event) => {
   waiting = setTimeout(replot, 150);
 });
 find("#more").addEventListener("click", () => { state.limit += STEP; place(); });
-find("#all").addEventListener("click", () => { state.limit = rows.length; place(); });
+find("#all").addEventListener("click", () => { state.limit += MOST; place(); });
 measure.addEventListener("change", replot);
 body.addEventListener("click", (event) => {
   const tr = event.target.closest("tr"), row = rows.find((one) => one.tr === tr);
