@@ -7,7 +7,7 @@ speed, and a small layer costs a dozen of their calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from math import prod
 from os import getpid
@@ -19,21 +19,17 @@ import numpy as np
 from .._arrays import PROCESS, Array, Namespace
 from .._power import Triplet
 from ..engine import Job, JobList, MemoryForm, Result, last_of
-
-# Waking a thread costs a few microseconds: not worth it for fewer elements than this.
-_GRAIN = 65536
+from .division import GRAIN, PLAIN, VECTORS, Division, Form, Stacks, is_small_stack
 
 # The threads of NumPy's BLAS spin for some 10 ms after a product. A thread of Numba waits for their
 # processor: longer than a second thread saves with fewer elements than this.
 _BESIDE_BLAS = 1 << 21
 
-# As in turned_block_kernels.py.
-_TURNED_AT_ONCE = 4
-
 # Number of sets of shapes that are kept: several optimizers take turns.
 _DIVISIONS = 16
 
-_VECTORS = {"float32": "float32", "float64": "float64", "uint16": "float32", "int16": "float32"}
+# The kernels of a launch.
+_ONE_VECTOR, _IN_ORDER, _IN_ANY_ORDER, _SMALL_STACKS = range(4)
 
 
 class Memory(NamedTuple):
@@ -48,7 +44,7 @@ class Memory(NamedTuple):
     threads: Callable[[], int | None]  # largest number of threads; None: Numba's own setting
     writeable: Callable[[Array], bool] = lambda _: True
     # Fewer elements than this run in one thread.
-    worth_threads: Callable[[], int] = lambda: 2 * _GRAIN
+    worth_threads: Callable[[], int] = lambda: 2 * GRAIN
 
 
 def _window(x: Any) -> int:
@@ -121,6 +117,7 @@ class NumbaEngine:
         self._memory = memory
         self._owned = owned
         self._division_of = lru_cache(_DIVISIONS)(Division)
+        self._stacks_of = lru_cache(_DIVISIONS)(Stacks)
         # For tables and scratch: the kernel lets other threads run. A lock of each process, since a
         # thread of the parent may hold its lock in the moment of a fork.
         self._locks: dict[int, Lock] = {}
@@ -140,6 +137,9 @@ class NumbaEngine:
             for launch in self._launches(jobs):
                 launch.place_grads(jobs, self._memory)
                 division, numbers = launch.division, launch.numbers(jobs)
+                if isinstance(division, Stacks):
+                    _lane_kernels().run(launch.matrices, numbers, *division.room, n_iter)
+                    continue
                 tables = launch.matrices, division.chunks, division.parts
                 room = division.like, division.scratch, division.starts
                 if division.block:
@@ -159,33 +159,34 @@ class NumbaEngine:
                 launches: list[_Launch] = known[1]
                 return launches
         kinds: dict[tuple[str, int, int], list[int]] = {}
-        forms = [self._form(job) or _PLAIN for job in jobs]
+        forms = [self._form(job) or PLAIN for job in jobs]
         for place, (job, form) in enumerate(zip(jobs, forms, strict=True)):
-            k = job.V.shape[-2]
-            # With one vector, the same kernel runs all forms. With several, there are two.
-            kind = self._memory.dtypes[job.weight.dtype], k, int(k > 1 and form.turned > 0)
+            kind = self._memory.dtypes[job.weight.dtype], job.V.shape[-2], _kernel_of(job, form)
             kinds.setdefault(kind, []).append(place)
-        launches = [
-            self._launch(dtype, k, jobs, places, forms, most)
-            for (dtype, k, _), places in kinds.items()
-        ]
+        launches = [self._launch(kind, jobs, places, forms, most) for kind, places in kinds.items()]
         if isinstance(jobs, JobList):
             jobs.memo[self] = most, launches
         return launches
 
     def _launch(
         self,
-        kind: str,
-        rows: int,
+        kind: tuple[str, int, int],
         jobs: Sequence[Job],
         places: list[int],
-        forms: Sequence[_Form],
+        forms: Sequence[Form],
         most: int | None,
     ) -> _Launch:
+        dtype, rows, kernel = kind
         shapes = tuple(jobs[place].plan.matrix for place in places)
-        # Asking Numba for its number of threads starts them: a step for one thread does not ask.
-        few = sum(map(prod, shapes)) < self._memory.worth_threads()
-        threads = 1 if few else self._kernels.threads(most)
+        mine = tuple(forms[place] for place in places)
+        division: Division | Stacks
+        if kernel == _SMALL_STACKS:
+            division = self._stacks_of(dtype, shapes, mine)
+        else:
+            # Asking Numba for its number of threads starts them: a step for one thread does not.
+            few = sum(map(prod, shapes)) < self._memory.worth_threads()
+            threads = 1 if few else self._kernels.threads(most)
+            division = self._division_of(dtype, shapes, threads, rows, mine)
         address = self._memory.address
         addresses = []
         for place in places:
@@ -193,12 +194,10 @@ class NumbaEngine:
             last = last_of(job)
             arrays = (job.V, last.u, last.sigma)
             addresses.append((address(job.weight), 0, *map(address, arrays)))
-        mine = tuple(forms[place] for place in places)
-        division = self._division_of(kind, shapes, threads, rows, mine)
         matrices = division.matrices(addresses)
         return _Launch(places, division, matrices, len(jobs) == len(places))
 
-    def _form(self, job: Job) -> _Form | None:
+    def _form(self, job: Job) -> Form | None:
         """Return the form of the weight in memory, or None where the kernels do not know it."""
         return _numbers_of(job.plan.form(self._memory.window(job.weight)))
 
@@ -216,7 +215,7 @@ class NumbaEngine:
             return None
         vectors = (job.V,) if job.last is None else (job.V, job.last.u, job.last.sigma)
         for x in vectors:
-            if memory.dtypes.get(x.dtype) != _VECTORS[kind]:
+            if memory.dtypes.get(x.dtype) != VECTORS[kind]:
                 return None
             if self._owned and memory.window(x) != 1:
                 return None
@@ -226,31 +225,18 @@ class NumbaEngine:
         return kind
 
 
-class _Form(NamedTuple):
-    """The numbers that tell the kernels how a matrix is in memory."""
-
-    window: int  # kernel positions that come before the inputs; otherwise 1
-    # 0 if the rows of W follow each other; 1 if its columns do; 1 plus the number of kernel
-    # positions if outputs are between inputs and kernel, as in a transposed convolution.
-    turned: int
-    apart: bool = False  # True if the groups of a turned matrix are between its columns
-
-
-_PLAIN = _Form(1, 0)
-
-
-def _numbers_of(form: MemoryForm | None) -> _Form | None:
+def _numbers_of(form: MemoryForm | None) -> Form | None:
     """Return the numbers of a form, or None where the kernels do not know it."""
     kinds, window = form or ("", 0)
     if kinds in ("oi", "oik"):
-        return _PLAIN
+        return PLAIN
     if kinds in ("io", "iko"):
-        return _Form(1, 1)
+        return Form(1, 1)
     if kinds in ("oki", "kio"):
-        return _Form(window, int(kinds == "kio"))
+        return Form(window, int(kinds == "kio"))
     if kinds in ("iso", "kiso"):  # without a kernel, the window is 1
-        return _Form(window, 1, apart=True)
-    return _Form(1, 1 + window) if kinds == "iok" else None
+        return Form(window, 1, apart=True)
+    return Form(1, 1 + window) if kinds == "iok" else None
 
 
 def _kernels() -> Any:
@@ -280,6 +266,21 @@ def _block_kernels(*, in_order: bool) -> Any:
     return turned_block_kernels
 
 
+def _lane_kernels() -> Any:
+    """Return the compiled kernels for stacks of small matrices, loaded when a model has some."""
+    from . import lane_kernels
+
+    return lane_kernels
+
+
+def _kernel_of(job: Job, form: Form) -> int:
+    """Return which kernels run a job."""
+    if job.V.shape[-2] > 1:
+        return _IN_ANY_ORDER if form.turned else _IN_ORDER
+    # With one vector, the same kernel runs all forms, but for stacks of small matrices.
+    return _SMALL_STACKS if is_small_stack(job.plan.matrix, form) else _ONE_VECTOR
+
+
 class _Launch:
     """One call of the kernels: which jobs, and the table of where their arrays are.
 
@@ -287,7 +288,7 @@ class _Launch:
     ----------
     places : list of int
         The places of these jobs among all jobs.
-    division : Division
+    division : Division or Stacks
     matrices : array
         The kernel's table of matrices.
     every : bool
@@ -295,7 +296,11 @@ class _Launch:
     """
 
     def __init__(
-        self, places: list[int], division: Division, matrices: np.ndarray[Any, Any], every: bool
+        self,
+        places: list[int],
+        division: Division | Stacks,
+        matrices: np.ndarray[Any, Any],
+        every: bool,
     ) -> None:
         self.places = places
         self.division = division
@@ -334,113 +339,6 @@ class _Launch:
         )
         self._current = current if constant else None
         return self._numbers
-
-
-class Division:
-    """Divide the rows of some matrices among threads: an equal number of elements for each.
-
-    Parameters
-    ----------
-    kind : str
-        Dtype of the elements.
-    shapes : sequence of tuple of int
-        (*stack, m, n) of each job.
-    threads : int
-        Largest number of threads.
-    rows : int
-        Number of vectors of each matrix.
-    forms : sequence of _Form, optional
-        The form of each job's matrix in memory. The default is rows that follow each other.
-    """
-
-    def __init__(
-        self,
-        kind: str,
-        shapes: Sequence[tuple[int, ...]],
-        threads: int,
-        rows: int = 1,
-        forms: Sequence[_Form] = (),
-    ) -> None:
-        counts = [prod(shape[:-2]) for shape in shapes]
-        self._job = np.repeat(np.arange(len(shapes)), counts)
-        self._stacked = len(self._job) > len(shapes)
-        m, n = np.asarray([shape[-2:] for shape in shapes])[self._job].T
-        total = int((m * n).sum())
-        threads = max(1, min(threads, total // _GRAIN))
-        windows, swap, apart = np.asarray(forms or [_PLAIN] * len(shapes))[self._job].T
-        window = np.maximum(swap - 1, 1)
-        height, width = np.where(swap, n // window, m), np.where(swap, m * window, n)
-        chunks = list(_chunks(height.tolist(), width.tolist(), -(-total // threads)))
-        room = 1 if rows == 1 else rows + rows % 2  # the kernels take rows in pairs
-        size = np.where(swap > 1, room * m + _TURNED_AT_ONCE * width, room * width)
-        if rows == 1:
-            size = np.where(swap > 1, 2 * width + 3 * window, width)
-        columns = size[[chunk[1] for chunk in chunks]]
-        place = np.cumsum(columns) - columns
-        self.chunks = np.asarray([(*chunk[1:], p) for chunk, p in zip(chunks, place, strict=True)])
-        thread = [chunk[0] for chunk in chunks]
-        self.threads = threads
-        self.parts = np.searchsorted(thread, np.arange(threads + 1))
-        self.scratch = np.empty(int(columns.sum()), _VECTORS[kind])
-        self.starts = np.empty(room * int(n.sum()), _VECTORS[kind])
-        self.like = np.empty(0, kind)
-        self._table = np.zeros((len(m) + 1, 12), np.int64)
-        self._table[:-1, 0], self._table[:-1, 1] = m, n
-        self._table[:-1, 8] = room * (np.cumsum(n) - n)
-        self._table[:-1, 9], self._table[:-1, 10] = windows, swap
-        count_of = np.asarray(counts)[self._job]
-        self._table[:-1, 11] = np.where(apart, m * count_of, m)
-        self._table[:, 7] = np.searchsorted(self.chunks[:, 0], np.arange(len(m) + 1))
-        within = np.concatenate([np.arange(count) for count in counts])
-        element, vector = self.like.itemsize, self.scratch.itemsize
-        stride = element * np.where(apart, m, m * n)
-        strides = [stride, stride, vector * rows * n, vector * m, vector + 0 * m]
-        self._offsets = within[:, None] * np.stack(strides, axis=1)
-        # More arguments of the kernels for several vectors.
-        self.block: tuple[np.ndarray[Any, Any], ...] = ()
-        self.in_order = True
-        if rows > 1:
-            lefts = np.empty(room * int(m.sum()), _VECTORS[kind])
-            small = np.empty((len(m), 3, rows, rows))
-            self.block = room * (np.cumsum(m) - m), lefts, small
-            self.in_order = bool((windows == 1).all() and not swap.any())
-            if swap.any():
-                self.block += (np.empty_like(self.starts),)
-
-    def of_each(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Return the value of each job for each of its matrices."""
-        return values[self._job] if self._stacked else values
-
-    def matrices(self, addresses: Sequence[tuple[int, ...]]) -> np.ndarray[Any, Any]:
-        """Return the kernel's table for jobs whose arrays are at these addresses."""
-        start = self.of_each(np.asarray(addresses, np.int64))
-        if self._stacked:
-            start = np.where(start > 0, start + self._offsets, 0)
-        table = self._table.copy()
-        table[:-1, 2:7] = start
-        return table
-
-    def place_grads(self, matrices: np.ndarray[Any, Any], addresses: Sequence[int]) -> None:
-        """Write the gradients' addresses into a table of matrices; 0 is no gradient."""
-        if self._stacked:
-            start = np.asarray(addresses, np.int64)[self._job]
-            matrices[:-1, 3] = np.where(start > 0, start + self._offsets[:, 1], 0)
-        else:
-            matrices[:-1, 3] = addresses
-
-
-def _chunks(ms: list[int], ns: list[int], share: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (thread, matrix, first row, end) in order, about ``share`` elements for a thread."""
-    thread, room = 0, share
-    for k, (m, n) in enumerate(zip(ms, ns, strict=True)):
-        row = 0
-        while row < m:
-            end = min(m, row + max(1, -(-room // n)))
-            yield thread, k, row, end
-            room -= (end - row) * n
-            row = end
-            if room <= 0:
-                thread, room = thread + 1, share
 
 
 def _with_own_vectors(job: Job, memory: Memory) -> Job:

@@ -23,7 +23,7 @@ pytest.importorskip("numba", reason="Numba is not installed")
 
 from spectral_core.numba import NUMPY, NumbaEngine
 from spectral_core.numba import engine as numba_engine
-from spectral_core.numba.engine import Division
+from spectral_core.numba.division import GRAIN, Division, Stacks
 
 BESIDE_BLAS = numba_engine._BESIDE_BLAS
 
@@ -31,7 +31,7 @@ BESIDE_BLAS = numba_engine._BESIDE_BLAS
 @pytest.fixture(autouse=True)
 def numpy_backend(monkeypatch):
     get("numpy")
-    monkeypatch.setattr(numba_engine, "_BESIDE_BLAS", 2 * numba_engine._GRAIN)  # as for PyTorch
+    monkeypatch.setattr(numba_engine, "_BESIDE_BLAS", 2 * GRAIN)  # as for PyTorch
 
 
 LAYOUTS = {"grouped": sc.Layout("(go)ihw", groups=4), "dense": "io", "stack": "soi"}
@@ -448,6 +448,76 @@ TURNED = {
     "heads": ((50, 4, 80), "iso"),
     "large flax in groups": ((3, 3, 60, 300), sc.Layout("hwi(go)", groups=3)),
 }
+
+
+# Depthwise convolutions and other stacks of small matrices: name: layout and shape.
+SMALL_STACKS = {
+    "depthwise": (sc.Layout("(go)ihw", groups=40), (40, 1, 3, 3)),
+    "flax": (sc.Layout("hwi(go)", groups=20), (3, 2, 1, 40)),
+    "grouped": (sc.Layout("(go)ihw", groups=16), (32, 2, 2, 2)),
+    "rows": ("soi", (33, 4, 5)),
+    "dense": ("sio", (17, 3, 2)),
+    "heads": ("iso", (4, 16, 3)),
+    "experts": ("ssio", (4, 5, 2, 6)),
+}
+
+
+def small_stacks(dtype, value=None):
+    shapes = {name: shape for name, (_, shape) in SMALL_STACKS.items()}
+    weights, grads = model(dtype, shapes)
+    if value is not None:
+        for weight in weights.values():
+            weight[-1] = value
+    return weights, grads, {name: layout for name, (layout, _) in SMALL_STACKS.items()}
+
+
+def counted_stacks(monkeypatch):
+    """Return a list that gets the shapes of each new table of small stacks."""
+    made, new = [], Stacks.__init__
+    monkeypatch.setattr(
+        Stacks, "__init__", lambda self, *args: made.append(args) or new(self, *args)
+    )
+    return made
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_small_matrices_of_a_stack_equal_the_reference(dtype, monkeypatch):
+    weights, grads, layouts = small_stacks(dtype)
+    made = counted_stacks(monkeypatch)
+    state, engine = sc.init(weights, layouts=layouts), NumbaEngine()
+    rtol = {"float16": 2e-3, "float32": 2e-5}.get(dtype, 1e-12)
+    factor = {"*": 0.3, "flax": 0.7}
+    for n_iter, target in ((1, 0.0), (3, 0.5), (0, 0.5)):
+        options = {"factor": factor, "n_iter": n_iter, "target": target, "rtol": rtol}
+        state = assert_same_step(weights, grads, state, engine, **options)
+    ((_, shapes, _),) = made  # one launch has them all, in each step
+    assert len(shapes) == len(weights)
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+def test_a_small_matrix_that_has_no_direction_changes_no_other(value):
+    weights, grads, layouts = small_stacks("float32", value)
+    state = sc.init(weights, layouts=layouts)
+    assert_same_step(weights, grads, state, rtol=2e-5, factor=0.3, n_iter=2)
+    before = state.v["depthwise"][-1].copy()
+    state = sc.iterate(weights, state, engines=[NumbaEngine()])
+    np.testing.assert_array_equal(state.v["depthwise"][-1], before)
+
+
+@pytest.mark.parametrize(("bound", "normalize"), [(0.7, False), (0.7, True), (1e6, False)])
+def test_bounds_of_small_matrices_equal_the_reference(bound, normalize):
+    weights, _, layouts = small_stacks("float32")
+    state = sc.init(weights, layouts=layouts)
+    mine, theirs = ({name: w.copy() for name, w in weights.items()} for _ in range(2))
+    options = {"bound": bound, "normalize": normalize}
+    found = sc.constrain_(mine, state, engines=[NumbaEngine()], **options)
+    expected = sc.constrain_(theirs, state, engines=(), **options)
+    for name in weights:
+        np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found.sigma[name], expected.sigma[name], rtol=1e-5)
+        if bound == 1e6:
+            np.testing.assert_array_equal(mine[name], weights[name])
 
 
 @pytest.mark.parametrize("n_iter", [0, 1, 3])
