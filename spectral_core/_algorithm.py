@@ -340,7 +340,7 @@ def _jobs(
         state,
         grads=plain_arrays(grads, "the gradient of"),
         factors=check_factors(factor, state.v),
-        slopes=slope_of(target, power, state.v),
+        rules=slope_of(target, power, state.v),
     )
 
 

@@ -146,7 +146,7 @@ def _constrained(
         weights,
         state,
         grads={name: constant(weight) for name, weight in weights.items()},
-        slopes=bounds,
+        rules=bounds,
     )
     scaled, triplets = dispatch(jobs, check_int(n_iter, "n_iter"), engines)
     named = {job.name: weight for job, weight in zip(jobs, scaled, strict=True)}

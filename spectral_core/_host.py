@@ -64,8 +64,8 @@ class HostEngine:
         else:
             triplets = [last_of(job) for job in jobs]
         for i, (job, triplet) in enumerate(zip(jobs, triplets, strict=True)):
-            if isinstance(job.slope, Bound):
-                triplets[i] = _scale_(job, job.slope.scale(triplet.sigma), triplet)
+            if isinstance(job.rule, Bound):
+                triplets[i] = _scale_(job, job.rule.scale(triplet.sigma), triplet)
             elif job.grad is not None:
                 _add_(job, triplet)
         return Result([job.grad for job in jobs], triplets)
@@ -103,7 +103,7 @@ def _inverse(x: Vector, guard: float) -> tuple[float, float]:
 
 def _add_(job: Job, triplet: Triplet) -> None:
     grad, plan, (sigma, u, V) = job.grad, job.plan, triplet
-    force = sigma if job.slope is None else job.slope.of(sigma)  # type: ignore[union-attr]
+    force = sigma if job.rule is None else job.rule.of(sigma)  # type: ignore[union-attr]
     u, v = u * (force * job.factor), V[0]
     if plan.reshapes and grad.dtype == u.dtype and grad.flags.c_contiguous:
         add_outer_(grad.reshape(plan.matrix), u[:, None], v[None, :])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -58,6 +58,10 @@ class Slope(NamedTuple):
     def of(self, sigma: Array) -> Array:
         """Return the derivative of the penalty by sigma, for λ = 1."""
         return slope(sigma, target=self.target, power=self.power)
+
+
+Rule: TypeAlias = Slope | Bound
+"""What a step does with sigma: it adds the term of a penalty, or scales the weight to a bound."""
 
 
 def penalty(
@@ -363,13 +367,13 @@ def slope_of(target: Factor, power: int, names: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def same_slope(slope: Slope | Bound | None, other: Slope | Bound | None) -> bool:
+def same_rule(rule: Rule | None, other: Rule | None) -> bool:
     """Return True if two of them are equal; targets that are arrays must be the same array."""
-    if slope is None or other is None:
-        return slope is other
-    numbers = isinstance(slope.target, float) and isinstance(other.target, float)
-    return slope.code == other.code and (
-        slope.target == other.target if numbers else slope.target is other.target
+    if rule is None or other is None:
+        return rule is other
+    numbers = isinstance(rule.target, float) and isinstance(other.target, float)
+    return rule.code == other.code and (
+        rule.target == other.target if numbers else rule.target is other.target
     )
 
 

@@ -53,7 +53,7 @@ from ._network import (
     side_by_side,
     widened,
 )
-from ._penalty import Slope, add_outer, add_outer_, outer_factors, same_slope, slope_of
+from ._penalty import Rule, Slope, add_outer, add_outer_, outer_factors, same_rule, slope_of
 from ._plan import (
     MemoryForm,
     Plan,
@@ -135,6 +135,7 @@ __all__ = [
     "ReferenceEngine",
     "Result",
     "Row",
+    "Rule",
     "Schedule",
     "Selection",
     "Shape",
@@ -196,7 +197,7 @@ __all__ = [
     "reshaped",
     "right_rows",
     "rows_of",
-    "same_slope",
+    "same_rule",
     "scale_",
     "scaled",
     "select",
@@ -240,9 +241,10 @@ class Job:
         The rows to start from, in the order of `as_matrix`'s columns. The first row is v.
     factor : float or array of shape ()
         λ.
-    slope : Slope, Bound or None
-        The penalty's target and power. None is the paper's penalty, whose slope is sigma. With a
-        `Bound`, the step scales the weight in place of adding a term.
+    rule : Slope, Bound or None
+        What the step does with sigma. A `Slope` is the penalty's target and power. With a `Bound`,
+        the step scales the weight in place of adding a term. None is the paper's penalty, whose
+        slope is sigma.
     plan : Plan
         How the weight becomes a matrix.
     xp : namespace
@@ -258,7 +260,7 @@ class Job:
     grad: Array  # or None
     V: Array
     factor: Number
-    slope: Slope | Bound | None
+    rule: Rule | None
     plan: Plan
     xp: Namespace
     last: Triplet | None
@@ -311,7 +313,7 @@ class JobList(list[Job]):
     memo : dict
         Results that an engine derived from everything but the gradients. The key is the engine.
     numbers : object
-        A new object whenever a factor or a slope has changed.
+        A new object whenever a factor or a rule has changed.
     lasts : list of Triplet or None
         Each job's ``last``. An engine that writes results there returns this very list.
     """
@@ -327,7 +329,7 @@ class JobList(list[Job]):
         self._divided_at: list[int] | None = None  # the addresses that `_overlaps` belongs to
 
     def renew(self) -> None:
-        """Announce that factors or slopes have changed."""
+        """Announce that factors or rules have changed."""
         self.numbers = object()
         for share in self._shares:
             if isinstance(share.jobs, JobList):
@@ -508,22 +510,22 @@ def finish(jobs: Sequence[Job], triplets: Sequence[Triplet], add: Add, scale: Sc
     changes: list[list[tuple[Array, ...]]] = []
     found: list[Triplet] = []
     for job, triplet in zip(jobs, triplets, strict=True):
-        if isinstance(job.slope, Bound):
-            s = job.slope.scale(triplet.sigma)
+        if isinstance(job.rule, Bound):
+            s = job.rule.scale(triplet.sigma)
             changes.append([(broadcast_stack(s, job.plan, job.xp),)])
             # NumPy makes a scalar of the product.
             triplet = triplet._replace(sigma=job.xp.asarray(s * triplet.sigma))
         elif job.grad is None:
             changes.append([])
         else:
-            price = job.plan, job.factor, job.slope, job.xp
+            price = job.plan, job.factor, job.rule, job.xp
             changes.append([outer_factors(t, *price) for t in parts_of(triplet, job.wave, job.xp)])
         found.append(triplet)
     grads: list[Array | None] = []
     for job, change in zip(jobs, changes, strict=True):
         if job.grad is None or not change:
             grads.append(None)
-        elif isinstance(job.slope, Bound):
+        elif isinstance(job.rule, Bound):
             grads.append(scale(job.grad, change[0][0], job.plan, job.xp))
         else:
             # Splitting an axis in two never copies: in place, this is the caller's memory.
@@ -550,7 +552,7 @@ def make_jobs(
     *,
     grads: Mapping[str, Array | None] | None = None,
     factors: Mapping[str, Number] | None = None,
-    slopes: Mapping[str, Slope | Bound | None] | None = None,
+    rules: Mapping[str, Rule | None] | None = None,
 ) -> list[Job]:
     """Return the jobs of these weights, checked to fit their state and gradients.
 
@@ -565,7 +567,7 @@ def make_jobs(
     for name in names:
         grad = None if grads is None else grads[name]
         factor = 0.0 if factors is None else factors[name]
-        slope = None if slopes is None else slopes[name]
+        rule = None if rules is None else rules[name]
         weight, V, u = weights[name], state.v[name], state.u.get(name)
         last = None if u is None else Triplet(state.sigma[name], u, V)
         fitting = Fitting(V, grad, factor, None if last is None else last.sigma, u)
@@ -575,7 +577,7 @@ def make_jobs(
             misfits.append(str(error))
             continue
         wave = wave_of(state.layouts[name], tuple(weight.shape))
-        jobs.append(Job(name, constant(weight), grad, V, factor, slope, plan, xp, last, wave))
+        jobs.append(Job(name, constant(weight), grad, V, factor, rule, plan, xp, last, wave))
     if misfits:
         raise ShapeError("\n".join(misfits))
     return jobs

@@ -382,7 +382,7 @@ class CudaEngine:
         return all(
             isinstance(x, float)
             or (x.dtype.name in ("float32", "float64") and self._runtime.place(x) == place)
-            for x in (job.factor, 0.0 if job.slope is None else job.slope.target)
+            for x in (job.factor, 0.0 if job.rule is None else job.rule.target)
         )
 
     def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
@@ -456,7 +456,7 @@ class CudaEngine:
         rows = []
         for i, job in enumerate(jobs):
             grad = 0 if job.grad is None else address(job.grad)
-            target, code = (0.0, 0) if job.slope is None else (job.slope.target, job.slope.code)
+            target, code = (0.0, 0) if job.rule is None else (job.rule.target, job.rule.code)
             numbers = (*self._number(job.factor), *self._number(target), code)
             vectors = (address(job.V) - came, 0, 0)
             if lasts:

@@ -108,7 +108,7 @@ class XlaEngine:
                 V = jnp.where(usable[..., None, None], triplet.V, before)
                 triplets.append(triplet._replace(V=V))
             if self._power is not None:
-                jobs = [replace(job, slope=_slope(job, self._power)) for job in jobs]
+                jobs = [replace(job, rule=_slope(job, self._power)) for job in jobs]
             return finish(jobs, triplets, add_outer, scaled)
 
     def _waves(self, job: Job, n_iter: int) -> Triplet:
@@ -196,7 +196,7 @@ def _iterate(
 
 
 def _slope(job: Job, power: jax.Array) -> Slope:
-    return _TracedSlope(0.0 if job.slope is None else job.slope.target, power)  # type: ignore[arg-type]
+    return _TracedSlope(0.0 if job.rule is None else job.rule.target, power)  # type: ignore[arg-type]
 
 
 class _TracedSlope(Slope):

@@ -172,7 +172,7 @@ def _together(jobs: Sequence[Job], n_iter: int) -> list[tuple[Any, Triplet]]:
     specs, operands = [], [_numbers(jobs)]
     for job in jobs:
         changes = job.grad is not None
-        code = 0 if job.slope is None else job.slope.code
+        code = 0 if job.rule is None else job.rule.code
         specs.append(_Spec(job.plan, code, changes, job.V.shape[-2]))
         gradient = [job.grad] * specs[-1].has_gradient
         operands += [job.weight, job.V.astype(operands[0].dtype), *gradient]
@@ -186,7 +186,7 @@ def _together(jobs: Sequence[Job], n_iter: int) -> list[tuple[Any, Triplet]]:
 
 def _numbers(jobs: Sequence[Job]) -> jax.Array:
     """Return λ and target of each job."""
-    rows = [(job.factor, 0.0 if job.slope is None else job.slope.target) for job in jobs]
+    rows = [(job.factor, 0.0 if job.rule is None else job.rule.target) for job in jobs]
     dtype = jnp.float64 if jobs[0].weight.dtype == jnp.float64 else jnp.float32
     if all(isinstance(x, float) for row in rows for x in row):
         return jnp.asarray(rows, dtype)  # one constant; below are operations for each number

@@ -138,7 +138,7 @@ def _step_(
         state,
         grads=named(grads),
         factors=named(_joined(factors, factor_tensors)),
-        slopes=slope_of(named(_joined(targets, target_tensors)), power, layouts),
+        rules=slope_of(named(_joined(targets, target_tensors)), power, layouts),
     )
     write_back(jobs, dispatch(jobs, n_iter, _caches[engines].engines).triplets)
 

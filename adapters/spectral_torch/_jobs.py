@@ -15,18 +15,17 @@ from spectral_core import DTypeError, SpectralState
 from spectral_core.engine import (
     AT_MOST,
     EXACTLY,
-    Bound,
     Engine,
     Factor,
     Job,
     JobList,
     Number,
-    Slope,
+    Rule,
     Triplet,
     bounds_of,
     check_factors,
     make_jobs,
-    same_slope,
+    same_rule,
     slope_of,
 )
 
@@ -49,10 +48,10 @@ class Penalty:
 
     @property
     def code(self) -> int:
-        """The code of the slopes."""
+        """The code of the rules."""
         return self.power
 
-    def slopes(self, names: Mapping[str, Any]) -> Mapping[str, Slope | Bound | None]:
+    def rules(self, names: Mapping[str, Any]) -> Mapping[str, Rule | None]:
         """Return what a step does with each weight's sigma."""
         return slope_of(self.target, self.power, names)
 
@@ -74,7 +73,7 @@ class Limit:
         """The code of the bounds."""
         return EXACTLY if self.normalize else AT_MOST
 
-    def slopes(self, names: Mapping[str, Any]) -> Mapping[str, Slope | Bound | None]:
+    def rules(self, names: Mapping[str, Any]) -> Mapping[str, Rule | None]:
         """Return what a step does with each weight's sigma."""
         return bounds_of(self.target, self.normalize, names)
 
@@ -238,7 +237,7 @@ class _Kept:
         self._state_addresses = [address() for address in self._state_pointers]
         self._lazy = any(job.weight.is_complex() for job in by_name.values())
         self._factor: Any = None  # the number that the jobs' factors are; None: ask again
-        self._slope = penalty.target, penalty.code
+        self._rule = penalty.target, penalty.code
 
     def state_has_moved(self) -> bool:
         """Return True if V, sigma or u of a job is at another address."""
@@ -254,7 +253,7 @@ class _Kept:
         """Give the jobs the gradients and factors of this step; return False if they do not fit."""
         return (
             self.refresh(names)
-            and self.has_slopes(penalty, parameters)
+            and self.has_rules(penalty, parameters)
             and self.set_factors(penalty, scaled, parameters)
         )
 
@@ -302,21 +301,21 @@ class _Kept:
         self.jobs.addresses = addresses
         return True
 
-    def has_slopes(self, penalty: Penalty | Limit, names: Mapping[str, Any]) -> bool:
+    def has_rules(self, penalty: Penalty | Limit, names: Mapping[str, Any]) -> bool:
         """Give each job its target and power; return False if one is another kind of number."""
-        target, code = self._slope
+        target, code = self._rule
         if penalty.target is target and penalty.code == code and _is_constant(target):
             return True
-        slopes = penalty.slopes(names)
-        self._slope = penalty.target, penalty.code
-        changed = [job for job in self.jobs if not same_slope(job.slope, slopes[job.name])]
+        rules = penalty.rules(names)
+        self._rule = penalty.target, penalty.code
+        changed = [job for job in self.jobs if not same_rule(job.rule, rules[job.name])]
         for job in changed:
-            before, slope = job.slope, slopes[job.name]
-            if before is None or slope is None or before.code != slope.code:
+            before, rule = job.rule, rules[job.name]
+            if before is None or rule is None or before.code != rule.code:
                 return False
-            if _kind(before.target) != _kind(slope.target):
+            if _kind(before.target) != _kind(rule.target):
                 return False
-            job.slope = slope
+            job.rule = rule
         if changed:
             self.jobs.renew()
         return True
@@ -371,7 +370,7 @@ def _build(
             state,
             grads=grads,
             factors=check_factors(penalty.factor, parameters) if scaled is None else scaled,
-            slopes=penalty.slopes(parameters),
+            rules=penalty.rules(parameters),
         )
     )
     for job in jobs:

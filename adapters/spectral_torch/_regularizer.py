@@ -521,7 +521,7 @@ class SpectralNormRegularizer(OptimizerHook):
             terms = {name: torch.zeros_like(self._parameters[name]) for name in names}
             slopes = slope_of(penalty.target, penalty.power, self._parameters)
             jobs = make_jobs(
-                names, weights, self._state, grads=terms, factors=factors, slopes=slopes
+                names, weights, self._state, grads=terms, factors=factors, rules=slopes
             )
             write_back(jobs, dispatch(jobs, n_iter, self._jobs.engines).triplets)
         for name in names:

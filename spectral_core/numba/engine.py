@@ -329,13 +329,13 @@ class _Launch:
         mine = [jobs[place] for place in self.places]
         rows = [
             (float(job.factor), 0.0, 0.0)
-            if job.slope is None
-            else (float(job.factor), float(job.slope.target), job.slope.code)
+            if job.rule is None
+            else (float(job.factor), float(job.rule.target), job.rule.code)
             for job in mine
         ]
         self._numbers = self.division.of_each(np.asarray(rows, np.float64))
         constant = all(isinstance(job.factor, float) for job in mine) and all(
-            job.slope is None or isinstance(job.slope.target, float) for job in mine
+            job.rule is None or isinstance(job.rule.target, float) for job in mine
         )
         self._current = current if constant else None
         return self._numbers
@@ -351,7 +351,7 @@ def _with_own_vectors(job: Job, memory: Memory) -> Job:
         u, sigma = (xp.zeros(s, dtype=V.dtype, device=V.device) for s in (plan.left, plan.stack))
     last = Triplet(sigma, u, V)
     # Written out: `dataclasses.replace` costs a tenth of a small step.
-    return Job(job.name, job.weight, job.grad, V, job.factor, job.slope, plan, xp, last)
+    return Job(job.name, job.weight, job.grad, V, job.factor, job.rule, plan, xp, last)
 
 
 def _own(x: Array, memory: Memory, xp: Namespace) -> Array:

@@ -266,7 +266,7 @@ def test_make_jobs_names_every_misfit():
 )
 def test_term_has_the_slope_of_the_job(slope, force):
     W = np.diag([3.0, 1.0, 1.0])[:, :2]
-    job = dataclasses.replace(some_jobs()[0], weight=W, V=np.eye(2)[:1], slope=slope)
+    job = dataclasses.replace(some_jobs()[0], weight=W, V=np.eye(2)[:1], rule=slope)
     result = ReferenceEngine().run([job], 1)
     np.testing.assert_allclose(result.grads[0], 0.1 * force * W * [[1 / 3, 0]], atol=1e-8)
     assert result.triplets[0].sigma == pytest.approx(3.0)  # σ itself, whatever the slope

@@ -96,7 +96,7 @@ def test_bounds_equal_the_reference(bound):
     state, found = sc.init(weights), []
     for engines in ([Counting()], []):
         mine = {name: w.copy() for name, w in weights.items()}
-        jobs = make_jobs(mine, mine, state, grads=mine, slopes=dict.fromkeys(mine, bound))
+        jobs = make_jobs(mine, mine, state, grads=mine, rules=dict.fromkeys(mine, bound))
         found.append(dispatch(jobs, 2, [*engines, ReferenceEngine(in_place=True)]))
         assert not engines or engines[0].ran == 2
     for one, other in zip(found[0].grads, found[1].grads, strict=True):
@@ -140,5 +140,5 @@ def test_several_vectors_and_stacks_are_not_accepted():
     one = sc.init(weights, layouts={"w": "soi"})
     accepted = [job.name for job in make_jobs(weights, weights, one) if HostEngine().accepts(job)]
     assert accepted == ["m"]
-    slope = dataclasses.replace(make_jobs(["m"], weights, one)[0], slope=Slope(1.0, 2))
+    slope = dataclasses.replace(make_jobs(["m"], weights, one)[0], rule=Slope(1.0, 2))
     assert HostEngine().accepts(slope)

@@ -327,7 +327,7 @@ def test_job_list_gives_each_step_its_factors_and_gradients(accepted):
     assert first_element() == pytest.approx(3.0)
     array[...] = 4.0
     assert first_element() == pytest.approx(12.0)
-    jobs[0].slope = Slope(1.0, 2)
+    jobs[0].rule = Slope(1.0, 2)
     jobs.renew()
     assert first_element() == pytest.approx(8.0)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import spectral_core as sc
 from backends import gaussian, get, matrix, on, outer, unit
 from spectral_core import penalty, penalty_at, power_iteration, rank_one
-from spectral_core._penalty import Slope, add_outer_, is_paper, same_slope, slope_of
+from spectral_core._penalty import Slope, add_outer_, is_paper, same_rule, slope_of
 
 CASES = pytest.mark.parametrize(
     ("shape", "dtype"),
@@ -267,14 +267,14 @@ def test_slope_is_none_for_the_papers_penalty():
 
 def test_slopes_with_equal_numbers_are_the_same(backend):
     one, other = (backend.asarray(np.array(1.0)) for _ in range(2))
-    assert same_slope(None, None)
-    assert not same_slope(None, Slope(0.0, 1))
-    assert same_slope(Slope(1.0, 2), Slope(1.0, 2))
-    assert not same_slope(Slope(1.0, 2), Slope(1.0, 1))
-    assert not same_slope(Slope(1.0, 2), Slope(2.0, 2))
-    assert same_slope(Slope(one, 2), Slope(one, 2))
-    assert not same_slope(Slope(one, 2), Slope(other, 2))  # comparing would wait for the device
-    assert not same_slope(Slope(one, 2), Slope(1.0, 2))
+    assert same_rule(None, None)
+    assert not same_rule(None, Slope(0.0, 1))
+    assert same_rule(Slope(1.0, 2), Slope(1.0, 2))
+    assert not same_rule(Slope(1.0, 2), Slope(1.0, 1))
+    assert not same_rule(Slope(1.0, 2), Slope(2.0, 2))
+    assert same_rule(Slope(one, 2), Slope(one, 2))
+    assert not same_rule(Slope(one, 2), Slope(other, 2))  # comparing would wait for the device
+    assert not same_rule(Slope(one, 2), Slope(1.0, 2))
 
 
 @pytest.mark.parametrize("order", ["C", "F", "cut"])

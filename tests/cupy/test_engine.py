@@ -450,7 +450,7 @@ def test_factors_and_targets_on_the_device_are_read_there(libraries, dtype):
     expected = copied(grads)
     sc.add_gradient_(weights, expected, state, factor=0.3, target=2.0)
     slope = Slope(np.array(2.0, dtype), 2)
-    job = one_job(weights, grads, state, factor=np.array(0.3, dtype), slope=slope)
+    job = one_job(weights, grads, state, factor=np.array(0.3, dtype), rule=slope)
     engine = cuda.CudaEngine(Emulation(libraries))
     assert engine.accepts(job)
     engine.run([job], 1)

@@ -43,7 +43,7 @@ def job(
     grad=None,
     layout=None,
     factor=0.1,
-    slope=None,
+    rule=None,
     scale=1.0,
     last=True,
     seed=0,
@@ -63,12 +63,12 @@ def job(
     sigma, u = (torch.full(s, 0.5).to(V) for s in (plan.stack, plan.left))
     gradient = draw(shape).to(DEVICE, grad or dtype)
     triplet = Triplet(sigma, u, V) if last else None
-    return Job("w", weight, gradient, V, factor, slope, plan, array_namespace(weight), triplet)
+    return Job("w", weight, gradient, V, factor, rule, plan, array_namespace(weight), triplet)
 
 
 def bounded(shape, limit, dtype=f32, *, code=AT_MOST, **options):
     """Return a job whose weight is scaled to a bound."""
-    one = job(shape, dtype, slope=Bound(limit, code), **options)
+    one = job(shape, dtype, rule=Bound(limit, code), **options)
     return replace(one, grad=one.weight)
 
 

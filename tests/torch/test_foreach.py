@@ -130,7 +130,7 @@ def test_slopes_equal_the_reference(slopes, n_iter):
     engine, found = ForeachEngine(), []
     for run in (engine.run, REFERENCE.run):
         jobs = [jobs_on("cpu")[i] for i in (0, 3, 4, 5)]
-        jobs = [replace(job, slope=slope) for job, slope in zip(jobs, slopes, strict=True)]
+        jobs = [replace(job, rule=slope) for job, slope in zip(jobs, slopes, strict=True)]
         assert all(map(engine.accepts, jobs))
         found.append(run(jobs, n_iter))
     for grad, other in zip(found[0].grads, found[1].grads, strict=True):
@@ -151,10 +151,10 @@ def test_bounds_equal_the_reference(bounds):
     for run in (engine.run, REFERENCE.run):
         jobs = [jobs_on("cpu")[i] for i in (0, 3, 4, 5)]
         jobs = [
-            replace(job, weight=job.weight.clone(), slope=b)
+            replace(job, weight=job.weight.clone(), rule=b)
             for job, b in zip(jobs, bounds, strict=True)
         ]
-        jobs = [job if job.slope is None else replace(job, grad=job.weight) for job in jobs]
+        jobs = [job if job.rule is None else replace(job, grad=job.weight) for job in jobs]
         assert all(map(engine.accepts, jobs))
         found.append(run(jobs, 2))
         assert all(g is job.grad for g, job in zip(found[-1].grads, jobs, strict=True))

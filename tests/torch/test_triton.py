@@ -196,7 +196,7 @@ def test_accepts_only_what_the_kernels_can_run():
     assert accepts(replace(one, last=None))
     assert accepts(replace(one, grad=None))
     assert accepts(replace(one, weight=torch.nn.Parameter(one.weight)))
-    assert accepts(replace(one, slope=Slope(0.5, 2)))
+    assert accepts(replace(one, rule=Slope(0.5, 2)))
     assert not accepts(replace(one, weight=torch.zeros(40, 6, device=DEVICE).T))
     assert not accepts(replace(one, grad=torch.zeros(40, 6, device=DEVICE).T))
     assert not accepts(replace(one, grad=one.grad.to_sparse()))
@@ -206,7 +206,7 @@ def test_accepts_only_what_the_kernels_can_run():
     assert not accepts(replace(one, V=torch.zeros(40, 2, device=DEVICE).T[:1]))
     assert not accepts(replace(one, last=one.last._replace(u=torch.zeros(12, device=DEVICE)[::2])))
     assert not accepts(replace(one, factor=torch.tensor([0.1], device=DEVICE)))
-    assert not accepts(replace(one, slope=Slope(torch.tensor([0.1], device=DEVICE), 2)))
+    assert not accepts(replace(one, rule=Slope(torch.tensor([0.1], device=DEVICE), 2)))
     assert not accepts(replace(one, weight=one.weight.to(torch.complex64)))
     assert accepts(job((6, 40), layout="io"))
     assert not accepts(job((3, 6, 40), layout="kio"))
@@ -237,10 +237,10 @@ SLOPES = {
 def test_slopes_of_all_kinds_beside_each_other(dtype, n_iter):
     factors = 0.1, torch.tensor(0.3, device=DEVICE)
     jobs = [
-        job((6, 40 + i), dtype, factor=factors[i % 2], slope=slope, seed=i)
+        job((6, 40 + i), dtype, factor=factors[i % 2], rule=slope, seed=i)
         for i, slope in enumerate(SLOPES.values())
     ]
-    jobs.append(job((3, 4, 16), dtype, layout="soi", slope=Slope(6.0, 2)))
+    jobs.append(job((3, 4, 16), dtype, layout="soi", rule=Slope(6.0, 2)))
     before = [one.grad.clone() for one in jobs]
     check(jobs, n_iter)
     for one, grad, name in zip(jobs, before, SLOPES, strict=False):
@@ -250,7 +250,7 @@ def test_slopes_of_all_kinds_beside_each_other(dtype, n_iter):
 @runs
 @pytest.mark.parametrize("slope", [Slope(0.5, 2), Slope(1e6, 2), Slope(0.5, 1), Slope(0.0, 1)])
 def test_a_nan_is_not_below_the_target(slope):
-    jobs = [job((4, 8), slope=slope, seed=i) for i in range(3)]
+    jobs = [job((4, 8), rule=slope, seed=i) for i in range(3)]
     jobs[0].weight[2, 3] = torch.nan
     jobs[1].weight.zero_()
     grad = jobs[1].grad.clone()
@@ -287,7 +287,7 @@ def test_inputs_before_outputs(dtype, n_iter, k):
     """Transposed convolutions, alone and in groups, and layers as GPT-2's, beside others."""
     jobs = [
         job((10, 12, 3, 3), dtype, layout="iohw", k=k),
-        job((20, 6, 5), dtype, layout="iok", k=k, slope=Slope(0.5, 2)),
+        job((20, 6, 5), dtype, layout="iok", k=k, rule=Slope(0.5, 2)),
         job((8, 6, 3, 3), dtype, layout=Layout("(gi)ohw", 2), k=k),
         job((8, 40), dtype, layout="io", k=k),
         job((6, 7, 5), dtype, layout="sio", k=k),
@@ -350,8 +350,8 @@ def test_targets_may_change_from_step_to_step():
     engine, target = TritonEngine(), torch.tensor(3.0, device=DEVICE, dtype=f64)
     jobs = [job((4, 6)), job((5, 6))]
     for slope in (Slope(0.1, 2), Slope(2.0, 2), Slope(target, 2), Slope(2.0, 1), None):
-        check([replace(one, slope=slope) for one in jobs], engine=engine)
-    jobs = [replace(one, slope=Slope(target, 2)) for one in jobs]
+        check([replace(one, rule=slope) for one in jobs], engine=engine)
+    jobs = [replace(one, rule=Slope(target, 2)) for one in jobs]
     for value in (1.0, 5.0):
         target.fill_(value)
         check(jobs, engine=engine)
@@ -402,7 +402,7 @@ def test_a_factor_on_the_cpu_is_read_in_each_step(monkeypatch):
     if INTERPRETED:  # where the weights are on the CPU too
         monkeypatch.setattr(triton_group.Group, "_is_on_device", lambda self, x: False)
     engine, factor, target = TritonEngine(), torch.tensor(0.1), torch.tensor(0.5, dtype=f64)
-    jobs = JobList([job((6, 40)), job((5, 7), slope=Slope(target, 2))])
+    jobs = JobList([job((6, 40)), job((5, 7), rule=Slope(target, 2))])
     for one in jobs:
         one.factor = factor
     assert all(map(engine.accepts, jobs))

@@ -74,17 +74,17 @@ def test_matrices_that_are_read_twice(k, n_iter, dtype, monkeypatch):
 def test_penalties_bounds_and_layouts_beside_each_other(k):
     number = torch.tensor(0.4, device=DEVICE)
     jobs = [
-        job((9, 40), k=k, slope=Slope(0.25, 2)),
-        job((9, 41), k=k, slope=Slope(number, 1), factor=number),
-        job((9, 42), k=k, slope=Slope(1e6, 2)),
+        job((9, 40), k=k, rule=Slope(0.25, 2)),
+        job((9, 41), k=k, rule=Slope(number, 1), factor=number),
+        job((9, 42), k=k, rule=Slope(1e6, 2)),
         bounded((9, 43), 1e-3, k=k),
         bounded((9, 44), 1e6, k=k),
         bounded((9, 45), 0.5, code=EXACTLY, k=k),
         in_channels_last(job((9, 4, 3, 3), k=k)),
         replace(job((9, 46), k=k), grad=None),
     ]
-    assert isinstance(jobs[4].slope, Bound)
-    assert jobs[4].slope.code == AT_MOST
+    assert isinstance(jobs[4].rule, Bound)
+    assert jobs[4].rule.code == AT_MOST
     before = jobs[2].grad.clone(), jobs[4].weight.clone()
     found = check(jobs)
     assert torch.equal(jobs[2].grad, before[0])

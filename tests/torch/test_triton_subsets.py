@@ -26,7 +26,7 @@ SHAPES = [(6, 40), (5, 7), (6, 40), (4, 33), (3, 4, 16), (9, 3), (2, 65), (7, 7)
 
 def weights():
     jobs = [job(s, layout="soi" if len(s) == 3 else None, seed=i) for i, s in enumerate(SHAPES)]
-    return [*jobs, job((5, 6), slope=Slope(0.5, 2)), bounded((4, 12), 0.5)]
+    return [*jobs, job((5, 6), rule=Slope(0.5, 2)), bounded((4, 12), 0.5)]
 
 
 def subsets(count, of, seed=0):

@@ -81,7 +81,7 @@ class DTensorEngine:
         adds = [job.grad is not None and _adds_here(job.grad, job.name) for job in jobs]
         triplets = _iterate(jobs, n_iter) if n_iter else [last_of(job) for job in jobs]
         for i, (job, here) in enumerate(zip(jobs, adds, strict=True)):
-            if isinstance(job.slope, Bound):
+            if isinstance(job.rule, Bound):
                 _, (triplets[i],) = finish([job], [triplets[i]], add_outer_, _scale_)
             elif here:
                 _add_(job, triplets[i])
@@ -233,8 +233,8 @@ def _summed(weights: Sequence[_LocalWeight], partials: Sequence[Tensor]) -> list
 def _add_(job: Job, triplet: Triplet) -> None:
     grad, plan, xp = job.grad, job.plan, job.xp
     assert grad is not None
-    assert not isinstance(job.slope, Bound)
-    u, v = outer_factors(triplet, plan, job.factor, job.slope, xp)
+    assert not isinstance(job.rule, Bound)
+    u, v = outer_factors(triplet, plan, job.factor, job.rule, xp)
     local = grad.to_local()
     for shard in _shards_of(grad, plan):
         here = reshaped(local[shard.inside], shard.plan.split, xp)

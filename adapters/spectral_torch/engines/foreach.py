@@ -30,7 +30,7 @@ from spectral_core.engine import (
     last_of,
     matrix_in_memory_order,
     reshaped,
-    same_slope,
+    same_rule,
     to_memory_order,
 )
 
@@ -96,7 +96,7 @@ class ForeachEngine:
         fresh: Any = fresh_directions(jobs) if n_iter else [None] * len(jobs)
         places: dict[Any, list[int]] = {}
         for place, job in enumerate(jobs):
-            key = job.weight.device, job.weight.dtype, isinstance(job.slope, Bound)
+            key = job.weight.device, job.weight.dtype, isinstance(job.rule, Bound)
             places.setdefault(key, []).append(place)
         triplets: list[Any] = [None] * len(jobs)
         for (device, *_), mine in places.items():
@@ -121,7 +121,7 @@ def _change_together_(
     ``found`` is all sigma, all u and all v. None stands for those of the step before.
     """
     m, n = ([job.plan.matrix[axis] for job in jobs] for axis in (0, 1))
-    bounded = isinstance(jobs[0].slope, Bound)
+    bounded = isinstance(jobs[0].rule, Bound)
     if found is not None:
         sigma, u, v = found
         if bounded:
@@ -143,12 +143,12 @@ def _change_together_(
 def _run_alone(job: Job, fresh: Tensor | None, n_iter: int) -> Triplet:
     """Run one job, in fewer operations than any that share."""
     triplet = last_of(job) if fresh is None else _iterate_alone(job, fresh, n_iter)
-    if isinstance(job.slope, Bound):
-        scale = job.slope.scale(triplet.sigma)
+    if isinstance(job.rule, Bound):
+        scale = job.rule.scale(triplet.sigma)
         _multiply_([job.grad], [scale])
         return triplet._replace(sigma=scale * triplet.sigma)
     if job.grad is not None:
-        force = triplet.sigma if job.slope is None else job.slope.of(triplet.sigma)
+        force = triplet.sigma if job.rule is None else job.rule.of(triplet.sigma)
         factor = job.factor
         if isinstance(factor, Tensor):
             force, factor = force * factor, 1.0
@@ -231,8 +231,8 @@ def _matrix(job: Job) -> Tensor:
 
 def _scale_(jobs: Sequence[Job], sigma: Tensor) -> Tensor:
     """Scale each weight to its bound, and return each sigma after that."""
-    bounds: list[Any] = [job.slope for job in jobs]
-    if all(same_slope(bound, bounds[0]) for bound in bounds):
+    bounds: list[Any] = [job.rule for job in jobs]
+    if all(same_rule(bound, bounds[0]) for bound in bounds):
         scales = bounds[0].scale(sigma)
     else:
         pairs = zip(bounds, sigma.unbind(), strict=True)
@@ -252,10 +252,10 @@ def _multiply_(weights: list[Tensor], scales: Sequence[Tensor]) -> None:
 
 def _forces(jobs: Sequence[Job], sigma: Tensor) -> Tensor:
     """Return the slope of each job's penalty, in one call for all where they are equal."""
-    slopes: list[Any] = [job.slope for job in jobs]
+    slopes: list[Any] = [job.rule for job in jobs]
     if all(slope is None for slope in slopes):
         return sigma
-    if all(same_slope(slope, slopes[0]) for slope in slopes):
+    if all(same_rule(slope, slopes[0]) for slope in slopes):
         return slopes[0].of(sigma)
     forces = [
         value if slope is None else slope.of(value)

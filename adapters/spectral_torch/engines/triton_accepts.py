@@ -44,7 +44,7 @@ def accepts(job: Job) -> bool:
         and _fits(job.V, plan.rows(n_vectors), dtype, device)
         and (job.last is None or _fits_last(job, dtype, device))
         and _fits_number(job.factor, device)
-        and (job.slope is None or _fits_number(job.slope.target, device))
+        and (job.rule is None or _fits_number(job.rule.target, device))
     )
 
 

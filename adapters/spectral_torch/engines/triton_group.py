@@ -71,7 +71,7 @@ class Group(Tables):
             As `_addresses_of`, those of the gradients (0 is no gradient), and the places of the
             jobs in this group. A matrix without a job is left out.
         jobs : sequence of Job
-            Their factors and slopes are those of this step.
+            Their factors and rules are those of this step.
         n_iter : int
         """
         pointers, classes = self.addresses.get(addresses, self._make_pointers)
@@ -252,16 +252,16 @@ class Group(Tables):
             return self._numbers[1]
         self._numbers = None
         factors = [job.factor for job in jobs]
-        slopes = [job.slope for job in jobs]
-        sloped = slopes.count(None) < len(slopes)
-        kinds = sloped, sloped and any(isinstance(slope, Bound) for slope in slopes)
+        rules = [job.rule for job in jobs]
+        sloped = rules.count(None) < len(rules)
+        kinds = sloped, sloped and any(isinstance(rule, Bound) for rule in rules)
         if not sloped and {float}.issuperset(map(type, factors)):
             table = self.penalties.get((slots, *factors), self._make_penalties)[0]
             found: _Penalties = table, None, kinds
         else:
-            found = self._penalties_of(factors, slopes, kinds, slots)
+            found = self._penalties_of(factors, rules, kinds, slots)
         constant = {float, int}.issuperset(map(type, factors)) and all(
-            slope is None or type(slope.target) in (float, int) for slope in slopes
+            rule is None or type(rule.target) in (float, int) for rule in rules
         )
         if numbers is not None and constant:
             self._numbers = numbers, found
@@ -271,10 +271,10 @@ class Group(Tables):
         return isinstance(x, Tensor) and x.device == self.device
 
     def _penalties_of(
-        self, factors: list[Any], slopes: list[Any], kinds: tuple[bool, bool], slots: Slots
+        self, factors: list[Any], rules: list[Any], kinds: tuple[bool, bool], slots: Slots
     ) -> _Penalties:
-        targets = [0.0 if slope is None else slope.target for slope in slopes]
-        codes = [0 if slope is None else slope.code for slope in slopes]
+        targets = [0.0 if rule is None else rule.target for rule in rules]
+        codes = [0 if rule is None else rule.code for rule in rules]
         tensors = {id(x): x for x in (*factors, *targets) if self._is_on_device(x)}
         nth = {key: place for place, key in enumerate(tensors)}
 

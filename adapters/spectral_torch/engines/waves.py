@@ -88,7 +88,7 @@ def _is_usual(job: Job) -> bool:
     grad, plan = job.grad, job.plan
     return (
         grad is not None
-        and not isinstance(job.slope, Bound)
+        and not isinstance(job.rule, Bound)
         and plan.reshapes
         and len(plan.matrix) == 2
         and grad.dtype is job.V.dtype
@@ -112,7 +112,7 @@ def _spreads(pairs: Sequence[tuple[Job, Triplet]]) -> Iterator[Tensor]:
 
 def _term(job: Job, triplet: Triplet, spread: Tensor) -> tuple[Tensor, Tensor]:
     """Return two thin matrices whose product is the term."""
-    slope: Any = job.slope
+    slope: Any = job.rule
     force = triplet.sigma if slope is None else slope.of(triplet.sigma)
     assert job.wave is not None
     rows = rows_of(triplet.V[..., :1, :], spread, len(job.wave.sizes), job.xp)
