@@ -16,6 +16,7 @@ from ._host import HostEngine
 from ._layout import plan_of
 from ._penalty import slope_of
 from ._power import Triplet, start_vector
+from ._repetition import Numbers, Step, first_step, keep, repeated
 from ._select import Layouts, choose_layouts
 from ._state_dict import Arrays, SpectralState
 from ._validate import Factor, check_factors, check_grads, check_weights, check_writeable
@@ -231,11 +232,12 @@ def add_gradient(
     """
     if any(engine.in_place for engine in engines):
         raise ArgumentError("an engine writes into the gradients: pass it to add_gradient_")
-    jobs = _jobs(weights, grads, state, factor, target, power)
+    step = _step(weights, grads, state, (factor, target, power), engines, in_place=False)
     n_iter = check_int(n_iter, "n_iter", least=0)
-    new_grads, triplets = dispatch(jobs, n_iter, with_reference(engines))
-    added = {job.name: grad for job, grad in zip(jobs, new_grads, strict=True)}
-    return {**grads, **added}, advanced(state, jobs, triplets)
+    new_grads, triplets = dispatch(step.jobs, n_iter, step.engines)
+    keep(step, state, triplets)
+    added = {job.name: grad for job, grad in zip(step.jobs, new_grads, strict=True)}
+    return {**grads, **added}, advanced(state, step.jobs, triplets)
 
 
 def add_gradient_(
@@ -281,12 +283,11 @@ def add_gradient_(
     >>> np.round(grads["w"], 4)
     array([[0.3, 0.4]])
     """
-    jobs = _jobs(weights, grads, state, factor, target, power)
-    for job in jobs:
-        check_writeable(job.grad, f"the gradient of {job.name!r}", "add_gradient")
+    step = _step(weights, grads, state, (factor, target, power), engines, in_place=True)
     n_iter = check_int(n_iter, "n_iter", least=0)
-    result = dispatch(jobs, n_iter, fitting_engines(engines, [job.grad for job in jobs]))
-    return advanced(state, jobs, result.triplets)
+    result = dispatch(step.jobs, n_iter, step.engines)
+    keep(step, state, result.triplets)
+    return advanced(state, step.jobs, result.triplets)
 
 
 def fitting_engines(engines: Sequence[Engine] | None, changed: Iterable[Array]) -> Sequence[Engine]:
@@ -321,6 +322,30 @@ def with_reference(engines: Sequence[Engine], *, in_place: bool = False) -> Sequ
     if isinstance(last, ReferenceEngine) and last.in_place == in_place:
         return engines
     return (*engines, ReferenceEngine(in_place=in_place))
+
+
+def _step(
+    weights: Arrays,
+    grads: Mapping[str, Array | None],
+    state: SpectralState,
+    numbers: Numbers,
+    engines: Sequence[Engine] | None,
+    *,
+    in_place: bool,
+) -> Step:
+    """Return the jobs and engines of a step: those of the step before, where they still fit."""
+    asked = in_place, *(("default",) if engines is None else engines)
+    step = repeated(weights, grads, state, asked, numbers)
+    if step is not None:
+        return step
+    jobs = _jobs(weights, grads, state, *numbers)
+    if in_place:
+        for job in jobs:
+            check_writeable(job.grad, f"the gradient of {job.name!r}", "add_gradient")
+        chosen = fitting_engines(engines, [job.grad for job in jobs])
+    else:
+        chosen = with_reference(engines or ())
+    return first_step(jobs, chosen, state, asked, numbers)
 
 
 def _jobs(

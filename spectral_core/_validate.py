@@ -256,6 +256,18 @@ class Checks:
 
     def __init__(self) -> None:
         self._checked: dict[str, _Checked] = {}
+        self._repetitions: list[Any] = []
+
+    def take_repetition(self) -> Any:
+        """Remove the jobs of the last step and return them, or None: see `Repetition`."""
+        try:
+            return self._repetitions.pop()
+        except IndexError:
+            return None
+
+    def keep_repetition(self, repetition: Any) -> None:
+        """Keep the jobs of a step for the next one, in place of any others."""
+        self._repetitions = [repetition]
 
     def __reduce__(self) -> tuple[type[Checks], tuple[()]]:
         return Checks, ()

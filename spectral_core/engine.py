@@ -316,6 +316,8 @@ class JobList(list[Job]):
         A new object whenever a factor or a rule has changed.
     lasts : list of Triplet or None
         Each job's ``last``. An engine that writes results there returns this very list.
+    moves : bool
+        True if the weights may be at other addresses in each step: no engine keeps these.
     """
 
     def __init__(self, jobs: Iterable[Job] = ()) -> None:
@@ -323,6 +325,7 @@ class JobList(list[Job]):
         self.addresses: list[int] | None = None
         self.memo: dict[Any, Any] = {}
         self.numbers = object()
+        self.moves = False
         self.lasts = [job.last for job in self]
         self._shares: list[Share] = []
         self._overlaps: set[int] = set()
@@ -342,6 +345,9 @@ class JobList(list[Job]):
             if not self._shares or overlaps != self._overlaps:
                 self._shares = _divide(self, engines, overlaps)
                 self._overlaps = overlaps
+                for share in self._shares:
+                    if isinstance(share.jobs, JobList):
+                        share.jobs.moves = self.moves
             self._divided_at = self.addresses
         if len(self._shares) > 1 and self.addresses is not None:
             for share in self._shares:

@@ -43,6 +43,10 @@ class Memory(NamedTuple):
     dtypes: Mapping[Any, str]
     threads: Callable[[], int | None]  # largest number of threads; None: Numba's own setting
     writeable: Callable[[Array], bool] = lambda _: True
+    # Return a contiguous copy: the u of a stack may be a view of several vectors.
+    copy: Callable[[Array, Namespace], Array] = lambda x, xp: xp.reshape(
+        xp.reshape(xp.asarray(x, copy=True), (-1,)), x.shape
+    )
     # Fewer elements than this run in one thread.
     worth_threads: Callable[[], int] = lambda: 2 * GRAIN
 
@@ -67,6 +71,7 @@ NUMPY = Memory(
     },
     threads=lambda: None,
     writeable=lambda x: x.flags.writeable,
+    copy=lambda x, _: np.array(x, order="C"),
     worth_threads=lambda: _BESIDE_BLAS,
 )
 
@@ -131,11 +136,10 @@ class NumbaEngine:
         if n_iter == 0:
             for job in jobs:
                 last_of(job)  # or the error that names the weight without one
-        if not self._owned:
-            jobs = [_with_own_vectors(job, self._memory) for job in jobs]
+        triplets = self._targets(jobs)
         with self._locks.setdefault(getpid(), Lock()):
             for launch in self._launches(jobs):
-                launch.place_grads(jobs, self._memory)
+                launch.place(jobs, triplets, self._memory, self._stays(jobs))
                 division, numbers = launch.division, launch.numbers(jobs)
                 if isinstance(division, Stacks):
                     _lane_kernels().run(launch.matrices, numbers, *division.room, n_iter)
@@ -147,8 +151,18 @@ class NumbaEngine:
                     step(division.threads, tables, numbers, room, division.block, n_iter)
                 else:
                     self._kernels.run(division.threads, *tables, numbers, *room, n_iter)
-        lasts: Any = jobs.lasts if isinstance(jobs, JobList) else [job.last for job in jobs]
-        return Result([job.grad for job in jobs], lasts)
+        return Result([job.grad for job in jobs], triplets)
+
+    def _targets(self, jobs: Sequence[Job]) -> list[Triplet]:
+        """Return the arrays that the results are written into: v, and the last sigma and u."""
+        if not self._owned:
+            return [_own_triplet(job, self._memory) for job in jobs]
+        lasts: Any = jobs.lasts if isinstance(jobs, JobList) else list(map(last_of, jobs))
+        return lasts
+
+    def _stays(self, jobs: Sequence[Job]) -> bool:
+        """Return True if all but the gradients is where it was in the step before."""
+        return self._owned and isinstance(jobs, JobList) and not jobs.moves
 
     def _launches(self, jobs: Sequence[Job]) -> list[_Launch]:
         """Return the launches of these jobs: of a `JobList`, those of the step before."""
@@ -187,15 +201,7 @@ class NumbaEngine:
             few = sum(map(prod, shapes)) < self._memory.worth_threads()
             threads = 1 if few else self._kernels.threads(most)
             division = self._division_of(dtype, shapes, threads, rows, mine)
-        address = self._memory.address
-        addresses = []
-        for place in places:
-            job = jobs[place]
-            last = last_of(job)
-            arrays = (job.V, last.u, last.sigma)
-            addresses.append((address(job.weight), 0, *map(address, arrays)))
-        matrices = division.matrices(addresses)
-        return _Launch(places, division, matrices, len(jobs) == len(places))
+        return _Launch(places, division, len(jobs) == len(places))
 
     def _form(self, job: Job) -> Form | None:
         """Return the form of the weight in memory, or None where the kernels do not know it."""
@@ -289,8 +295,6 @@ class _Launch:
     places : list of int
         The places of these jobs among all jobs.
     division : Division or Stacks
-    matrices : array
-        The kernel's table of matrices.
     every : bool
         True if the places are those of all jobs.
     """
@@ -299,18 +303,27 @@ class _Launch:
         self,
         places: list[int],
         division: Division | Stacks,
-        matrices: np.ndarray[Any, Any],
         every: bool,
     ) -> None:
         self.places = places
         self.division = division
-        self.matrices = matrices
+        self.matrices: Any = None  # the kernel's table of matrices
         self._every = every
         self._numbers: np.ndarray[Any, Any] = np.empty((0, 3))
         self._current: Any = None  # the `JobList.numbers` that `_numbers` belongs to
 
-    def place_grads(self, jobs: Sequence[Job], memory: Memory) -> None:
-        """Write the addresses of this step's gradients into the table."""
+    def place(
+        self, jobs: Sequence[Job], triplets: Sequence[Triplet], memory: Memory, stays: bool
+    ) -> None:
+        """Write addresses into the table: all of them, unless only the gradients are others."""
+        if self.matrices is None or not stays:
+            address, found = memory.address, []
+            for place in self.places:
+                sigma, u, V = triplets[place]
+                found.append(
+                    (address(jobs[place].weight), 0, address(V), address(u), address(sigma))
+                )
+            self.matrices = self.division.matrices(found)
         addresses = jobs.addresses if isinstance(jobs, JobList) else None
         if addresses is None:
             addresses = [0 if job.grad is None else memory.address(job.grad) for job in jobs]
@@ -341,20 +354,11 @@ class _Launch:
         return self._numbers
 
 
-def _with_own_vectors(job: Job, memory: Memory) -> Job:
-    """Return the job with a V, sigma and u of its own to be written into."""
-    xp, plan = job.xp, job.plan
-    V = _own(job.V, memory, xp)
-    if job.last is not None:
-        u, sigma = _own(job.last.u, memory, xp), _own(job.last.sigma, memory, xp)
-    else:
-        u, sigma = (xp.zeros(s, dtype=V.dtype, device=V.device) for s in (plan.left, plan.stack))
-    last = Triplet(sigma, u, V)
-    # Written out: `dataclasses.replace` costs a tenth of a small step.
-    return Job(job.name, job.weight, job.grad, V, job.factor, job.rule, plan, xp, last)
-
-
-def _own(x: Array, memory: Memory, xp: Namespace) -> Array:
-    """Return a contiguous copy: the u of a stack may be a view of several vectors."""
-    copy = xp.asarray(x, copy=True)
-    return copy if memory.window(copy) == 1 else xp.reshape(xp.reshape(copy, (-1,)), copy.shape)
+def _own_triplet(job: Job, memory: Memory) -> Triplet:
+    """Return a V, sigma and u for a job to be written into."""
+    xp, plan, last = job.xp, job.plan, job.last
+    V = memory.copy(job.V, xp)
+    if last is not None:
+        return Triplet(memory.copy(last.sigma, xp), memory.copy(last.u, xp), V)
+    u, sigma = (xp.zeros(s, dtype=V.dtype, device=V.device) for s in (plan.left, plan.stack))
+    return Triplet(sigma, u, V)
