@@ -680,10 +680,6 @@ def run(
 ) -> None:
     """Run the step in ``count`` threads."""
     if n_iter > 0:
-        arguments = (*division, *room, *block, n_iter)
-        if count == 1:
-            _alone(*arguments)
-        else:
-            kernels.in_threads(count, _together, *arguments)
+        kernels.call(count, (_alone, _together), *division, *room, *block, n_iter)
     # What follows the iterations knows the first row of V alone, as that of one vector.
     kernels.run(count, *division, numbers, *room, 0)

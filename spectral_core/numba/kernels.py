@@ -704,14 +704,15 @@ def threads(most: int | None) -> int:
 
 def run(count: int, *arguments: object) -> None:
     """Run the step in ``count`` threads."""
+    call(count, (_alone, _together), *arguments)
+
+
+def call(count: int, functions: tuple[Callable[..., None], ...], *arguments: object) -> None:
+    """Call the first function in this thread, or the second one, which starts ``count`` threads."""
+    alone, function = functions
     if count == 1:
-        _alone(*arguments)
-    else:
-        in_threads(count, _together, *arguments)
-
-
-def in_threads(count: int, function: Callable[..., None], *arguments: object) -> None:
-    """Call a compiled function that starts ``count`` threads."""
+        alone(*arguments)
+        return
     with _POOL:
         before = numba.get_num_threads()
         if count != before:

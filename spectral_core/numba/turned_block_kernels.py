@@ -64,6 +64,11 @@ def _permute_all(matrices, starts, rows, back):
             _copy(S, rows, V)
 
 
+# The next two functions are alike on purpose. One function with a flag compiles both branches for
+# each kind of arrays, which takes longer. And what has functions as arguments, or in a closure, is
+# not found again on disk: it would be compiled in every process.
+
+
 @_compiled
 def _add_times(W, S, Y, lo, hi):
     """Add rows of W, weighted by these columns of S, to the rows of Y."""
@@ -247,16 +252,11 @@ def run(
     """
     matrices, starts, small = division[0], room[2], block[2]
     turned = len(block) > 3
+    own = (_alone, _together) if turned else (block_kernels._alone, block_kernels._together)
     if n_iter > 0:
-        arguments = (*division, *room, *block, n_iter)
         _permute_all(matrices, starts, small.shape[2], False)
         try:
-            if count > 1:
-                kernels.in_threads(
-                    count, _together if turned else block_kernels._together, *arguments
-                )
-            else:
-                (_alone if turned else block_kernels._alone)(*arguments)
+            kernels.call(count, own, *division, *room, *block, n_iter)
         finally:  # an interrupt from the keyboard must not leave V permuted
             _permute_all(matrices, starts, small.shape[2], True)
     # What follows the iterations knows the first row of V alone, as that of one vector.
