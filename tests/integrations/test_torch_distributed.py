@@ -38,6 +38,7 @@ def assert_close(found, expected, tolerance=1e-5):
     ("dtype", "options", "tolerance"),
     [
         (torch.float32, {}, 2e-5),
+        (torch.float32, {"kernels": True}, 2e-5),
         (torch.float64, {}, 1e-12),
         (torch.float64, {"n_vectors": 2}, 1e-9),
         (torch.float64, {"every_n_steps": 2, "n_iter": 2}, 1e-12),
@@ -51,6 +52,13 @@ def test_a_divided_weight_is_as_a_whole_one(four, name, dtype, options, toleranc
     for sharded, expected in four.run(ranks.placed, name, dtype, options):
         for what, values in expected.items():
             assert_close(sharded[what], values, tolerance)
+
+
+def test_kernels_change_what_a_process_holds(four):
+    pytest.importorskip("numba", reason="Numba is not installed")
+    for added, scaled in four.run(ranks.changed_by_kernels):
+        assert added == [("a", (16, 48)), ("b", (8, 16))]
+        assert scaled == added
 
 
 @pytest.mark.parametrize("name", ranks.PLACEMENTS)

@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from spectral_torch import Layout, SpectralNormConstraint, SpectralNormRegularizer
+from spectral_torch.engines import CpuEngine
 
 # Sizes that four processes do not divide evenly, nor the groups.
 WEIGHTS = {
@@ -59,7 +60,7 @@ def weights(dtype):
     }
 
 
-def twins(name, dtype, make, steps):
+def twins(name, dtype, make, steps, *, kernels=False):
     """Weights that lie as `PLACEMENTS` says, and whole ones, after steps with ``make``'s hook."""
     mesh_shape, placements = PLACEMENTS[name]
     mesh = init_device_mesh("cpu", mesh_shape)
@@ -70,7 +71,7 @@ def twins(name, dtype, make, steps):
             for key, w in weights(dtype).items()
         }
         optimizer = torch.optim.SGD(parameters.values(), lr=0.1, momentum=0.9)
-        hook = make(parameters, layouts=layouts, kernels=False).attach(optimizer)
+        hook = make(parameters, layouts=layouts, kernels=kernels).attach(optimizer)
         generator = torch.Generator().manual_seed(4)
         for _ in range(steps):
             for parameter in parameters.values():
@@ -83,9 +84,9 @@ def twins(name, dtype, make, steps):
 
 def placed(name, dtype, options):
     """Steps with the regularizer, of divided weights and of whole ones, and its penalty."""
-    runs = []
+    runs, kernels = [], options.pop("kernels", False)
     make = partial(SpectralNormRegularizer, factor=0.3, **options)
-    for parameters, reg, found in twins(name, dtype, make, steps=5):
+    for parameters, reg, found in twins(name, dtype, make, steps=5, kernels=kernels):
         penalty = reg.penalty(differentiable=True)
         for parameter in parameters.values():
             parameter.grad = None
@@ -105,6 +106,31 @@ def bounded(name, dtype, normalize):
     """The same for weights that are held at a bound, a stack's matrices by themselves."""
     make = partial(SpectralNormConstraint, bound=1.5, normalize=normalize, n_iter=3)
     return [found for _, _, found in twins(name, dtype, make, steps=3)]
+
+
+def changed_by_kernels():
+    """Names and shapes of the shards that the kernels of the CPU add a term to, or scale."""
+    mesh = init_device_mesh("cpu", (4,))
+    shapes = {"a": (64, 48), "b": (32, 16)}
+    parameters = {
+        key: nn.Parameter(distribute_tensor(torch.ones(shape), mesh, [Shard(0)]))
+        for key, shape in shapes.items()
+    }
+    reg, limit = (make(parameters) for make in (SpectralNormRegularizer, SpectralNormConstraint))
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    found, run = [], CpuEngine.run
+    for step in (reg.add_gradients_, limit.constrain_):
+        seen = []
+
+        def counted(self, jobs, n_iter, seen=seen):
+            seen += [(job.name, tuple(job.grad.shape)) for job in jobs]
+            return run(self, jobs, n_iter)
+
+        with patch.object(CpuEngine, "run", counted):
+            step()
+        found.append(seen)
+    return found
 
 
 class Sizes:

@@ -146,7 +146,8 @@ def test_slopes_equal_the_reference(slopes, n_iter):
     ],
     ids=["at most", "exactly", "mixed"],
 )
-def test_bounds_equal_the_reference(bounds):
+@pytest.mark.parametrize("n_iter", [0, 2])
+def test_bounds_equal_the_reference(bounds, n_iter):
     engine, found = ForeachEngine(), []
     for run in (engine.run, REFERENCE.run):
         jobs = [jobs_on("cpu")[i] for i in (0, 3, 4, 5)]
@@ -156,7 +157,7 @@ def test_bounds_equal_the_reference(bounds):
         ]
         jobs = [job if job.rule is None else replace(job, grad=job.weight) for job in jobs]
         assert all(map(engine.accepts, jobs))
-        found.append(run(jobs, 2))
+        found.append(run(jobs, n_iter))
         assert all(g is job.grad for g, job in zip(found[-1].grads, jobs, strict=True))
     for grad, other in zip(found[0].grads, found[1].grads, strict=True):
         torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-5)

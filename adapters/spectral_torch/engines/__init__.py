@@ -96,7 +96,8 @@ def engines(*, kernels: bool = True) -> tuple[Engine, ...]:
     """
     foreach = ForeachEngine()
     compiled = [*_cpu_engine(), TritonEngine(fallback=foreach)] if kernels else []
-    return DTensorEngine(), *compiled, foreach, WaveEngine(), TensorEngine(in_place=True)
+    whole = (*compiled, foreach)
+    return DTensorEngine(whole), *whole, WaveEngine(), TensorEngine(in_place=True)
 
 
 def _cpu_engine() -> list[Engine]:

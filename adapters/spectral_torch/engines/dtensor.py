@@ -2,7 +2,11 @@
 
 Each process multiplies the shard of a weight that it holds. Only sums of vectors are communicated,
 those of all weights together: u and v of each weight once in an iteration. v, sigma and u are whole
-and equal on every process. The term is added to the local part of the gradient.
+and equal on every process. The term is added to the local part of the gradient. That is a job of
+its own, without an iteration, for the engine that would run a whole weight like the shard.
+
+The products stay PyTorch's own. The kernels compute both of an iteration in one reading of a
+weight, but the sum over all processes belongs between the two.
 """
 
 from __future__ import annotations
@@ -19,26 +23,24 @@ from torch import Tensor
 from spectral_core import ArgumentError, Layout, penalty, slope
 from spectral_core.engine import (
     Bound,
+    Engine,
     Job,
     Plan,
+    ReferenceEngine,
     Result,
     Shard,
     Traits,
     Triplet,
-    add_outer_,
     clipped,
     conj,
-    finish,
+    dispatch,
     fresh_direction,
     from_memory_order,
     last_of,
     left_rows,
     matrix_in_memory_order,
     ordered,
-    outer_factors,
-    reshaped,
     right_rows,
-    scale_,
     shards_of,
     to_memory_order,
     traits,
@@ -61,6 +63,11 @@ class DTensorEngine:
 
     All processes of a weight's mesh must call it, with the same jobs.
 
+    Parameters
+    ----------
+    engines : sequence of Engine
+        Faster ways to change what this process holds, in order of preference.
+
     Examples
     --------
     >>> DTensorEngine().run([], 1)
@@ -68,6 +75,12 @@ class DTensorEngine:
     """
 
     in_place = True
+
+    def __init__(self, engines: Sequence[Engine] = ()) -> None:
+        self._engines = *engines, ReferenceEngine(in_place=True)
+
+    def __reduce__(self) -> tuple[type[DTensorEngine], tuple[Sequence[Engine]]]:
+        return DTensorEngine, (self._engines[:-1],)
 
     def accepts(self, job: Job) -> bool:
         """Return True for a DTensor."""
@@ -80,11 +93,14 @@ class DTensorEngine:
         # Every gradient is checked before the first one changes.
         adds = [job.grad is not None and _adds_here(job.grad, job.name) for job in jobs]
         triplets = _iterate(jobs, n_iter) if n_iter else [last_of(job) for job in jobs]
+        local: list[Job] = []
         for i, (job, here) in enumerate(zip(jobs, adds, strict=True)):
+            if here:
+                local += _local_jobs(job, triplets[i])
             if isinstance(job.rule, Bound):
-                _, (triplets[i],) = finish([job], [triplets[i]], add_outer_, _scale_)
-            elif here:
-                _add_(job, triplets[i])
+                sigma = triplets[i].sigma
+                triplets[i] = triplets[i]._replace(sigma=job.rule.scale(sigma) * sigma)
+        dispatch(local, 0, self._engines)
         return Result([job.grad for job in jobs], triplets)
 
 
@@ -230,25 +246,30 @@ def _summed(weights: Sequence[_LocalWeight], partials: Sequence[Tensor]) -> list
     return found
 
 
-def _add_(job: Job, triplet: Triplet) -> None:
-    grad, plan, xp = job.grad, job.plan, job.xp
-    assert grad is not None
-    assert not isinstance(job.rule, Bound)
-    u, v = outer_factors(triplet, plan, job.factor, job.rule, xp)
-    local = grad.to_local()
+def _local_jobs(job: Job, triplet: Triplet) -> list[Job]:
+    """Return a job for each shard of the gradient that this process holds.
+
+    Without an iteration, nobody reads the weight: the gradient stands for it.
+    """
+    grad, plan, (sigma, u, V) = job.grad, job.plan, triplet
+    stack = (*plan.stack, *(1,) * (len(plan.order) - len(plan.stack)))
+    rows = (
+        (_spread(sigma[..., None, None], stack), stack),
+        (_spread(u[..., None, :], plan.left_broadcast), plan.left_broadcast),
+        (_spread(V[..., :1, :], plan.right_broadcast), plan.right_broadcast),
+    )
+    local, jobs = grad.to_local(), []
     for shard in _shards_of(grad, plan):
-        here = reshaped(local[shard.inside], shard.plan.split, xp)
-        u_here, v_here = (x[clipped(shard.ranges, tuple(x.shape))] for x in (u, v))
-        add_outer_(here, u_here, v_here)
-
-
-def _scale_(weight: Any, scale: Tensor, plan: Plan, xp: Any) -> Any:
-    """Scale a DTensor in place, each process its local part, and return it."""
-    local = weight.to_local()
-    for shard in _shards_of(weight, plan):
-        s = scale[clipped(shard.ranges, tuple(scale.shape))] if scale.ndim else scale
-        scale_(local[shard.inside], s, shard.plan, xp)
-    return weight
+        here, mine = local[shard.inside], shard.plan
+        found = [x[_at(shard, plan, shape)].contiguous() for x, shape in rows]
+        last = Triplet(
+            # An engine may write into sigma, which is the whole weight's where it is not a part.
+            found[0].reshape(mine.stack).clone(),
+            found[1].reshape(mine.left),
+            found[2].reshape(mine.rows(1)),
+        )
+        jobs.append(Job(job.name, here, here, last.V, job.factor, job.rule, mine, job.xp, last))
+    return jobs
 
 
 def _adds_here(grad: Any, name: str) -> bool:

@@ -135,6 +135,9 @@ def _change_together_(
         vs = [triplet.V[0] for triplet in triplets]
         sigma = torch.stack([triplet.sigma for triplet in triplets])
         u = torch.cat([triplet.u for triplet in triplets])
+        if bounded:
+            scaled = _scale_(jobs, sigma).unbind()
+            triplets = [t._replace(sigma=s) for t, s in zip(triplets, scaled, strict=True)]
     if not bounded:
         _add_terms_(jobs, vs, sigma, u, owners, m)
     return triplets
