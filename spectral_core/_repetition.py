@@ -205,7 +205,8 @@ def first_step(
 
 
 def keep(step: Step, state: SpectralState, triplets: Sequence[Triplet]) -> None:
-    """Keep a step that is over for the next one."""
-    if step.repetition is not None:
+    """Keep a step that is over for the next one, unless its vectors have another dtype now."""
+    same = all(t.V.dtype == job.V.dtype for job, t in zip(step.jobs, triplets, strict=True))
+    if step.repetition is not None and same:
         step.repetition.release(triplets)
         state.checks.keep_repetition(step.repetition)

@@ -128,6 +128,16 @@ def test_an_older_state_is_checked_anew(built):
     assert len(built) == before + 2
 
 
+def test_vectors_of_another_dtype_are_checked_anew(built):
+    weights, grads, state = start()
+    wide = {name: V.astype("float64") for name, V in state.v.items()}
+    state = dataclasses.replace(state, v=wide)
+    for _ in range(2):
+        state = sc.add_gradient_(weights, grads, state, engines=())
+    assert len(built) == 1 + 2
+    assert {V.dtype.name for V in state.v.values()} == {"float32"}
+
+
 def test_another_layout_is_checked_anew():
     weights, grads = {"w": np.eye(3, 3, 1)}, {"w": np.zeros((3, 3))}
     state = sc.add_gradient_(weights, grads, sc.init(weights), engines=())
