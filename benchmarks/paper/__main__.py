@@ -2,11 +2,19 @@
 
 import os
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
+from argparse import (
+    Action,
+    ArgumentDefaultsHelpFormatter,
+    ArgumentParser,
+    ArgumentTypeError,
+    Namespace,
+)
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from runpy import run_path
 from time import monotonic
+from typing import Any
 
 from rich.console import Console
 
@@ -21,42 +29,74 @@ CONSOLE = Console()
 
 def run(options: Namespace) -> None:
     """Do the runs of a suite; the same command goes on after an interruption."""
-    suite, strengths = SUITES[options.suite], dict(options.strengths)
-    planned = suite.runs(options.models, options.methods, options.batches, strengths)
+    suite, strengths = SUITES[options.suite], {m: some[-1] for m, some in options.strengths.items()}
+    chosen = options.models, options.methods, options.batches, strengths
+    searched = suite.search or options.suite
+    planned = suite.runs(*chosen, SUITES[searched].settled(found_by_search(searched, options.out)))
     seeds = suite.seeds if options.seeds is None else options.seeds
     planned = [one for one in planned if one.seed < seeds]
-    if options.epochs is not None:
-        planned = [replace(one, epochs=options.epochs) for one in planned]
-    finish(options, options.suite, planned)
+    finish(options, options.suite, [replace(one, **changes(options)) for one in planned])
+
+
+def changes(options: Namespace) -> dict[str, Any]:
+    """Return what the command sets in place of the suite's."""
+    return {} if options.epochs is None else {"epochs": options.epochs}
 
 
 def search(options: Namespace) -> None:
-    """Try a grid of rates and strengths, judged by images held out of the training set."""
-    suite = SUITES[options.suite]
-    strengths = options.strengths or [runs.STRENGTHS.get(options.method, 0.0)]
-    models = options.models or suite.models
-    planned = suite.grid(models, options.method, strengths, options.rates)
-    finish(options, f"search-{options.suite}", planned)
+    """Try rates and then strengths, judged by images held out of the training set.
+
+    The strengths are tried at the rate that is best for vanilla.
+    """
+    suite, name = SUITES[options.suite], f"search-{options.suite}"
+    planned = suite.rates(options.models, options.batches, options.rates)
+    planned = [replace(one, **changes(options)) for one in planned]
+    settled = suite.settled(complete(options, name, planned) or [])
+    more = suite.grid(settled, options.strengths or suite.strengths)
+    finish(options, name, planned + [replace(one, **changes(options)) for one in more])
+
+
+def found_by_search(suite: str, folder: Path) -> list[Result]:
+    """Return the results of a suite's grid: those in the folder, or else the committed ones."""
+    name = f"search-{suite}"
+    return runs.read_folder(folder / name) or runs.committed(name).get(name, [])
+
+
+def complete(options: Namespace, suite: str, planned: list[Run]) -> list[Result] | None:
+    """Do the runs, and return their results; None if some are not finished."""
+    folder = options.out / suite
+    if not options.fresh:
+        runs.restore(suite, planned, folder)
+    deadline = monotonic() + 60 * options.minutes if options.minutes else None
+    how = {name: getattr(options, name) for name in HOW}
+    settings = Settings(**how, threads=options.threads, deadline=deadline)
+    files = options.data, options.own
+    found = sweep(planned, settings, folder, CONSOLE, options.workers, *files)
+    CONSOLE.print(f"{len(found)} of {len(planned)} runs are done, in {folder}.")
+    if diverged := [result.run.name for result in found if result.diverged]:
+        CONSOLE.print(f"Diverged: {', '.join(diverged)}")
+    return found if len(found) == len(planned) else None
 
 
 def finish(options: Namespace, suite: str, planned: list[Run]) -> None:
     """Do the runs, and show what they say once all are done."""
-    folder = options.out / suite
-    deadline = monotonic() + 60 * options.minutes if options.minutes else None
-    how = {name: getattr(options, name) for name in HOW}
-    settings = Settings(**how, threads=options.threads, deadline=deadline)
-    found = sweep(planned, settings, folder, CONSOLE, options.workers, options.data)
-    CONSOLE.print(f"{len(found)} of {len(planned)} runs are done, in {folder}.")
-    if diverged := [result.run.name for result in found if result.diverged]:
-        CONSOLE.print(f"Diverged: {', '.join(diverged)}")
-    if len(found) < len(planned):
+    if (found := complete(options, suite, planned)) is None:
         CONSOLE.print("The same command goes on with the rest.")
         return
     print(page.block(found))
-    figures.figures(found, folder)
+    if not found[0].run.validate:
+        figures.figures(found, options.out / suite)
     if options.save:
         runs.commit(suite, found)
         CONSOLE.print(f"Committed {suite}; now: python -m benchmarks.readme")
+
+
+def commit(options: Namespace) -> None:
+    """Add what is finished in a folder to the repository's results, also of unfinished suites."""
+    for name, results in chosen(options).items():
+        runs.commit(name, results)
+        CONSOLE.print(f"Committed {len(results)} runs of {name}.")
+    CONSOLE.print("Now: python -m benchmarks.readme")
 
 
 def table(options: Namespace) -> None:
@@ -97,8 +137,26 @@ def strength(text: str) -> tuple[str, float]:
     return method, float(value)
 
 
+class Strengths(Action):
+    """Collect the strengths by method."""
+
+    def __call__(self, _: Any, options: Namespace, pairs: Any, __: Any = None) -> None:
+        by_method: dict[str, list[float]] = {}
+        for method, value in pairs:
+            by_method.setdefault(method, []).append(value)
+        setattr(options, self.dest, by_method)
+
+
+def own_parser() -> ArgumentParser:
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    help = "a file that adds models, methods, data sets or suites of your own"
+    parser.add_argument("--own", type=Path, metavar="FILE", help=help)
+    return parser
+
+
 def arguments() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m benchmarks.paper", description=__doc__)
+    about = {"description": __doc__, "parents": [own_parser()]}
+    parser = ArgumentParser(prog="python -m benchmarks.paper", **about)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, function: Callable[[Namespace], None]) -> ArgumentParser:
@@ -114,27 +172,27 @@ def arguments() -> ArgumentParser:
         titles = "; ".join(f"{name}: {suite.title}" for name, suite in SUITES.items())
         add("suite", choices=SUITES, help=f"which set of runs. {titles}")
         add("--models", nargs="+", choices=MODELS, default=[], help="instead of the suite's")
+        example = "instead of the suite's, such as spectral=0.03 (λ)"
+        options = {"type": strength, "action": Strengths, "default": {}, "metavar": "METHOD=λ"}
+        add("--strengths", nargs="+", help=example, **options)
+        add("--batches", type=int, nargs="+", default=[], help="only these of the suite's")
+        add("--epochs", type=int, help="instead of the suite's")
         add("--data", type=Path, help="the folder of the data set's files")
         add("--save", action="store_true", help="commit to the repository's results as well")
+        add("--fresh", action="store_true", help="do committed runs anew")
         add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
         add("--workers", type=int, default=os.cpu_count() or 1, help="runs side by side")
         add("--threads", type=int, default=1, help="threads of each run")
         add("--minutes", type=float, help="stop then; the same command goes on")
+        add("--micro-batch", type=int, help="images at a time, if memory holds no whole batch")
         add("--bfloat16", action="store_true", help="autocast")
         add("--compile", dest="compiled", action="store_true", help="torch.compile the model")
         add("--channels-last", action="store_true", help="the layout that tensor cores like")
     add = running.add_argument
     add("--methods", nargs="+", choices=METHODS, default=[], help="instead of the suite's")
-    example = "instead of the default ones, such as spectral=0.03 (λ)"
-    add("--strengths", nargs="+", type=strength, default=[], metavar="METHOD=λ", help=example)
-    add("--batches", type=int, nargs="+", default=[], help="only these of the suite's")
     add("--seeds", type=int, help="only the first so many")
-    add("--epochs", type=int, help="instead of the suite's")
-    add = grid.add_argument
-    add("--method", choices=METHODS, default="vanilla", help="whose grid")
-    add("--strengths", type=float, nargs="+", help="the method's default if none")
-    add("--rates", type=float, nargs="+", default=[0.01, 0.03, 0.1, 0.3], help="initial ones")
-    for name, function in {"table": table, "figures": draw}.items():
+    grid.add_argument("--rates", type=float, nargs="+", default=[], help="initial ones")
+    for name, function in {"table": table, "figures": draw, "commit": commit}.items():
         add = command(name, function).add_argument
         add("suites", nargs="*", default=[], help="all if none is given")
         whose = "the folder that `run` wrote into (--out); the committed results if none"
@@ -145,8 +203,12 @@ def arguments() -> ArgumentParser:
 
 
 def main() -> None:
-    options = arguments().parse_args()
+    # Before the other arguments: a file of one's own adds names that they may have.
+    first, rest = own_parser().parse_known_args()
     try:
+        if first.own is not None:
+            run_path(str(first.own))
+        options = arguments().parse_args(rest, first)
         options.command(options)
     except (data.DataError, RunError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -2,7 +2,7 @@
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,10 +52,10 @@ class Source(NamedTuple):
 
 def load(name: str, folder: Path | None = None) -> Data:
     """Return a data set from the files in ``folder``; digits come with scikit-learn."""
-    if name == "digits":
-        return digits()
+    if name in MADE:
+        return MADE[name]()
     if name not in SOURCES:
-        raise DataError(f"no data set is named {name!r}: digits, {', '.join(SOURCES)}")
+        raise DataError(f"no data set is named {name!r}: {', '.join([*MADE, *SOURCES])}")
     source = SOURCES[name]
     parts = READERS[source.reader](source, located(name, source, folder))
     *train, test = (checked(source, *part) for part in parts)
@@ -152,6 +152,10 @@ def contents(path: Path) -> bytes:
 READERS = {"cifar": read_cifar, "stl": read_stl, "idx": read_idx}
 TABLE = read_toml(Path(__file__).with_name("data.toml"))
 SOURCES = {name: Source(**fields) for name, fields in TABLE.items()}
+
+
+# Data sets that need no files of --data. Add your own.
+MADE: dict[str, Callable[[], Data]] = {"digits": digits}
 
 
 def normalized(images: NDArray[Any]) -> Images:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 import spectral_torch
 from benchmarks import models
 
+from . import small
 from .data import Data
 from .runs import RunError
 
@@ -25,9 +26,10 @@ Network = Callable[[Tensor], Tensor]
 State = dict[str, Tensor]
 KINDS = (nn.Conv2d, nn.Linear)
 
-# Each is called with channels, classes, size and width.
+# Each is called with channels, classes, size of the images and width.
 MODELS: dict[str, Callable[..., nn.Module]] = {"vgg": models.vgg_16, "nin": models.nin}
 MODELS |= {f"densenet-{depth}": partial(models.densenet, depth=depth) for depth in (40, 22)}
+MODELS |= {"mlp": small.mlp, "lenet": small.lenet, "nin-bn": small.nin_bn, "vgg-7": small.vgg_7}
 
 
 def build(name: str, data: Data, width: float, seed: int) -> nn.Module:
@@ -99,9 +101,11 @@ class Adversarial(Method):
 class Spectral(Method):
     """(λ/2)·Σ σ², by the regularizer; one iteration a step from Gaussian vectors, as the paper."""
 
+    more: ClassVar[dict[str, Any]] = {}  # options of the regularizer
+
     def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
         self._regularizer = spectral_torch.SpectralNormRegularizer(
-            model, factor=self.strength, warmup_iters=0, seed=self.seed
+            model, factor=self.strength, warmup_iters=0, seed=self.seed, **self.more
         ).attach(optimizer)
 
     def state(self) -> State:
@@ -109,6 +113,18 @@ class Spectral(Method):
 
     def load(self, state: State) -> None:
         self._regularizer.load_state_dict(state)
+
+
+class FourVectors(Spectral):
+    """The same with four vectors for each matrix."""
+
+    more: ClassVar[dict[str, Any]] = {"n_vectors": 4}
+
+
+class Operator(Spectral):
+    """The same with the norm of each convolution as a map of images."""
+
+    more: ClassVar[dict[str, Any]] = {"norm": "operator"}
 
 
 class Jacobian(Method):
@@ -147,3 +163,4 @@ def unit(rows: Tensor) -> Tensor:
 
 METHODS = {"vanilla": Method, "decay": Decay, "adversarial": Adversarial, "spectral": Spectral}
 METHODS |= {"jacobian": Jacobian, "normalization": Normalization}
+METHODS |= {"spectral-4": FourVectors, "spectral-operator": Operator}

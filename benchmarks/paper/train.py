@@ -5,27 +5,22 @@ A run that was stopped goes on from its checkpoint, which holds the results so f
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from math import isfinite, prod
+from math import isfinite
 from pathlib import Path
 from time import monotonic, perf_counter
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 
-import spectral_core as sc
 from benchmarks.common import machine, rounded
 
-from . import data, runs
+from . import data, measure, runs
 from .data import Data
 from .methods import METHODS, Method, build
 from .runs import MEASURED, MOMENTUM, Result, Run, RunError
 
-HOW = ("device", "bfloat16", "compiled", "channels_last")
-CHUNK = 500  # images at a time, where nothing is trained
+HOW = ("device", "bfloat16", "compiled", "channels_last", "micro_batch")
 
 
 @dataclass(frozen=True)
@@ -36,9 +31,10 @@ class Settings:
     bfloat16: bool = False
     compiled: bool = False
     channels_last: bool = False
+    micro_batch: int | None = None  # images at a time, where memory does not hold a whole batch
     threads: int = 1
     deadline: float | None = None  # of `time.monotonic`: when to stop, to go on another time
-    save_every: float = 20.0  # seconds between checkpoints
+    save_every: float = 30.0  # seconds between checkpoints
 
     def late(self) -> bool:
         return self.deadline is not None and monotonic() > self.deadline
@@ -87,7 +83,9 @@ class Trainer:
         measured = {"loss": float(torch.stack(losses).mean())}
         finite = all(bool(p.isfinite().all()) for p in self.model.parameters())
         self.result.diverged = not (finite and isfinite(measured["loss"]))
-        if not self.result.diverged:
+        if epoch + 1 not in self._when(self.run.checks or self.run.epochs):
+            measured = {}
+        elif not self.result.diverged:
             measured |= self._measured(epoch + 1)
         self.result.record(measured)
         seconds = self.result.seconds + perf_counter() - start
@@ -107,26 +105,43 @@ class Trainer:
     def _step(self, x: Tensor, y: Tensor) -> Tensor:
         """Do a step on images and labels, and return the plain loss."""
         self.optimizer.zero_grad()
-        with torch.autocast(self.settings.device, torch.bfloat16, self.settings.bfloat16):
-            loss, plain = self.method.loss(self.network, x, y)
-        loss.backward()
+        size, total = self.settings.micro_batch or len(y), torch.zeros((), device=y.device)
+        for images, labels in zip(x.split(size), y.split(size), strict=True):
+            share = len(labels) / len(y)
+            with torch.autocast(self.settings.device, torch.bfloat16, self.settings.bfloat16):
+                loss, plain = self.method.loss(self.network, images, labels)
+            (loss * share).backward()
+            total += plain.detach() * share
         self.optimizer.step()
-        return plain.detach()
+        return total
+
+    def _when(self, times: int) -> set[int]:
+        """Return so many epochs, evenly apart, the last one among them."""
+        return {round(self.run.epochs * (k + 1) / times) for k in range(times)}
 
     def _measured(self, epoch: int) -> dict[str, float]:
-        hessians = self.run.hessians
-        with_hessian = {round(self.run.epochs * (k + 1) / hessians) for k in range(hessians)}
         measured = {}
         self.model.eval()
         for part, (x, y) in {"train": self._train, "test": self._test}.items():
             some = x[:MEASURED], y[:MEASURED]
-            measured[part] = accuracy(self.model, x, y)
-            measured[f"{part}_gradient"] = input_gradient(self.model, *some)
-            if epoch in with_hessian:
-                measured[f"{part}_hessian"] = hessian(self.model, *some)
-        measured["sigma_product"] = sigma_product(self.model)
+            measured[part] = measure.accuracy(self.model, x, y)
+            measured[f"{part}_gradient"] = measure.input_gradient(self.model, *some)
+            if epoch in self._when(self.run.hessians):
+                measured[f"{part}_hessian"] = measure.hessian(self.model, *some)
+        measured["sigma_product"] = measure.sigma_product(self.model)
         self.model.train()
         return measured
+
+    def finish(self) -> None:
+        """Measure what is measured once, at the end."""
+        if self.result.diverged:
+            return
+        model = self.model.eval()
+        found = measure.final(model, *self._test, self.run.seed)
+        self.result.final = rounded(found, runs.DIGITS)
+        # One seed's are enough for a figure, and the rest has σ₁ and the rank of all.
+        if self.run.seed == 0 or not self.run.checks:
+            self.result.spectra = rounded(measure.spectra(model), runs.DIGITS)
 
     def save(self, path: Path) -> None:
         """Write all that the run needs to go on, and its results so far."""
@@ -174,76 +189,7 @@ def train(
             trainer.save(checkpoint)
             saved = monotonic()
         advance()
-    if not trainer.result.diverged:
-        trainer.result.spectra = rounded(spectra(trainer.model.eval()), runs.DIGITS)
+    trainer.finish()
     result = runs.write(folder, trainer.result)
     checkpoint.unlink(missing_ok=True)
     return result
-
-
-@torch.inference_mode()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    pairs = zip(x.split(CHUNK), y.split(CHUNK), strict=True)
-    right = sum((model(some).argmax(1) == labels).sum() for some, labels in pairs)
-    return float(right) / len(y)
-
-
-def input_gradient(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Return the mean over images of ‖∇ₓ loss‖₂ (paper, figures 2 and 6)."""
-    total = torch.zeros((), device=x.device)
-    for some, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-        some = some.detach().requires_grad_()
-        loss = cross_entropy(model(some), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, some)
-        total += gradient.flatten(1).norm(dim=1).sum()
-    return float(total) / len(x)
-
-
-def hessian(model: nn.Module, x: Tensor, y: Tensor, seed: int = 0) -> float:
-    """Return the largest eigenvalue of the loss's Hessian, within some 2 % (paper, figure 3).
-
-    By Lanczos: the paper's power iteration needs more products, and finds the largest magnitude.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(cross_entropy(model(x), y), parameters, create_graph=True)
-    sizes = [p.numel() for p in parameters]
-
-    def product(vector: NDArray[np.float64]) -> NDArray[np.float64]:
-        parts = torch.from_numpy(vector.ravel()).to(x.device, torch.float32).split(sizes)
-        pieces = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
-        products = torch.autograd.grad(gradients, parameters, pieces, retain_graph=True)
-        return torch.cat([part.flatten() for part in products]).double().cpu().numpy()
-
-    size = sum(sizes)
-    operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
-    start = np.random.default_rng(seed).standard_normal(size)
-    try:
-        values = eigsh(operator, 1, which="LA", v0=start, ncv=6, tol=0.02, maxiter=30)[0]
-    except ArpackError:  # not converged, or a Hessian that is zero or not finite
-        return float("nan")
-    return float(values[0])
-
-
-@torch.no_grad()
-def spectra(model: nn.Module) -> dict[str, list[float]]:
-    """Return all singular values of each weight, the largest first (paper, figure 4)."""
-    return {name: torch.linalg.svdvals(W).tolist() for name, W in matrices(model).items()}
-
-
-@torch.no_grad()
-def sigma_product(model: nn.Module) -> float:
-    """Return Π σ, a bound on how much the weights, without batch normalization, can amplify."""
-    # From the smaller of WWᵀ and WᵀW: much faster than an SVD, and as good for σ₁.
-    squares = (W @ W.T if len(W) < W.shape[1] else W.T @ W for W in matrices(model).values())
-    return prod(float(torch.linalg.eigvalsh(square)[-1]) ** 0.5 for square in squares)
-
-
-def matrices(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of convolutions and linear layers, in float64."""
-    layouts = {nn.Conv2d: "oihw", nn.Linear: "oi"}
-    return {
-        name: sc.as_matrix(module.weight.detach(), layout).double()
-        for name, module in model.named_modules()
-        for kind, layout in layouts.items()
-        if isinstance(module, kind)
-    }

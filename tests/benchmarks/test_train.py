@@ -1,5 +1,6 @@
 """The paper's models, methods and measurements, and runs that stop and go on."""
 
+import itertools
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -13,14 +14,17 @@ import torch  # noqa: E402
 from flax import nnx  # noqa: E402
 from torch import nn  # noqa: E402
 
+import spectral_core as sc  # noqa: E402
 from benchmarks import models  # noqa: E402
 from benchmarks.paper import __main__ as cli  # noqa: E402
-from benchmarks.paper import data, jax_nin, methods, runs, train  # noqa: E402
+from benchmarks.paper import data, jax_nin, measure, methods, runs, train  # noqa: E402
 from benchmarks.paper.runs import STRENGTHS, SUITES, Run, RunError  # noqa: E402
 from benchmarks.paper.train import Settings, Trainer  # noqa: E402
 
 torch.set_num_threads(1)  # networks this small run no faster on several
-PLAN = Run("digits", "vgg", "vanilla", 0.0, 16, rate=0.02, epochs=4, seed=0, width=0.04, hessians=2)
+PLAN = Run(
+    "digits", "vgg-7", "vanilla", 0.0, 16, rate=0.02, epochs=4, seed=0, width=0.04, hessians=2
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,17 +86,61 @@ def test_measurements_are_those_of_dense_linear_algebra(images):
     weight = model[1].weight.detach()
     dense = torch.func.hessian(lambda W: nn.functional.cross_entropy(x.flatten(1) @ W.T, y))(weight)
     largest = float(torch.linalg.eigvalsh(dense.reshape(192, 192).double())[-1])
-    assert train.hessian(model, x, y) == pytest.approx(largest, rel=0.03)
+    assert measure.hessian(model, x, y) == pytest.approx(largest, rel=0.03)
     norms = ((model(x).softmax(1) - nn.functional.one_hot(y, 3)) @ weight).norm(dim=1)
-    assert train.input_gradient(model, x, y) == pytest.approx(float(norms.mean()), rel=1e-5)
+    assert measure.input_gradient(model, x, y) == pytest.approx(float(norms.mean()), rel=1e-5)
     values = np.linalg.svd(weight.double().numpy(), compute_uv=False)
-    np.testing.assert_allclose(train.spectra(model)["1"], values, rtol=1e-6)
-    assert train.sigma_product(model) == pytest.approx(values[0])
+    np.testing.assert_allclose(measure.spectra(model)["1"], values, rtol=1e-6)
+    assert measure.sigma_product(model) == pytest.approx(values[0])
+
+
+def test_final_measurements_are_those_of_a_linear_classifier(images):
+    model, *_ = linear(classes=2)
+    x, y = map(torch.from_numpy, images[:2])
+    y = y % 2
+    weight = model[1].weight.detach()
+    found = measure.final(model, x, y, seed=0)
+    # An attack moves an image against the difference of the two rows, whatever the number of steps.
+    apart = weight[0] - weight[1]
+    margin = (x.flatten(1) @ apart) * (1 - 2 * y) / apart.norm()
+    expected = [float((margin > size).float().mean()) for size in measure.SIZES]
+    assert found["one_step"] == pytest.approx(expected)
+    assert found["ten_steps"] == pytest.approx(expected)
+    assert found["noise"][0] > found["noise"][-1]
+    sigma = float(torch.linalg.matrix_norm(weight, 2))
+    assert found["bound"] == pytest.approx(np.log10(sigma), abs=1e-5)
+    assert found["layers"]["1"][::2] == pytest.approx([sigma, sigma], rel=1e-5)
+    shares = (x.flatten(1) @ weight.T).softmax(1)
+    assert found["nll"] == pytest.approx(-float(shares[range(48), y].log().mean()), rel=1e-5)
+    sums = np.zeros(measure.BINS)
+    for share, guess, label in zip(*shares.max(1), y, strict=True):
+        sums[int(share * measure.BINS)] += float(share) - float(guess == label)
+    assert found["ece"] == pytest.approx(np.abs(sums).sum() / 48, rel=1e-4)
+
+
+def test_a_convolutions_norm_has_its_stride(images):
+    model = methods.build("lenet", images, 0.5, 0)
+    sigma, _, norm = measure.layers(model)["2"]
+    kernel = model[2].weight.detach()
+    exact = sc.convolution_norm(kernel, "oihw", stride=2)
+    assert exact.lower <= norm <= exact.upper * (1 + 2 * measure.TOL)
+    assert sigma < norm < 5 * sigma
+
+
+@pytest.mark.parametrize("method", ["vanilla", "decay", "spectral", "adversarial"])
+def test_a_micro_batch_has_the_gradient_of_the_batch(images, method):
+    found = []
+    for size in (None, 5):
+        run = replace(PLAN, model="mlp", method=method, strength=0.5)
+        trainer = Trainer(run, images, Settings(micro_batch=size))
+        loss = trainer._step(*(part[:16] for part in trainer._train))
+        found.append((loss, [p.detach() for p in trainer.model.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_a_run_that_was_killed_goes_on_to_the_same_result(method, images, tmp_path):
-    run = replace(PLAN, method=method, strength=STRENGTHS[method])
+    run = replace(PLAN, method=method, strength=STRENGTHS.get(method, 0.01))
     whole = train.train(run, images, Settings(), tmp_path / "whole")
     assert [*whole.curve("test_hessian")] == [2, 4]
     killed = Mock(side_effect=[None, KeyboardInterrupt])  # after the second epoch
@@ -101,7 +149,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_result(method, images, tmp_pa
     with pytest.raises(RunError, match="same settings"):
         train.train(run, images, Settings(bfloat16=True), tmp_path)
     resumed = train.train(run, images, Settings(), tmp_path)
-    assert (resumed.curves, resumed.spectra) == (whole.curves, whole.spectra)
+    for name in ("curves", "spectra", "final"):
+        assert getattr(resumed, name) == getattr(whole, name)
     assert runs.read_folder(tmp_path) == [resumed]  # in the same digits as just computed
     assert train.train(run, images, Settings(), tmp_path) == resumed
     assert not list(tmp_path.glob("*.pt"))
@@ -138,12 +187,42 @@ def test_an_epoch_uploads_its_indices_once(images, monkeypatch):
 
 def test_suites_have_the_papers_rates_and_no_two_runs_one_file():
     for suite in SUITES.values():
-        planned = suite.runs() + suite.grid(suite.models, "spectral", [0.01, 0.1], [0.1, 0.2])
+        settled = {key: {"rate": 0.1} for key in itertools.product(suite.models, suite.batches)}
+        planned = suite.runs(settled=settled) + suite.rates(rates=[0.1, 0.2])
+        planned += suite.grid(settled, {"spectral": [0.01, 0.1]})
         assert len({run.name for run in planned}) == len(planned)
     rates = {(run.model, run.batch): run.rate for run in SUITES["cifar-100"].runs()}
     assert (rates["nin", 64], rates["nin", 4096]) == (0.1, 1.0)
     chosen = SUITES["quick"].runs(["nin"], ["spectral"], [64], {"spectral": 0.03})
     assert [run.name for run in chosen] == [f"nin-b64-spectral-0.03-r0.03-s{k}" for k in (0, 1)]
+
+
+def test_accuracies_are_measured_as_often_as_asked(images, tmp_path):
+    plan = replace(PLAN, model="mlp", epochs=7, checks=3, hessians=1)
+    found = [train.train(replace(plan, seed=k), images, Settings(), tmp_path) for k in (0, 1)]
+    assert [*found[0].curve("test")] == [2, 5, 7] == [*found[0].curve("loss")]
+    assert [*found[0].curve("test_hessian")] == [7]
+    assert found[0].spectra
+    assert not found[1].spectra  # one seed's fill a figure, and σ₁ and ranks are kept of all
+    assert found[1].final["layers"].keys() == found[0].spectra.keys()
+
+
+def test_of_equal_accuracies_the_smaller_loss_is_chosen_at_the_rate_of_vanilla():
+    suite, found = SUITES["fashion-mlp"], []
+    plan = replace(PLAN, data="fashion-mnist", model="mlp", batch=57, validate=True)
+    rates, strengths = (
+        ((0.1, 0.9, 0.3), (0.2, 0.8, 0.1)),
+        ((0.3, 0.9, 0.5), (0.4, 0.9, 0.4), (0.5, 0.8, 0)),
+    )
+    ways = [("vanilla", rate, 0.0, test, loss) for rate, test, loss in rates]
+    ways += [("decay", 0.1, strength, test, loss) for strength, test, loss in strengths]
+    ways += [("decay", 0.2, 0.6, 1.0, 0.0)]
+    for method, rate, strength, test, loss in ways:
+        run = replace(plan, method=method, rate=rate, strength=strength)
+        found.append(runs.Result(run, final={"nll": loss}))
+        found[-1].record({"test": test})
+    assert suite.settled(found) == {("mlp", 64): {"rate": 0.1, "decay": 0.4}}
+    assert suite.settled([replace(one, diverged=True) for one in found]) == {}
 
 
 UNKNOWN = ("run quick --models foo", "run quick --batches 12", "run quick --strengths l=1")
