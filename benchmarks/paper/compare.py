@@ -13,8 +13,9 @@ from .runs import DATA, MODELS, PAPERS, STRENGTHS, Result, Run, RunError
 
 MEASURES = {"test accuracy": "test", "train minus test accuracy": "last_gap"}
 MEASURES |= {"log₁₀ Π σ": "log_product"}
+COLUMNS = ("best", *MEASURES.values(), "gradient", "hessian", "nll", "ece", "bound", "log_norms")
 
-Spectra = Mapping[str, Sequence[float]]  # singular values by weight, the largest first
+Spectra = Mapping[str, tuple[float, float]]  # σ₁ and ‖W‖_F²/σ₁² by weight
 
 
 class Interval(NamedTuple):
@@ -32,9 +33,10 @@ class Interval(NamedTuple):
         return points(self.mean) + ("" if isnan(self.half) else f" ±{points(self.half)}")
 
 
-def interval(values: pd.Series) -> Interval:
-    """Return Student's interval of a mean."""
-    return Interval(values.mean(), float(stats.t.ppf(0.975, len(values) - 1)) * values.sem())
+def interval(values: pd.Series, comparisons: int = 1) -> Interval:
+    """Return Student's interval of a mean, wide enough for so many of them to hold together."""
+    tail = 0.025 / comparisons
+    return Interval(values.mean(), -float(stats.t.ppf(tail, len(values) - 1)) * values.sem())
 
 
 def unpaired(one: pd.Series, two: pd.Series) -> Interval:
@@ -56,6 +58,7 @@ class Group:
         run = self.run
         parts = [f"{MODELS.get(run.model, run.model)} {DATA.get(run.data, run.data)}"]
         parts += [f"width {run.width:g}"] * (run.width != 1)
+        parts += [f"{run.subset} images"] * (run.subset is not None)
         return ", ".join(parts + [run.framework] * (run.framework != "torch"))
 
     @property
@@ -78,6 +81,12 @@ class Group:
         kept = self.kept[self.kept["method"].isin(PAPERS)]
         return int((kept["best"] < 2 / classes).sum())
 
+    @property
+    def seeds(self) -> int:
+        """The least number of runs that a method of the paper has."""
+        counts = self.runs["method"].value_counts()
+        return int(counts[counts.index.isin(PAPERS)].min())
+
     def lost(self, method: str) -> tuple[int, int]:
         """Return how many of the method's runs diverged, and how many there are."""
         diverged = self.runs["diverged"][self.runs["method"] == method]
@@ -85,6 +94,8 @@ class Group:
 
     def values(self, column: str) -> pd.DataFrame:
         """Return a row for each seed and a column for each method; NaN where a run diverged."""
+        if column not in self.runs:
+            return pd.DataFrame(columns=self.methods, dtype=float)
         wide = self.kept.pivot(index="seed", columns="method", values=column)
         return wide.reindex(index=sorted(set(self.runs["seed"])), columns=self.methods)
 
@@ -112,12 +123,25 @@ def described(result: Result) -> dict[str, Any]:
     order = (place(run.model, MODELS), place(run.data, DATA), run.width, run.framework)
     row = {"place": (*order, run.subset or 0), "rank": place(run.method, STRENGTHS)}
     row |= {**asdict(run), "diverged": result.diverged, "result": result}
-    if result.diverged:
-        return row | dict.fromkeys(("best", *MEASURES.values()), nan)
-    test, product = result.last("test"), result.curve("sigma_product")
-    row |= {"best": max(result.curve("test").values()), "test": test}
-    row |= {"last_gap": result.last("train") - test}
-    return row | {"log_product": log10(result.last("sigma_product")) if product else nan}
+    return row | (dict.fromkeys(COLUMNS, nan) if result.diverged else numbers(result))
+
+
+def numbers(result: Result) -> dict[str, float]:
+    """Return the numbers that methods are compared by; NaN for what was not measured."""
+    final, test = result.final, result.last("test")
+    found = dict.fromkeys(COLUMNS, nan) | {"best": max(result.curve("test").values())}
+    # Rounded: a difference of decimals is not one, and would differ from an equal one.
+    found |= {"test": test, "last_gap": round(result.last("train") - test, 6)}
+    for name, curve in {"gradient": "test_gradient", "hessian": "test_hessian"}.items():
+        found |= {name: result.last(curve)} if result.curve(curve) else {}
+    if result.curve("sigma_product"):
+        found["log_product"] = log10(result.last("sigma_product"))
+    found |= {key: final[key] for key in ("gradient", "nll", "ece", "bound") if key in final}
+    for key in ("noise", "one_step", "ten_steps"):
+        found |= {f"{key} {k}": value for k, value in enumerate(final.get(key, ()))}
+    if norms := [norm for *_, norm in final.get("layers", {}).values()]:
+        found["log_norms"] = sum(map(log10, norms))
+    return found
 
 
 def threshold(runs: pd.DataFrame) -> float:
@@ -134,15 +158,8 @@ def threshold(runs: pd.DataFrame) -> float:
 def gap_at(alpha: float, result: Result) -> float:
     """Return the least train minus test accuracy among the epochs that test better than α."""
     train, test = result.curve("train"), result.curve("test")
-    gaps = [train[epoch] - test[epoch] for epoch in test if test[epoch] > alpha]
+    gaps = [round(train[epoch] - test[epoch], 6) for epoch in test if test[epoch] > alpha]
     return nan if result.diverged else min(gaps, default=nan)
-
-
-def large(found: Sequence[Group]) -> list[Group]:
-    """Return the group of the largest batch, of each network that was trained at several."""
-    networks = dict.fromkeys(group.network for group in found)
-    sizes = [[group for group in found if group.network == name] for name in networks]
-    return [groups[-1] for groups in sizes if len(groups) > 1]
 
 
 def verdict(group: Group) -> str:
@@ -155,7 +172,9 @@ def verdict(group: Group) -> str:
     gaps = group.values("gap")
     # Spectral's gap minus the other's, paired by seed.
     pairs = {name: (gaps["spectral"] - gaps[name]).dropna() for name in gaps if name in PAPERS}
-    found = {name: interval(one) for name, one in pairs.items() if len(one) and name != "spectral"}
+    pairs = {name: one for name, one in pairs.items() if len(one) and name != "spectral"}
+    # Each may refute the claim, so the intervals must hold together.
+    found = {name: interval(one, len(pairs)) for name, one in pairs.items()}
     if not found:
         return "undecided, spectral has no run to compare with another method's."
     # The one that speaks most against the claim.
@@ -174,20 +193,13 @@ def verdict(group: Group) -> str:
     return f"undecided, {what}{than} than {against}, {why}."
 
 
-def better_seeds(group: Group) -> tuple[bool, bool] | None:
-    """Return whether every seed is better with spectral than with vanilla, and whether worse."""
-    if not {"spectral", "vanilla"} <= {*group.methods} or group.at_chance:
-        return None
-    wide = [group.values(column) for column in ("test", "last_gap")]
-    test, gap = (values["spectral"] - values["vanilla"] for values in wide)
-    return bool(((test > 0) & (gap < 0)).all()), bool(((test < 0) & (gap > 0)).all())
-
-
 def spectra_compared(found: Iterable[Group]) -> pd.DataFrame:
     """Return a row for each seed of spectral: its spectra and vanilla's from the same weights."""
     rows = []
     for group in found:
-        kept = {(one.run.method, one.run.seed): one.spectra for one in group.kept["result"]}
+        if group.at_chance:
+            continue
+        kept = {(one.run.method, one.run.seed): summary(one) for one in group.kept["result"]}
         for (method, seed), ours in kept.items():
             theirs = kept.get(("vanilla", seed))
             if method == "spectral" and ours and theirs:
@@ -195,11 +207,18 @@ def spectra_compared(found: Iterable[Group]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def summary(result: Result) -> Spectra:
+    """Return σ₁ and ‖W‖_F²/σ₁² of each weight."""
+    if layers := result.final.get("layers"):
+        return {name: (sigma, rank) for name, (sigma, rank, _) in layers.items()}
+    return {name: (some[0], stable_rank(some)) for name, some in result.spectra.items()}
+
+
 def flattened(ours: Spectra, theirs: Spectra) -> dict[str, Any]:
     """Compare two networks' largest singular values, and how flat their spectra are."""
-    lower = [values[0] < theirs[name][0] for name, values in ours.items()]
-    largest, base = (max(values[0] for values in one.values()) for one in (ours, theirs))
-    ranks = [mean(map(stable_rank, one.values())) for one in (ours, theirs)]
+    lower = [sigma < theirs[name][0] for name, (sigma, _) in ours.items()]
+    largest, base = (max(sigma for sigma, _ in one.values()) for one in (ours, theirs))
+    ranks = [mean(rank for _, rank in one.values()) for one in (ours, theirs)]
     found = {"lower": largest < base, "lower_weights": sum(lower), "weights": len(lower)}
     return found | {"rank": ranks[0], "vanilla": ranks[1], "flatter": ranks[0] > ranks[1]}
 
@@ -209,6 +228,8 @@ def agreements(found: Iterable[Group]) -> list[str]:
     sentences, firsts = [], {}
     for group in found:
         name = (group.title.replace(f", {group.run.framework}", ""), group.run.subset)
+        if group.at_chance:
+            continue
         first = firsts.setdefault(name, group)
         for method in first.methods if first is not group else ():
             names = f"{method}, {first.run.framework} minus {group.run.framework}"

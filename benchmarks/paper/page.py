@@ -7,9 +7,10 @@ import pandas as pd
 
 from benchmarks.common import markdown
 
-from . import compare
+from . import compare, effects
 from .compare import Group, groups, hundredths, place, points
-from .runs import COMMITTED, DATA, MODELS, SENTENCES, STRENGTHS, Result
+from .measure import NOISES, SIZES
+from .runs import COMMITTED, DATA, MODELS, PAPERS, SENTENCES, STRENGTHS, Result
 
 PUBLISHED = pd.read_csv(COMMITTED / "published.csv").set_index(["model", "data", "batch"])
 
@@ -19,7 +20,8 @@ def block(results: Sequence[Result]) -> str:
     if all(result.run.validate for result in results):
         return grid(results)
     found = groups(results)
-    parts = [settings(results), table(found), verdicts(found), spectra(found), counts(found)]
+    parts = [settings(results), table(found), verdicts(found), spectra(found)]
+    parts.append(compared(found))
     parts.append("\n".join(f"- {sentence}" for sentence in compare.agreements(found)))
     return "\n\n".join(part for part in parts if part)
 
@@ -96,13 +98,13 @@ def cells(group: Group, columns: Sequence[str], column: str, paper: dict[str, fl
 
 
 def verdicts(found: Sequence[Group]) -> str:
-    """Return a sentence for each network, about the paper's claim at the large batch."""
+    """Return a sentence for each row about the paper's claim, which it makes for large batches."""
     sentences = [
         f"- {group.title}: {compare.verdict(group)}"
-        for group in compare.large(found)
+        for group in found
         if "spectral" in group.methods and len(group.methods) > 1
     ]
-    claim = "The claim that spectral has the smallest gap at the large batch:"
+    claim = "The claim that spectral has the smallest gap:"
     return "\n".join([claim, "", *sentences]) if sentences else ""
 
 
@@ -117,20 +119,42 @@ def spectra(found: Sequence[Group]) -> str:
     return f"{text} Not so: {'; '.join(missed)}." if len(missed) else text
 
 
-def counts(found: Iterable[Group]) -> str:
-    """Say in how many rows spectral does better than vanilla from every seed, or worse."""
-    compared = {group.title: signs for group in found if (signs := compare.better_seeds(group))}
-    if not compared:
-        return ""
-    better = [title for title, (yes, _) in compared.items() if yes]
-    worse = [title for title, (_, no) in compared.items() if no]
-    numbers = {"better": len(better), "rows": len(compared), "worse": len(worse)}
-    names = f" ({'; '.join(better)})" if better else ""
-    return SENTENCES["counts"].format(names=names, **numbers)
+def compared(found: Iterable[Group]) -> str:
+    """Return each row's measures, and what they decide; nothing about rows at chance."""
+    shown = [group for group in found if not group.at_chance and "spectral" in group.methods]
+    tables = [effects.table(group) for group in shown]
+    said = [f"- {one}" for group in shown for one in effects.sentences(group)]
+    return "\n\n".join([*tables, "\n".join(said)]) if said else ""
+
+
+def summary(suites: Iterable[Sequence[Result]]) -> str:
+    """Return a line for each row: in how many measures spectral is surely better, and worse."""
+    others, lines = [name for name in PAPERS if name != "spectral"], []
+    for group in (group for results in suites for group in groups(results)):
+        if (
+            group.at_chance
+            or "spectral" not in group.methods
+            or group.values("nll").isna().all(None)
+        ):
+            continue
+        signs = [(each.other, each.sign) for each in effects.effects(group) if each.measure.better]
+        cells = [f"{signs.count((name, 1))} / {signs.count((name, -1))}" for name in others]
+        total = max(sum(other == name for other, _ in signs) for name in others)
+        claim = compare.verdict(group).partition(",")[0]
+        lines.append([group.title, str(group.seeds), *cells, str(total), claim])
+    header = ["network", "seeds", *(f"against {name}" for name in others), "measures"]
+    return markdown([*header, "smallest gap"], lines)
 
 
 def grid(results: Sequence[Result]) -> str:
-    """Return accuracies on images held out of the training set, by rate, the best in bold."""
+    """Return what the images held out of the training set say: rates, and then strengths."""
+    return "\n\n".join(part for part in (rates(results), strengths(results)) if part)
+
+
+def rates(results: Sequence[Result]) -> str:
+    """Return accuracies by rate, the best in bold."""
+    # Strengths have a table of their own where each run measured more than its accuracy.
+    results = [one for one in results if not one.final or one.run.method == "vanilla"]
     rates = sorted({result.run.rate for result in results})
     lines: dict[tuple[str, int, str], dict[float, str]] = {}
     for result in results:
@@ -144,3 +168,43 @@ def grid(results: Sequence[Result]) -> str:
         cells = [by_rate.get(rate, "–") for rate in rates]
         rows.append([*map(str, name), *(f"**{c}**" if c == best else c for c in cells)])
     return markdown(["model", "B", "method", *(f"rate {rate:g}" for rate in rates)], rows)
+
+
+def strengths(results: Sequence[Result]) -> str:
+    """Return what each strength does at the rate that suits vanilla, the best accuracy in bold."""
+    lines = []
+    for (model, batch), best in chosen_rates(results).items():
+        mine = [
+            r for r in results if (r.run.model, r.run.batch, r.run.rate) == (model, batch, best)
+        ]
+        mine.sort(key=lambda one: (place(one.run.method, STRENGTHS), one.run.strength))
+        tests = {one.run: one.last("test") for one in mine if not one.diverged}
+        for one in mine:
+            top = max(tests[run] for run in tests if run.method == one.run.method)
+            lines.append([MODELS.get(model, model), str(batch), *strength(one, top)])
+    header = ["model", "B", "method", "accuracy", "train − test", "with noise of s.d. 1"]
+    header += ["ten steps of 1", "log₁₀ Π σ"]
+    return markdown(header, lines) if lines else ""
+
+
+def strength(result: Result, top: float) -> list[str]:
+    name = f"{result.run.method} {result.run.strength:g}"
+    if result.diverged:
+        return [name, "diverged", *["–"] * 4]
+    test, found = points(result.last("test")), compare.numbers(result)
+    keys = ("last_gap", f"noise {NOISES.index(1.0)}", f"ten_steps {SIZES.index(1.0)}")
+    shown = [
+        f"**{test}**" if result.last("test") == top else test,
+        *(points(found[k]) for k in keys),
+    ]
+    return [name, *shown, f"{found['log_product']:.2f}"]
+
+
+def chosen_rates(results: Sequence[Result]) -> dict[tuple[str, int], float]:
+    """Return vanilla's best rate of each model and batch, where a run measured it at its end."""
+    vanilla = [one for one in results if one.run.method == "vanilla" and one.final]
+    vanilla.sort(key=lambda one: (-one.last("test"), one.run.rate))
+    found: dict[tuple[str, int], float] = {}
+    for one in vanilla:
+        found.setdefault((one.run.model, one.run.batch), one.run.rate)
+    return dict(sorted(found.items()))

@@ -9,7 +9,7 @@ for _package in ("pandas", "scipy"):
     pytest.importorskip(_package, reason=f"{_package} is not installed: nox -s paper has it")
 
 from benchmarks import accuracy, readme  # noqa: E402
-from benchmarks.paper import compare, page  # noqa: E402
+from benchmarks.paper import compare, effects, page  # noqa: E402
 from benchmarks.paper.compare import groups, verdict  # noqa: E402
 from benchmarks.paper.runs import Result, Run, RunError  # noqa: E402
 
@@ -59,7 +59,7 @@ def test_the_claim_is_undecided_where_runs_diverged_or_never_left_chance():
     assert "diverged in 1 of 3" in verdict(*groups(lost))
     stuck = groups([*runs[1:], made(tests=(0.1, 0.11))])
     assert "1 runs never left chance" in verdict(stuck[0])
-    assert page.counts(stuck) == ""
+    assert page.compared(stuck) == page.spectra(stuck) == ""
 
 
 def test_the_table_has_bold_bests_counts_of_diverged_and_the_papers_numbers():
@@ -73,13 +73,72 @@ def test_the_table_has_bold_bests_counts_of_diverged_and_the_papers_numbers():
         groups([made("spectral"), made("spectral", strength=0.1)])
 
 
-def test_rows_are_counted_where_all_seeds_agree():
-    runs = [made(seed=k, tests=(0.5, 0.8), model=m) for m in ("vgg", "nin") for k in range(2)]
+def test_spectra_are_compared_by_their_largest_values_and_ranks():
+    runs = [made(seed=k, model=m) for m in ("vgg", "nin") for k in range(2)]
     runs += [made("spectral", k, (0.5, 0.9), 0.05) for k in range(2)]
     runs += [made("spectral", k, (0.5, 0.7), 0.2, model="nin") for k in range(2)]
-    text = page.counts(groups(runs)) + page.spectra(groups(runs))
-    assert "in 1 of 2 rows (VGGNet CIFAR-10, B = 4096). It is worse in both in 1." in text
+    text = page.spectra(groups(runs))
     assert "4 of 4 runs (σ₁ of 4 of 4 weights), and its spectrum is flatter in 4 of 4" in text
+    for run in runs:  # of later seeds only these numbers are kept
+        final = {"layers": {"a": [run.spectra["a"][0], 2.0, 3.0]}}
+        run.spectra, run.final = {}, final
+    assert "lower in 4 of 4 runs" in page.spectra(groups(runs))
+    assert "is flatter in 0 of 4" in page.spectra(groups(runs))
+
+
+def trio(noise, tests=(0.90, 0.91, 0.92)):
+    """Vanilla and spectral from three seeds; spectral's differences under noise are these."""
+    runs = []
+    for k, (test, more) in enumerate(zip(tests, noise, strict=True)):
+        for method, added in (("vanilla", 0.0), ("spectral", more)):
+            run = made(method, k, tests=(test,))
+            run.final = {"noise": [0.5 + added] * 4, "nll": 0.5 - added}
+            runs.append(run)
+    return runs
+
+
+def test_a_difference_is_marked_where_it_holds_among_all_comparisons():
+    sure, maybe = (groups(trio(noise))[0] for noise in ((0.1, 0.1001, 0.0999), (0.1, 0.02, 0.1)))
+    assert "+.100 ±.000 ✓" in effects.table(sure)
+    assert "−0.1 ±0.000248 ✓" in effects.table(sure)  # a smaller loss is better
+    assert "✓" not in effects.table(maybe)
+    (said,) = effects.sentences(sure)
+    assert "spectral against vanilla: better in 5 and worse in 0 of 7 measures, 3 seeds." in said
+    (worse,) = effects.sentences(groups(trio((-0.1, -0.1001, -0.0999)))[0])
+    assert "worse in 5 of 7 measures (worse: accuracy, noise of s.d. 0.25; " in worse
+    alone = groups([run for run in trio((0.1, 0.1, 0.1)) if run.run.seed == 0])[0]
+    assert "1 seed decides nothing" in next(effects.sentences(alone))
+    assert "✓" not in effects.table(alone)
+
+
+def test_the_summary_counts_the_marks_of_rows_that_were_measured():
+    runs = trio((0.1, 0.1001, 0.0999))
+    text = page.summary([runs, [made(m, data="digits") for m in ("vanilla", "spectral")]])
+    row = text.splitlines()[-1].strip("| ").split(" | ")
+    assert row[1:] == ["3", "5 / 0", "0 / 0", "0 / 0", "7", "undecided"]
+    assert "digits" not in text
+
+
+def test_numbers_that_are_equal_in_print_are_no_difference():
+    runs = [made(m, k, tests=(0.7,)) for m in ("vanilla", "spectral") for k in (0, 1)]
+    for run, (train, test) in zip(runs, [(0.9, 0.8)] * 2 + [(0.8, 0.7)] * 2, strict=True):
+        run.curves |= {"train": [train], "test": [test]}
+    assert 0.9 - 0.8 != 0.8 - 0.7
+    gaps = [each for each in effects.effects(groups(runs)[0]) if each.measure.column == "last_gap"]
+    assert [each.sign for each in gaps] == [0]
+
+
+@pytest.mark.parametrize(
+    ("chances", "found"),
+    [
+        ((0.01, 0.04, 0.03), (True, False, False)),  # 0.03 > 0.05/2, and then no larger one
+        ((0.016, 0.025, 0.05), (True, True, True)),
+        ((0.017, 0.0, 0.9), (True, True, False)),
+        ((), ()),
+    ],
+)
+def test_holm_goes_on_until_a_chance_is_too_large(chances, found):
+    assert effects.holm(chances) == [*found]
 
 
 JAX = {"no difference": (0.91, 0.9, 0.92), "they differ": (0.8, 0.82, 0.81), "too few": (0.9,)}
@@ -97,6 +156,24 @@ def test_a_grid_shows_each_rate_and_what_diverged():
     rates = ((0.1, 0.9), (0.3, 0.95), (3.0, 0.1))
     runs = [made(rate=r, tests=(t,), validate=True, diverged=r > 1) for r, t in rates]
     assert page.block(runs).endswith("| .900 | **.950** | diverged |")
+
+
+def test_a_grid_shows_what_each_strength_does_at_the_rate_of_vanilla():
+    runs = [
+        made(rate=r, tests=(t,), validate=True, strength=0.0) for r, t in ((0.1, 0.9), (0.3, 0.8))
+    ]
+    for strength, test in ((0.1, 0.91), (0.01, 0.92)):
+        runs.append(made("spectral", tests=(test,), validate=True, strength=strength))
+    for run in runs:
+        run.final = {"noise": [0.5] * 4, "ten_steps": [0.25] * 3}
+    rates, strengths = page.block(runs).split("\n\n")
+    assert rates.endswith("| VGGNet | 4096 | vanilla 0 | **.900** | .800 |")
+    rows = [line.split(" | ")[2:7] for line in strengths.splitlines()[2:]]
+    assert rows == [
+        ["vanilla 0", "**.900**", ".100", ".500", ".250"],
+        ["spectral 0.01", "**.920**", ".100", ".500", ".250"],
+        ["spectral 0.1", ".910", ".100", ".500", ".250"],
+    ]
 
 
 @pytest.mark.parametrize("path", readme.pages(), ids=lambda path: path.name)
