@@ -32,6 +32,7 @@ def blocks() -> dict[str, str]:
         "operator-norm": operator_norm.page(),
         "stacks": stacks(),
         **{f"paper-{suite}": page.block(results) for suite, results in runs.committed().items()},
+        "paper-summary": page.summary(runs.committed().values()),
     }
     if (path := RESULTS / "networks.json").exists():
         found["networks"] = networks(read_json(path))
