@@ -32,7 +32,7 @@ def run(options: Namespace) -> None:
     suite, strengths = SUITES[options.suite], {m: some[-1] for m, some in options.strengths.items()}
     chosen = options.models, options.methods, options.batches, strengths
     searched = suite.search or options.suite
-    planned = suite.runs(*chosen, SUITES[searched].settled(found_by_search(searched, options.out)))
+    planned = suite.runs(*chosen, SUITES[searched].decided(found_by_search(searched, options.out)))
     seeds = suite.seeds if options.seeds is None else options.seeds
     planned = [one for one in planned if one.seed < seeds]
     finish(options, options.suite, [replace(one, **changes(options)) for one in planned])
@@ -57,9 +57,10 @@ def search(options: Namespace) -> None:
 
 
 def found_by_search(suite: str, folder: Path) -> list[Result]:
-    """Return the results of a suite's grid: those in the folder, or else the committed ones."""
+    """Return the results of a suite's grid: those in the folder, and the committed ones."""
     name = f"search-{suite}"
-    return runs.read_folder(folder / name) or runs.committed(name).get(name, [])
+    found = [*runs.committed(name).get(name, []), *runs.read_folder(folder / name)]
+    return [*{one.run: one for one in found}.values()]
 
 
 def complete(options: Namespace, suite: str, planned: list[Run]) -> list[Result] | None:

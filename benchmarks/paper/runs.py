@@ -223,6 +223,17 @@ class Suite:
                     best.setdefault(run.method, run.strength)
         return found
 
+    def decided(self, results: Sequence[Result]) -> Settled:
+        """Return what `settled` does, of the models and batches whose whole grid is done."""
+        done = {_point(one.run) for one in results}
+        found = self.settled(results)
+        for (model, batch), best in [*found.items()]:
+            planned = self.rates([model], [batch])
+            planned += self.grid({(model, batch): best}, self.strengths)
+            if not done >= {_point(run) for run in planned}:
+                del found[model, batch]
+        return found
+
     def _known(self, batches: Sequence[int]) -> Sequence[int]:
         if unknown := set(batches) - set(self.batches):
             raise RunError(f"the suite has the batch sizes {self.batches}, not {sorted(unknown)}")
@@ -251,8 +262,13 @@ class Suite:
         plan = {"data": self.data, "model": model, "batch": size, "subset": self.subset}
         plan = plan | setting | fields
         if "rate" not in plan:
-            raise RunError(f"no grid has chosen a rate for {model} at {size}: search it first")
+            raise RunError(f"no whole grid has chosen for {model} at {size}: search it first")
         return Run(**plan)
+
+
+def _point(run: Run) -> tuple[Any, ...]:
+    """Return what tells the runs of a grid from one another."""
+    return run.model, run.batch, run.method, run.strength, run.rate
 
 
 SUITES = {name: Suite(**fields) for name, fields in read_toml(ROOT / "suites.toml").items()}

@@ -69,6 +69,11 @@ def test_a_grid_chooses_the_rate_and_the_strength_that_runs_have(command, here, 
     ]
     assert {(one.batch, one.validate, one.seed) for one in here} == {(45, True, runs.SEARCH_SEED)}
     assert "| tiny | 45 | small 0.1 |" in command("table search-mine --results " + str(tmp_path))
+    last = next(tmp_path.glob("search-mine/*small-0.1-*.json"))
+    last.rename(tmp_path / "aside")
+    with pytest.raises(SystemExit, match="no whole grid"):
+        command("run mine")
+    (tmp_path / "aside").rename(last)
     del here[:]
     command("run mine --methods vanilla small --seeds 1")
     assert [(one.rate, one.strength) for one in here] == [(0.03, 0.0), (0.03, 0.1)]
