@@ -14,6 +14,7 @@ from .measure import NOISES, SIZES
 from .runs import STRENGTHS
 
 LEVEL = 0.05  # of all comparisons of one row together
+FEWEST = 3  # seeds: the spread of two says little
 
 
 class Measure(NamedTuple):
@@ -73,7 +74,9 @@ def effects(group: Group, ours: str = "spectral") -> list[Effect]:
             pairs = (wide[ours] - wide[other]).dropna().round(6)
             if other != ours and len(pairs):
                 found.append((measure, other, pairs))
-    tested = [k for k, (measure, _, pairs) in enumerate(found) if measure.better and len(pairs) > 1]
+    tested = [
+        k for k, (measure, _, pairs) in enumerate(found) if measure.better and len(pairs) >= FEWEST
+    ]
     sure = dict(zip(tested, holm([chance(found[k][2]) for k in tested]), strict=True))
     return [
         Effect(measure, other, span := interval(pairs), sure.get(k, False) * side(span, measure))
@@ -86,10 +89,9 @@ def side(span: Interval, measure: Measure) -> int:
 
 
 def chance(pairs: pd.Series) -> float:
-    """Return the p-value of a paired t-test: 1 where all are 0, 0 where all are equal otherwise."""
-    if pairs.nunique() == 1:
-        return float(pairs.iloc[0] == 0)
-    return float(stats.ttest_1samp(pairs, 0.0).pvalue)
+    """Return the p-value of a paired t-test."""
+    # Accuracies are counts of images, so equal differences are luck, and no proof of no spread.
+    return 1.0 if pairs.nunique() == 1 else float(stats.ttest_1samp(pairs, 0.0).pvalue)
 
 
 def holm(chances: Sequence[float]) -> list[bool]:
@@ -139,5 +141,7 @@ def sentences(group: Group) -> Iterator[str]:
         text = "better in {} and worse in {} of {} measures".format(*counts, len(found))
         worse = "; ".join(each.measure.title for each in found if each.sign < 0)
         text += f" (worse: {worse})" if worse else ""
-        few = f"; {seeds} seed decides nothing" if seeds == 1 else f", {seeds} seeds"
+        few = (
+            f", {seeds} seeds" if seeds >= FEWEST else f"; fewer than {FEWEST} seeds decide nothing"
+        )
         yield f"{group.title}, spectral against {other}: {text}{few}."
