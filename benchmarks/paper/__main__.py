@@ -164,7 +164,8 @@ def arguments() -> ArgumentParser:
         about = {"help": function.__doc__, "description": function.__doc__}
         added = commands.add_parser(name, formatter_class=ArgumentDefaultsHelpFormatter, **about)
         added.set_defaults(command=function)
-        added.add_argument("--out", type=Path, default="paper-output", help="where to write")
+        if function not in (table, commit):
+            added.add_argument("--out", type=Path, default="paper-output", help="where to write")
         return added
 
     running, grid = command("run", run), command("search", search)
@@ -197,7 +198,8 @@ def arguments() -> ArgumentParser:
         add = command(name, function).add_argument
         add("suites", nargs="*", default=[], help="all if none is given")
         whose = "the folder that `run` wrote into (--out); the committed results if none"
-        add("--results", type=Path, help=whose)
+        # `run --out` and then `table --out` read alike; `figures` writes into its --out.
+        add("--results", *["--out"] * (function is not draw), type=Path, help=whose)
         if function is draw:
             add("--save", action="store_true", help="the repository's figures as well")
     return parser

@@ -68,7 +68,7 @@ def test_a_grid_chooses_the_rate_and_the_strength_that_runs_have(command, here, 
         (0.03, 1e4),
     ]
     assert {(one.batch, one.validate, one.seed) for one in here} == {(45, True, runs.SEARCH_SEED)}
-    assert "| tiny | 45 | small 0.1 |" in command("table search-mine --results " + str(tmp_path))
+    assert "| tiny | 45 | small 0.1 |" in command(f"table search-mine --out {tmp_path}")
     last = next(tmp_path.glob("search-mine/*small-0.1-*.json"))
     last.rename(tmp_path / "aside")
     with pytest.raises(SystemExit, match="no whole grid"):
@@ -88,7 +88,7 @@ def test_ones_own_model_method_and_data_fit_into_fifteen_lines():
 def test_committed_runs_are_done_and_fresh_ones_give_the_same(command, here, tmp_path):
     command("search mine")
     command("run mine --methods vanilla --seeds 1")
-    command(f"commit --results {tmp_path}")
+    command("commit")
     command("run mine --methods vanilla --seeds 2")
     (tmp_path / "one").mkdir()
     del here[:]
@@ -100,7 +100,7 @@ def test_committed_runs_are_done_and_fresh_ones_give_the_same(command, here, tmp
     kept = runs.committed()["mine"]
     assert [one.run.seed for one in kept] == [0, 1]
     assert (kept[0].curves, kept[0].final) == (first.curves, first.final)
-    assert page.block(kept) in command("table mine")
+    assert page.block(kept) in command(f"table mine --out {tmp_path / 'two'}")
 
 
 def test_each_process_knows_ones_own_and_a_killed_one_is_explained(command):
