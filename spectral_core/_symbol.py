@@ -33,6 +33,7 @@ _CHUNK = 2**21  # elements of the Gram matrices that are tested together
 _SLICE = 2**13  # elements of each of them that are computed together: they fit a cache
 _PEAKS = 4  # cells from which a maximum is searched
 _CLIMB = 10  # steps of such a search at most
+_CLOSE = 2e-3  # relative distance from the limit that is more than the rounding of float32
 _KRYLOV = 6  # dimensions of the spaces that estimate an eigenvalue
 _WIDEST = pi / 4  # of n_j·h_j in the first cells, where the bound's cosine is 0.7
 
@@ -256,6 +257,12 @@ def _tested_(symbol: Symbol, cells: Cells, best: Peak | None, tol: float) -> tup
     for places, grams in _chunks(symbol, cells):
         narrow = narrowed(grams)
         estimates[places], cells.vectors[places] = _ritz(narrow, cells.vectors[places], 1)
+        if narrow.dtype != grams.dtype:
+            # An estimate in float32 says nothing of what is as close to the limit as its rounding.
+            # A peak that is a little higher than the best would never be climbed.
+            close = np.flatnonzero(estimates[places] > limits[places] * (1 - _CLOSE))
+            found = _ritz(grams[close], cells.vectors[places[close]], 1)
+            estimates[places[close]], cells.vectors[places[close]] = found
         for place, gram, small in zip(places, grams, narrow, strict=True):
             estimate = float(estimates[place])
             # Where a lower bound is too large already, no factorization would run through.

@@ -226,3 +226,22 @@ def test_a_cell_that_failed_its_test_is_split():
     split = _symbol._halved(symbol, cells, estimates, best, False)
     assert not whole.any()
     assert (split.sum(axis=1) == 1).all()
+
+
+def test_float32_needs_no_more_frequencies(monkeypatch):
+    """A peak that float32 cannot tell from the best one is climbed all the same."""
+    pytest.importorskip("scipy")
+    kernel = np.random.default_rng(0).standard_normal((200, 200, 3))
+    tested, counts = _symbol._tested_, []
+
+    def counted(symbol, cells, *rest):
+        counts[-1] += len(cells)
+        return tested(symbol, cells, *rest)
+
+    monkeypatch.setattr(_symbol, "_tested_", counted)
+    for _ in range(2):
+        counts.append(0)
+        found = sc.convolution_norm(kernel, "oik", tol=1e-9)
+        assert found.upper <= found.lower * (1 + 1.01e-9)
+        monkeypatch.setattr(_symbol, "narrowed", lambda grams: grams)
+    assert counts[0] <= counts[1] + 10
