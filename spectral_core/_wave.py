@@ -53,15 +53,16 @@ class Basis(NamedTuple):
     """What one reading of W tells of the waves."""
 
     Q: Array  # (*stack, m, k): orthonormal columns
-    coordinates: Array  # (*stack, k, 2F): of the waves' images in Q
-    Z: Array  # (*stack, k·T, i): QᵀW, tap by tap
+    coordinates: Array  # (*stack, k, 2F): of the waves' images in Q, divided by ``scale``
+    Z: Array  # (*stack, k·T, i): QᵀW, tap by tap, divided by ``scale``
     gram: Array  # (*stack, k·T, k·T): ZZᵀ
+    scale: Array  # (*stack, 1, 1): see `_scale_of`
 
 
 class Climb(NamedTuple):
     """The waves after an iteration, the best one first."""
 
-    sigma: Array  # (*stack, F)
+    sigma: Array  # (*stack, F), divided by the scale of the basis
     C: Array  # (*stack, 2F, k): real and imaginary parts of each c
     frequencies: Array  # (*stack, F, d), of the next iteration
     spread: Array  # (*stack, F, 2R, 2T): see `spread_of`, divided by sigma
@@ -131,15 +132,15 @@ def iterate_waves(
             zip(products, Vs, fresh, strict=True)
         ):
             rows = rows_of(V + start, spreads[i, ...], d, xp)
-            bases.append(read(times, adjoint_times, rows, taps, xp))
-        coordinates, gram = (
+            bases.append(read(times, adjoint_times, rows, taps, kind, xp))
+        coordinates, gram, scale = (
             xp.stack([getattr(basis, field) for basis in bases])
-            for field in ("coordinates", "gram")
+            for field in ("coordinates", "gram", "scale")
         )
         found = climb(ω, coordinates, gram, taps, kind, xp)
         each = [Climb(*(x[i, ...] for x in found)) for i in range(len(bases))]
         news = [turned(one, basis.Q, basis.Z, xp) for one, basis in zip(each, bases, strict=True)]
-        sigma = found.sigma[..., 0]
+        sigma = found.sigma[..., 0] * scale[..., 0, 0]
         usable = ((sigma > 0) & (sigma < inf))[..., None, None]
         Vs = [xp.where(usable[i, ...], rows, Vs[i]) for i, (rows, _) in enumerate(news)]
         fresh = [0.0] * len(Vs)
@@ -180,6 +181,7 @@ def read(
     adjoint_times: Callable[[Array], Array],
     rows: Array,
     taps: Taps,
+    kind: Traits,
     xp: Namespace,
 ) -> Basis:
     """Read W twice: the first two of the four parts of an iteration."""
@@ -191,10 +193,24 @@ def read(
         eye = xp.eye(m, dtype=images.dtype, device=device_of(images, xp))
         Q, coordinates = xp.broadcast_to(eye, (*stack, m, m)), images
     Z = adjoint_times(xp.matrix_transpose(Q))
+    scale = _scale_of(Z, kind, xp)
+    Z, coordinates = Z / scale, coordinates / scale
     k, T = Z.shape[-2], taps.places.shape[0]
     Z = xp.matrix_transpose(xp.reshape(Z, (*stack, k, -1, T)))
     Z = xp.reshape(Z, (*stack, k * T, -1))
-    return Basis(Q, coordinates, Z, xp.matmul(Z, xp.matrix_transpose(Z)))
+    return Basis(Q, coordinates, Z, xp.matmul(Z, xp.matrix_transpose(Z)), scale)
+
+
+def _scale_of(X: Array, kind: Traits, xp: Namespace) -> Array:
+    """Return 1, or the largest element of matrices whose squares would leave the range of numbers.
+
+    Rounding is then that of one more division. Usual weights keep every bit.
+    """
+    largest = xp.max(xp.abs(X), axis=(-2, -1), keepdims=True)
+    one = xp.ones_like(largest)
+    # float32 has an exponent of 8 bits: the fourth root leaves room for sums of many squares.
+    usual = (largest > kind.tiny**0.25) & (largest < kind.tiny**-0.25)
+    return xp.where(usual | (largest == 0), one, xp.maximum(largest, kind.tiny * one))
 
 
 def climb(
