@@ -308,9 +308,9 @@ def _host_engines() -> tuple[Engine, ...]:
     if find_spec("numba") is None:
         return (plain,)
     try:
-        from .numba import NumbaEngine
+        from .numba import NumbaEngine, NumbaWaveEngine
 
-        return NumbaEngine(), plain
+        return NumbaEngine(), NumbaWaveEngine(), plain
     except Exception as error:  # such as a Numba that does not know this version of NumPy
         warn(f"Numba does not work here, so the step is not compiled: {error}", SpectralWarning, 3)
         return (plain,)

@@ -172,15 +172,19 @@ class NumbaEngine:
             if known is not None and known[0] == most:
                 launches: list[_Launch] = known[1]
                 return launches
+        launches = self._divided(jobs, most)
+        if isinstance(jobs, JobList):
+            jobs.memo[self] = most, launches
+        return launches
+
+    def _divided(self, jobs: Sequence[Job], most: int | None) -> list[_Launch]:
+        """Return one launch for each dtype, number of vectors and kind of kernels."""
         kinds: dict[tuple[str, int, int], list[int]] = {}
         forms = [self._form(job) or PLAIN for job in jobs]
         for place, (job, form) in enumerate(zip(jobs, forms, strict=True)):
             kind = self._memory.dtypes[job.weight.dtype], job.V.shape[-2], _kernel_of(job, form)
             kinds.setdefault(kind, []).append(place)
-        launches = [self._launch(kind, jobs, places, forms, most) for kind, places in kinds.items()]
-        if isinstance(jobs, JobList):
-            jobs.memo[self] = most, launches
-        return launches
+        return [self._launch(kind, jobs, places, forms, most) for kind, places in kinds.items()]
 
     def _launch(
         self,
@@ -360,5 +364,7 @@ def _own_triplet(job: Job, memory: Memory) -> Triplet:
     V = memory.copy(job.V, xp)
     if last is not None:
         return Triplet(memory.copy(last.sigma, xp), memory.copy(last.u, xp), V)
-    u, sigma = (xp.zeros(s, dtype=V.dtype, device=V.device) for s in (plan.left, plan.stack))
-    return Triplet(sigma, u, V)
+    real = V.dtype
+    wide = xp.complex128 if memory.dtypes[real] == "float64" else xp.complex64
+    u = xp.zeros(plan.left, dtype=real if job.wave is None else wide, device=V.device)
+    return Triplet(xp.zeros(plan.stack, dtype=real, device=V.device), u, V)

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 import spectral_torch  # noqa: E402
-from spectral_torch.engines import TensorEngine, WaveEngine  # noqa: E402
+from spectral_torch.engines import MEMORY, TensorEngine, WaveEngine  # noqa: E402
 
 
 def network(dtype=torch.float64):
@@ -74,8 +74,14 @@ def test_sigma_is_that_of_the_layers():
         assert torch.equal(sigmas[f"{place}.weight"], flat[f"{place}.weight"])
 
 
-def test_engine_is_equal_to_the_reference():
-    """Weights together, alone, channels last and in half precision; terms, bounds and n_iter=0."""
+def compiled():
+    return pytest.importorskip("spectral_core.numba").NumbaWaveEngine(MEMORY)
+
+
+@pytest.mark.parametrize("make", [WaveEngine, compiled])
+def test_engine_is_equal_to_the_reference(make):
+    """Weights together, alone, channels last; terms, bounds and n_iter=0."""
+    make()  # or skip
     torch.manual_seed(0)
     weights = {
         "a": torch.randn(20, 6, 3, 3, dtype=torch.float64),
@@ -89,7 +95,7 @@ def test_engine_is_equal_to_the_reference():
     state = sc.init(weights, layouts=layouts)
     for power, n_iter in ((2, 3), (1, 1), (1, 0)):
         found = []
-        for engine in (WaveEngine(), TensorEngine(in_place=True)):
+        for engine in (make(), TensorEngine(in_place=True)):
             grads = {name: torch.ones_like(weight) for name, weight in weights.items()}
             after = sc.add_gradient_(
                 weights, grads, state, 0.1, power=power, n_iter=n_iter, engines=[engine]
@@ -102,7 +108,7 @@ def test_engine_is_equal_to_the_reference():
                 torch.testing.assert_close(getattr(one, field)[name], getattr(other, field)[name])
         state = one
     scaled = []
-    for engine in (WaveEngine(), TensorEngine(in_place=True)):
+    for engine in (make(), TensorEngine(in_place=True)):
         copies = {name: weight.clone() for name, weight in weights.items()}
         sc.constrain_(copies, state, 0.5, engines=[engine])
         scaled.append(copies)
@@ -185,6 +191,20 @@ def test_resumes_bit_for_bit(kind):
         assert torch.equal(value, saved[key])
 
 
+@pytest.mark.thorough  # each dtype compiles its own kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_compiled(dtype):
+    torch.manual_seed(0)
+    weights = {"w": torch.randn(30, 8, 3, 3).to(dtype), "n": torch.randn(6, 8, 3, 3).to(dtype)}
+    state = sc.init(weights, layouts={name: sc.Convolution("oihw") for name in weights})
+    found = []
+    for engine in (compiled(), TensorEngine(in_place=True)):
+        grads = {name: torch.ones_like(weight) for name, weight in weights.items()}
+        after = sc.add_gradient_(weights, grads, state, 0.1, n_iter=2, engines=[engine])
+        found.append((after.sigma, grads))
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
+
+
 def test_constraint_bounds_the_map():
     net = network()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
@@ -210,6 +230,12 @@ def test_state_follows_the_model_to_another_precision():
     state = reg.state_dict()
     assert state["0.weight.waves"].dtype == torch.float64
     assert float(reg.sigmas()["0.weight"]) == pytest.approx(true_norm(net[0]), rel=1e-5)
+
+
+@pytest.mark.thorough  # each dtype compiles its own kernels
+def test_state_of_half_precision_is_float32():
+    net = network()
+    reg = regularizer(net)
     net.bfloat16()
     reg.iterate_(2)
     assert reg.state_dict()["0.weight.waves"].dtype == torch.float32

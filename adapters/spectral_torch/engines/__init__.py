@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from spectral_core.engine import Engine, Job, ReferenceEngine, Result, Triplet
-from spectral_core.numba import Memory, NumbaEngine
+from spectral_core.numba import Memory, NumbaEngine, NumbaWaveEngine
 
 from .dtensor import DTensorEngine
 from .foreach import ForeachEngine
@@ -20,6 +20,7 @@ from .waves import WaveEngine
 
 __all__ = [
     "CpuEngine",
+    "CpuWaveEngine",
     "DTensorEngine",
     "ForeachEngine",
     "TensorEngine",
@@ -54,6 +55,17 @@ class CpuEngine(NumbaEngine):
     def accepts(self, job: Job) -> bool:
         """Return True for a job of CPU tensors whose gradient needs no graph."""
         # Autograd must see what is written into a gradient that requires a gradient itself.
+        return not (job.grad is not None and job.grad.requires_grad) and super().accepts(job)
+
+
+class CpuWaveEngine(NumbaWaveEngine):
+    """`NumbaWaveEngine` for tensors. It writes v, sigma and u where the state keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__(MEMORY, owned=True)
+
+    def accepts(self, job: Job) -> bool:
+        """Return True for a job of CPU tensors whose gradient needs no graph."""
         return not (job.grad is not None and job.grad.requires_grad) and super().accepts(job)
 
 
@@ -102,6 +114,6 @@ def engines(*, kernels: bool = True) -> tuple[Engine, ...]:
 
 def _cpu_engine() -> list[Engine]:
     try:
-        return [CpuEngine()]
+        return [CpuEngine(), CpuWaveEngine()]
     except ImportError:  # Numba is not installed
         return []
