@@ -7,12 +7,12 @@ difference of two large ones is not among them: its tiles are made in each produ
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from math import frexp
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from .._layout import as_matrix
+from .._certificate import times_power_of_two
 from .._validate import check_number
 from ..errors import ArgumentError, check_int
 from .drift import Comparison, Drift
@@ -21,10 +21,10 @@ from .files import short
 from .intruders import Similarity, similarity_of, similarity_of_large
 from .layouts import Choice, layout_of
 from .live import blamed, listed, name_of
-from .matrix import MOST_PROVEN, Numbers, measure
-from .numbers import widened
+from .matrix import MOST_PROVEN, Decode, Numbers, measure
 from .result import finite
 from .run import Layouts, Progress
+from .scales import matrices_of, with_scales
 
 _MOST_ELEMENTS = 2**28  # of a matrix whose vectors are computed: 1 GB in float32
 _UNIT = 2.0**-53
@@ -46,19 +46,31 @@ class _Found(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """A matrix before and after, as it is stored, with the dtypes."""
+    """A matrix before and after, as it is stored, and how each is decoded."""
 
-    before: Stored
-    after: Stored
+    before: Any
+    after: Any
+    decode: tuple[Decode, Decode]
     dtypes: tuple[str, str]
 
     def decoded(self) -> tuple[Stored, Stored]:
         """Return both matrices as float64 or complex128."""
-        return widened(self.before, self.dtypes[0]), widened(self.after, self.dtypes[1])
+        return self.decode[0](self.before), self.decode[1](self.after)
 
-    def narrow(self) -> tuple[Stored, Stored]:
-        """Return both matrices in float32 where it holds them, and in one dtype."""
-        before, after = self.decoded()
+    def scaled(self, numbers: tuple[Numbers, Numbers]) -> tuple[Stored, Stored]:
+        """Return both matrices, each times a power of two: its largest element is near 1.
+
+        Singular vectors stay the same, and no square leaves float32.
+        """
+        before, after = (
+            times_power_of_two(decode(x), -frexp(number.largest)[1])
+            for x, decode, number in zip(self[:2], self.decode, numbers, strict=True)
+        )
+        return before, after
+
+    def narrow(self, numbers: tuple[Numbers, Numbers]) -> tuple[Stored, Stored]:
+        """Return both scaled matrices in float32 where it holds them, and in one dtype."""
+        before, after = self.scaled(numbers)
         both = np.result_type(before, after)
         if not {"float64", "complex128"} & {*self.dtypes}:
             both = np.dtype(np.complex64 if both.kind == "c" else np.float32)
@@ -78,13 +90,14 @@ class _Difference:
     @property
     def T(self) -> _Difference:  # noqa: N802
         """The transpose."""
-        before, after, dtypes = self._pair
-        return _Difference(_Pair(before.T, after.T, dtypes))
+        pair = self._pair
+        return _Difference(pair._replace(before=pair.before.T, after=pair.after.T))
 
     def __getitem__(self, rows: slice) -> Stored:
-        before, after, dtypes = self._pair
+        pair = self._pair
+        part = pair._replace(before=pair.before[rows], after=pair.after[rows])
         with np.errstate(invalid="ignore", over="ignore"):  # Inf − Inf
-            found = _Pair(before[rows], after[rows], dtypes).decoded()
+            found = part.decoded()
             return np.asarray(found[1] - found[0])
 
 
@@ -103,7 +116,7 @@ def compared(
     if not 0 < check_number(similarity, "similarity") <= 1:
         raise ArgumentError(f"similarity must be above 0 and at most 1, not {similarity!r}")
     first, second = listed(before), listed(after)
-    own, other = ({x.name: x for x in checkpoint.entries} for checkpoint in (first, second))
+    own, other = ({x.name: x for x in with_scales(part.entries)} for part in (first, second))
     common = [x for name, x in own.items() if name in other]
     if not common:
         raise CheckpointError(
@@ -150,11 +163,15 @@ def _add(
     if choice.layout is None:
         found.skipped[name] = choice.note
         return
-    stored = [
-        as_matrix(np.asarray(x.load()), choice.layout, name=short(name)) for x in (before, after)
-    ]
-    for index in np.ndindex(*stored[0].shape[:-2]):
-        pair = _Pair(stored[0][index], stored[1][index], (before.dtype, after.dtype))
+    (A, first, old), (B, second, new) = (matrices_of(x, choice.layout) for x in (before, after))
+    about = (
+        [old]
+        if old == new
+        else [f"{side}: {x}" for side, x in (("before", old), ("after", new)) if x]
+    )
+    choice = choice._replace(note="; ".join(x for x in (choice.note, *about) if x))
+    for index in np.ndindex(*A.shape[:-2]):
+        pair = _Pair(A[index], B[index], (first, second), (before.dtype, after.dtype))
         row_name = name + "".join(f"[{i}]" for i in index)
         found.rows.append(_row(row_name, before, choice, pair, options))
 
@@ -162,8 +179,8 @@ def _add(
 def _row(name: str, entry: TensorEntry, choice: Choice, pair: _Pair, options: _Options) -> Drift:
     """Return the row of a matrix."""
     before, after = (
-        measure(x, partial(widened, name=dtype), proven=options.proven)
-        for x, dtype in zip(pair[:2], pair.dtypes, strict=True)
+        measure(x, decode, proven=options.proven)
+        for x, decode in zip(pair[:2], pair.decode, strict=True)
     )
     change = _measured(pair, proven=options.proven)
     like, note = _similarity(pair, (before, after), options)
@@ -234,11 +251,9 @@ def _similarity(
     if any(x.sigma == 0 for x in numbers):
         return None, "a zero matrix has no singular vectors"
     if options.proven or m * n * min(m, n) <= MOST_PROVEN:
-        before, after = (
-            x / number.largest for x, number in zip(pair.decoded(), numbers, strict=True)
-        )
-        return similarity_of(before, after, options.n_vectors, options.similarity), ""
+        found = similarity_of(*pair.scaled(numbers), options.n_vectors, options.similarity)
+        return found, ""
     if m * n > _MOST_ELEMENTS:
         return None, "too large for its singular vectors: --proven computes them"
-    found = similarity_of_large(*pair.narrow(), options.n_vectors, options.similarity)
+    found = similarity_of_large(*pair.narrow(numbers), options.n_vectors, options.similarity)
     return found, "" if found.converged else "singular vectors have not converged"

@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import spectral_core as sc
+from checkpoints import safetensors
 from spectral_core._report import compare as module
 from spectral_core._report import intruders
 from spectral_core._report import matrix as matrix_module
 from spectral_core._report.command import main
 from spectral_core._report.intruders import similarity_of, similarity_of_large
+from spectral_core._report.numbers import widened
 from spectral_core._report.quadrature import quadratures
 
 rng = np.random.default_rng(0)
@@ -136,6 +138,15 @@ def test_a_vector_like_a_late_one_of_the_base_is_undecided():
     assert found.undecided == 2
     report = sc.compare({"w": A}, {"w": B}, n_vectors=1, similarity=0.5)
     assert report["w"].undecided == 0
+
+
+@pytest.mark.parametrize("exponent", [-100, 0, 60, 100])
+def test_squares_outside_of_float32_change_no_intruder(any_route, exponent):
+    A, U, V = with_spectrum(60, 50, np.linspace(4, 1, 50))
+    B = A + 9 * np.outer(U[:, 40], V[:, 40])  # a late direction of the base: no intruder
+    A, B = (np.ldexp(x, exponent).astype(np.float32) for x in (A, B))
+    row = sc.compare({"w": A}, {"w": B}, n_vectors=1)["w"]
+    assert (row.left_intruders, row.right_intruders) == (0, 0)
 
 
 def test_intruders_of_a_base_with_equal_values():
@@ -282,6 +293,35 @@ def test_layouts_and_stacks():
     assert list(found) == ["x[0]", "x[1]", "x[2]"]
     assert found["x[1]"].sigma == pytest.approx(4)
     assert found["x[1]"].drift == pytest.approx(4 / np.linalg.norm(x[4:8]))
+
+
+@pytest.mark.parametrize("shape", [(), (20,), (20, 3)])
+def test_scales_of_float8(any_route, tmp_path, shape):
+    codes = rng.integers(0, 0x7E, (20, 12)).astype(np.uint8)
+    numbers = widened(codes, "float8_e4m3fn")
+    scales = [rng.uniform(0.01, 0.1, shape).astype(np.float32) for _ in range(2)]
+    for path, scale in zip("ab", scales, strict=True):
+        tensors = {"q.weight": ("F8_E4M3", codes), "q.weight_scale_inv": ("F32", scale)}
+        (tmp_path / f"{path}.safetensors").write_bytes(safetensors(tensors))
+    found = sc.compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    wide = [x.reshape(-1, 1) if len(shape) < 2 else x.repeat(4, axis=1) for x in scales]
+    A, B = (numbers * x.astype(float) for x in wide)
+    row = found["q.weight"]
+    assert row.lower <= np.linalg.norm(B - A, 2) <= row.upper
+    assert row.drift == pytest.approx(np.linalg.norm(B - A) / np.linalg.norm(A))
+    assert row.sigma_after == pytest.approx(np.linalg.norm(B, 2), rel=1e-6)
+    assert row.note.startswith("times its scale")
+
+
+def test_a_scale_in_one_of_the_two_is_said(tmp_path):
+    codes = rng.integers(0, 0x7E, (4, 3)).astype(np.uint8)
+    tensors = {"q.weight": ("F8_E4M3", codes)}
+    (tmp_path / "a.safetensors").write_bytes(safetensors(tensors))
+    tensors["q.weight_scale"] = ("F32", np.full((), 2, np.float32))
+    (tmp_path / "b.safetensors").write_bytes(safetensors(tensors))
+    row = sc.compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors")["q.weight"]
+    assert row.drift == pytest.approx(1)
+    assert row.note == "after: times its scale"
 
 
 def test_two_matrices_at_a_time(tmp_path):
