@@ -21,12 +21,17 @@ _SPECIAL = re.compile(r"[*+?\[\](){}|\\]")
 class Pair(NamedTuple):
     """Two factors of an update: B is ``up`` and A is ``down``."""
 
-    name: str
+    name: str  # of the module
     up: TensorEntry
     down: TensorEntry
     alpha: TensorEntry | None = None
     embedding: bool = False
     magnitude: bool = False  # DoRA's vector is there
+    adapter: str = ""  # its name, where the file holds several for a module
+
+    def titled(self, what: str) -> str:
+        """Return the name of a row: a module has one for each adapter."""
+        return f"{self.name} ({what}{' of ' * bool(self.adapter)}{self.adapter})"
 
 
 class Scale:

@@ -7,6 +7,7 @@ by tile as W is, with the update added to each tile.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -89,10 +90,11 @@ def found_pairs(entries: Iterable[TensorEntry]) -> list[Pair]:
             f"{stem}.lora_magnitude_vector{end}" in readable
             for end in ("", ".weight", match[2] or "")
         )
-        found.append(
-            Pair(stem, up, down, readable.get(f"{stem}.alpha"), part.endswith("ding_A"), magnitude)
-        )
-    return found
+        alpha = readable.get(f"{stem}.alpha")
+        adapter = (match[2] or match[4] or "").removeprefix(".")
+        found.append(Pair(stem, up, down, alpha, part.endswith("ding_A"), magnitude, adapter))
+    several = {name for name, count in Counter(pair.name for pair in found).items() if count > 1}
+    return [x if x.name in several else x._replace(adapter="") for x in found]
 
 
 def _fit(up: tuple[int, ...], down: tuple[int, ...]) -> bool:
@@ -128,7 +130,7 @@ def pairs(
             row, reason = _sum(pair, s, B, A, entry, base.choose(entry))
             rows += [] if row is None else [row]
         if reason:
-            skipped[f"{pair.name} (W + s·B·A)"] = reason
+            skipped[pair.titled("W + s·B·A")] = reason
     return rows
 
 
@@ -165,7 +167,7 @@ def _row(pair: Pair, s: float | None, B: Stored, A: Stored) -> Row:
         frobenius = max(float(product), 0.0) ** 0.5 * abs(1.0 if s is None else s)
     about = f"low-rank update of rank {A.shape[0]}"
     return Row(
-        name=f"{pair.name} ({'B·A' if s is None else 's·B·A'})",
+        name=pair.titled("B·A" if s is None else "s·B·A"),
         tensor=pair.up.name,
         shape=(m, n),
         dtype=pair.up.dtype,
@@ -216,7 +218,7 @@ def _sum(
     if pair.magnitude:
         about.append("DoRA: without its magnitudes")
     choice = Choice(Layout(axes), choice.guessed, "; ".join(x for x in about if x))
-    row = row_of(f"{pair.name} (W + s·B·A)", entry, choice, (m, n), found)
+    row = row_of(pair.titled("W + s·B·A"), entry, choice, (m, n), found)
     if row.lower is not None and row.upper is not None:
         row = replace(row, lower=max(row.lower - error, 0.0), upper=row.upper + error)
     return row, ""

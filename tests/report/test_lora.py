@@ -105,6 +105,20 @@ def test_bad_configurations(tmp_path, text, message):
         sc.report(path)
 
 
+def test_several_adapters_of_a_module_have_rows_of_their_own():
+    C = rng.standard_normal((M, RANK))
+    adapter = {
+        f"{Q}.lora_A.default.weight": A,
+        f"{Q}.lora_B.default.weight": B,
+        f"{Q}.lora_A.other.weight": A,
+        f"{Q}.lora_B.other.weight": C,
+    }
+    report = sc.report(adapter, base=BASE, lora_scale=0.5)
+    for name, up in (("default", B), ("other", C)):
+        assert_holds(report[f"{Q} (s·B·A of {name})"], 0.5 * up @ A)
+        assert_holds(report[f"{Q} (W + s·B·A of {name})"], W + 0.5 * up @ A)
+
+
 def test_names_of_kohya():
     stem = "lora_unet_down_blocks_0_to_q"
     adapter = {f"{stem}.lora_down.weight": A, f"{stem}.lora_up.weight": B, f"{stem}.alpha": 8.0}
