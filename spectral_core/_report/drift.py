@@ -8,9 +8,10 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
+from math import inf
 from typing import Any, ClassVar
 
-from .result import above, aligned, below, number, printable
+from .result import above, aligned, below, by_name, number, printable
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Comparison(Mapping[str, Drift]):
         similarity: float,
     ) -> None:
         self.before, self.after = sources
-        self._rows = {row.name: row for row in rows}
+        self._rows = by_name(rows)
         self.only_before, self.only_after = only_before, only_after
         self.shapes, self.skipped = dict(shapes), dict(skipped)
         self.n_vectors, self.similarity = n_vectors, similarity
@@ -225,10 +226,13 @@ class Comparison(Mapping[str, Drift]):
         return pandas.DataFrame([asdict(row) for row in self.values()]).set_index("name")
 
     def cells(self, top: int | None = None) -> list[tuple[str, ...]]:
-        """Return the table as text, a tuple a row: all, or the ``top`` largest drifts."""
+        """Return the table as text, a tuple a row: all, or the ``top`` largest drifts.
+
+        A drift that is no number comes first: that of a matrix that is not finite, or was zero.
+        """
         rows = list(self.values())
         if top is not None:
-            rows = sorted(rows, key=lambda row: -(row.drift or 0.0))[:top]
+            rows = sorted(rows, key=_smallness)[:top]
         return list(map(_cells, rows))
 
     def footer(self) -> list[str]:
@@ -264,6 +268,10 @@ class Comparison(Mapping[str, Drift]):
 
     def __repr__(self) -> str:
         return self.table()
+
+
+def _smallness(row: Drift) -> float:
+    return -inf if row.drift is None else -row.drift
 
 
 def _at_most(drift: float | None, bound: float) -> bool:

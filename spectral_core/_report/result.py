@@ -5,17 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from importlib import import_module
 from math import isfinite, log10
 from statistics import median
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .matrix import Spectrum
 from .spectrum import sparkline
 
+if TYPE_CHECKING:
+    from .drift import Drift
+
+Named = TypeVar("Named", "Row", "Drift")
 _SHOWN = (
     "name",
     "matrix",
@@ -136,7 +140,7 @@ class Report(Mapping[str, Row]):
         nonfinite: Mapping[str, int] | None = None,
     ) -> None:
         self.source = source
-        self._rows = {row.name: row for row in rows}
+        self._rows = by_name(rows)
         self.skipped = dict(skipped)
         self.nonfinite = dict(nonfinite or {})
         self.heads: list[HeadNorms] = []
@@ -337,6 +341,21 @@ def _cells(row: Row, is_outlier: bool) -> tuple[str, ...]:
         above(row.convolution_upper),
         "; ".join(note for note in notes if note),
     )
+
+
+def by_name(rows: Iterable[Named]) -> dict[str, Named]:
+    """Return rows by name. One whose name occurred before gets a number, so that none is lost.
+
+    A file may hold the tensor "w[0]" beside a stack "w", whose first matrix has that name.
+    """
+    found: dict[str, Named] = {}
+    for row in rows:
+        name, count = row.name, 1
+        while name in found:
+            count += 1
+            name = f"{row.name} ({count})"
+        found[name] = row if count == 1 else replace(row, name=name)
+    return found
 
 
 def aligned(lines: list[tuple[str, ...]]) -> list[str]:

@@ -267,8 +267,8 @@ def test_nothing_in_common(tmp_path, capsys):
 def test_what_is_not_finite_or_zero():
     bad = np.array([[np.nan, 1.0], [1.0, np.inf]])
     found = sc.compare(
-        {"n": np.eye(2), "z": np.zeros((2, 2)), "o": np.zeros((2, 2))},
-        {"n": bad, "z": np.eye(2), "o": np.zeros((2, 2))},
+        {"m": np.eye(2), "n": np.eye(2), "z": np.zeros((2, 2)), "o": np.zeros((2, 2))},
+        {"m": 2 * np.eye(2), "n": bad, "z": np.eye(2), "o": np.zeros((2, 2))},
     )
     assert found["n"].drift is None
     assert found["n"].note == "NaN or Inf"
@@ -278,6 +278,17 @@ def test_what_is_not_finite_or_zero():
     assert found.drifted(1e9) == ["n", "z"]
     assert found.above(1e9) == ["n"]
     json.loads(found.to_json())
+    assert {name for name, *_ in found.cells(top=2)} == {"n", "z"}  # not behind a small drift
+
+
+def test_no_row_is_lost_where_names_are_equal():
+    x = rng.standard_normal((2, 3, 3))
+    weights = {"w": x, "w[0]": np.diag([5.0, 1.0])}
+    for found in (
+        sc.report(weights, layouts={"w": "soi"}),
+        sc.compare(weights, weights, layouts={"w": "soi"}),
+    ):
+        assert list(found) == [row.name for row in found.values()] == ["w[0]", "w[1]", "w[0] (2)"]
 
 
 def test_names_cannot_write_to_the_terminal(capsys):
