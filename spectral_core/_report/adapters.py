@@ -48,7 +48,7 @@ class Scale:
     def __init__(self, given: float | None = None, config: Mapping[str, Any] | None = None) -> None:
         if given is not None and not isfinite(given):
             raise CheckpointError(f"the scale of LoRA is {given}: it must be finite")
-        self._given = given
+        self.given = given
         self._config = config or {}
         pattern = self._config.get("alpha_pattern") or {}
         if not isinstance(pattern, Mapping):
@@ -62,8 +62,8 @@ class Scale:
         >>> Scale(config={"lora_alpha": 8}).of(Pair("q", down, down))
         2.0
         """
-        if self._given is not None:
-            return self._given
+        if self.given is not None:
+            return self.given
         rank = pair.down.shape[0]
         if pair.alpha is not None and pair.alpha.size == 1:
             stored = np.asarray(pair.alpha.load()).reshape(-1)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from math import isnan, nan
 from pathlib import Path
 
 from .._layout import Layout
@@ -32,18 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.fail_drift is not None and not options.compare:
-        parser.error("--fail-drift needs --compare OTHER")
-    if options.compare and options.html:
-        parser.error("--html writes the page of one report: leave --compare out")
+    problem = _contradiction(parser, options)
+    if problem:
+        parser.error(problem)
     try:
         target = _page_target(options)
         layouts = dict(map(parsed, options.layout))
-        report = (_comparison if options.compare else _report)(layouts, options)
-    except SpectralError as error:
-        print(f"spectral-report: {_one_line(error)}", file=sys.stderr)
-        return BAD
+        report = (_report if options.compare is None else _comparison)(layouts, options)
     except (KeyboardInterrupt, BrokenPipeError):
+        return BAD
+    except (SpectralError, OSError) as error:  # a disk may fail, or a file go, in the middle
+        print(f"spectral-report: {_one_line(error)}", file=sys.stderr)
         return BAD
     except MemoryError:
         print(f"spectral-report: {_one_line(options.path)}: not enough memory", file=sys.stderr)
@@ -58,6 +58,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if target and isinstance(report, Report) and not _write_page(report, target):
         return BAD
     return _verdict(report, options)
+
+
+_OF_TWO = ("fail_drift", "vectors", "similarity")
+_OF_ONE = ("spectrum", "heads", "config", "base", "lora_scale", "no_convolutions", "html")
+
+
+def _contradiction(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
+    """Return what is wrong with options that would have no effect, or ""."""
+
+    def given(names: Sequence[str]) -> list[str]:
+        changed = (x for x in names if getattr(options, x) != parser.get_default(x))
+        return [f"--{name.replace('_', '-')}" for name in changed]
+
+    if options.compare is None and given(_OF_TWO):
+        return f"{given(_OF_TWO)[0]} needs --compare OTHER"
+    if options.compare is not None and given(_OF_ONE):
+        return f"{given(_OF_ONE)[0]} is for one checkpoint: leave --compare out"
+    if options.force and options.html is None:
+        return "--force needs --html PATH"
+    return ""
 
 
 def _verdict(report: Report | Comparison, options: argparse.Namespace) -> int:
@@ -111,7 +131,12 @@ def _parser() -> argparse.ArgumentParser:
         help="axes of the tensors whose name fits, such as '*.conv.weight=oihw', "
         "'*.qkv.weight=(go)i:3' for three groups, or '*.wpe.weight=skip'; may be repeated",
     )
-    parser.add_argument("--top", type=_positive, metavar="K", help="show the K largest norms only")
+    parser.add_argument(
+        "--top",
+        type=_positive,
+        metavar="K",
+        help="show only the K largest norms, or drifts, in the table",
+    )
     parser.add_argument(
         "--spectrum",
         action="store_true",
@@ -119,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--heads",
-        type=_count_or_config,
+        type=_count,
         nargs="?",
         const=True,
         default=False,
@@ -134,20 +159,23 @@ def _parser() -> argparse.ArgumentParser:
         "--lora-scale",
         type=float,
         metavar="S",
-        help="factor of B·A where no adapter_config.json says it",
+        help="factor of B·A, instead of what adapter_config.json or the file says",
     )
     parser.add_argument("--proven", action="store_true", help="prove all bounds, also large ones")
     parser.add_argument(
         "--no-convolutions", action="store_true", help="leave out norms of convolutions"
     )
     parser.add_argument(
-        "--fail-above", type=float, metavar="X", help="exit with 1 if a norm may be larger than X"
+        "--fail-above",
+        type=_threshold,
+        metavar="X",
+        help="exit with 1 if a norm may be larger than X, or is not finite",
     )
     parser.add_argument(
         "--fail-drift",
-        type=float,
+        type=_threshold,
         metavar="X",
-        help="with --compare: exit with 1 if a relative drift is larger than X",
+        help="with --compare: exit with 1 if a relative drift is larger than X, or no number",
     )
     parser.add_argument(
         "--html", metavar="PATH", help="write one page too, with plots, that needs no network"
@@ -161,18 +189,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count_or_config(text: str) -> int:
+def _count(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(
-            f"{_one_line(ValueError(text))!r} is no number of heads: put the path first, or "
-            "write --heads=N"
+            f"{_one_line(text)!r} is no number of heads: put the path first, or write --heads=N"
         )
     return int(text)
 
 
 def _page_target(options: argparse.Namespace) -> Path | None:
     """Return the file of the page: what prevents it is said before minutes of measuring."""
-    if not options.html:
+    if options.html is None:
         return None
     needed("jinja2")
     return checked(options.html, force=options.force)
@@ -193,6 +220,17 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{_one_line(text)!r} is no whole number above 0")
     return int(text)
+
+
+def _threshold(text: str) -> float:
+    """Return a number. Nothing is above NaN: as a bound it would let everything pass."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = nan
+    if isnan(value):
+        raise argparse.ArgumentTypeError(f"{_one_line(text)!r} is no number")
+    return value
 
 
 def _natural(text: str) -> int:

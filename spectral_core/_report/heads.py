@@ -74,6 +74,10 @@ class Heads(NamedTuple):
         if heads is not True and heads is not False:
             if not isinstance(heads, int) or heads < 1:
                 raise CheckpointError(f"the number of heads is {heads}: it must be at least 1")
+            if config is not None:
+                raise CheckpointError(
+                    "--heads N and --config both say the number of heads: leave one of them out"
+                )
             return cls(heads, {})
         found = _config(source, config)
         if found is None:
@@ -155,6 +159,14 @@ class _Piece(NamedTuple):
         start = self.starts[head]
         matrix, decode = self.source
         return decode(matrix[start : start + self.size])
+
+
+def check_attention(entries: Iterable[TensorEntry], heads: Heads | None) -> None:
+    """Raise `CheckpointError` if heads are asked for where no layer has names of attention."""
+    if heads is not None and next(_layers(entries), None) is None:
+        raise CheckpointError(
+            "no layer of attention is known by the names of its weights: leave --heads out"
+        )
 
 
 def head_norms(

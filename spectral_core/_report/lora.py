@@ -21,7 +21,7 @@ from .adapters import Pair, Scale
 from .entry import CheckpointError, Stored, TensorEntry
 from .files import short
 from .layouts import Choice
-from .matrix import Decode, measure
+from .matrix import Decode, Numbers, measure
 from .numbers import widened
 from .result import Row, finite
 from .rows import row_of
@@ -38,10 +38,11 @@ Chosen = Callable[[TensorEntry], Choice]
 
 
 class Base(NamedTuple):
-    """The weights that updates belong to, by name, and how their layout is chosen."""
+    """The weights that updates belong to, by name, and how they are read and measured."""
 
     entries: Mapping[str, TensorEntry]
     choose: Chosen
+    measure: Callable[[Any, Decode], Numbers]
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,14 @@ def _fit(up: tuple[int, ...], down: tuple[int, ...]) -> bool:
     return up[1] == down[0] <= _MOST_RANK and prod(up[2:]) == 1
 
 
+def check_pairs(entries: Iterable[TensorEntry], scale: Scale, base: Any) -> None:
+    """Raise `CheckpointError` if a base or a scale is given where there is no update."""
+    given = [("--base", base), ("--lora-scale", scale.given)]
+    flags = [flag for flag, value in given if value is not None]
+    if flags and not found_pairs(entries):
+        raise CheckpointError(f"the source has no factors of LoRA: leave {' and '.join(flags)} out")
+
+
 def pairs(
     entries: Iterable[TensorEntry], scale: Scale, base: Base | None, skipped: dict[str, str]
 ) -> list[Row]:
@@ -127,7 +136,7 @@ def pairs(
         entry = named.of(pair.name)
         reason = "the base has no such weight" if entry is None else ""
         if entry is not None:
-            row, reason = _sum(pair, s, B, A, entry, base.choose(entry))
+            row, reason = _sum(pair, s, B, A, entry, base)
             rows += [] if row is None else [row]
         if reason:
             skipped[pair.titled("W + s·B·A")] = reason
@@ -195,9 +204,10 @@ def _row(pair: Pair, s: float | None, B: Stored, A: Stored) -> Row:
 
 
 def _sum(
-    pair: Pair, s: float, B: Stored, A: Stored, entry: TensorEntry, choice: Choice
+    pair: Pair, s: float, B: Stored, A: Stored, entry: TensorEntry, base: Base
 ) -> tuple[Row | None, str]:
     """Return the row of W + s·B·A, or the reason why there is none."""
+    choice = base.choose(entry)
     if entry.skip or choice.layout is None:
         return None, entry.skip or choice.note
     axes = choice.layout.axes.replace("(", "").replace(")", "").replace("g", "")
@@ -210,7 +220,7 @@ def _sum(
     if (m, n) != (B.shape[0], A.shape[1]):
         return None, f"the base's matrix has shape {(m, n)}, not {(B.shape[0], A.shape[1])}"
     alone = measure(W, decode)
-    found = measure(Updated(W, decode, s * B, A), Updated.numbers)
+    found = base.measure(Updated(W, decode, s * B, A), Updated.numbers)
     # Each element of the sum has a rounding of the product of r terms, of s·B and of the addition.
     lengths = [float(np.linalg.norm(x)) for x in (B, A)]
     error = (A.shape[0] + 4) * _EPS * (alone.frobenius + abs(s) * lengths[0] * lengths[1])

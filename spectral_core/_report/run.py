@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -12,10 +13,10 @@ from .._convolution import convolution_norm
 from .._layout import Layout
 from .adapters import CONFIG, Scale, read_beside
 from .entry import Checkpoint, TensorEntry
-from .heads import Heads, head_norms
+from .heads import Heads, check_attention, head_norms
 from .layouts import Choice, layout_of
 from .live import blamed, listed, name_of
-from .lora import Base, pairs
+from .lora import Base, check_pairs, pairs
 from .matrix import Numbers, measure
 from .numbers import widened
 from .result import Report, Row, finite
@@ -62,6 +63,8 @@ def report_of(
     scale = Scale(lora_scale, read_beside(source, CONFIG))
     attention = Heads.of(source, heads, config)
     entries = with_scales(checkpoint.entries)
+    check_attention(entries, attention)
+    check_pairs(entries, scale, base)
     others = None if base is None else _base(base, options)
     for entry in progress(entries):
         if entry.skip:
@@ -89,7 +92,8 @@ def _base(source: Any, options: Options) -> Base:
     """Return the weights that low-rank updates belong to."""
     found = listed(source)
     named = {entry.name: entry for entry in with_scales(found.entries)}
-    return Base(named, _chooser(found, options))
+    measured = partial(measure, proven=options.proven, spectrum=options.spectrum)
+    return Base(named, _chooser(found, options), measured)
 
 
 def _add(

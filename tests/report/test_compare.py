@@ -248,13 +248,52 @@ def test_exit_codes(paths, options, code, message, capsys):
 
 
 @pytest.mark.parametrize(
-    "options", [["--fail-drift", "1"], ["--top", "0"], ["--vectors", "-1"], ["--vectors", "x"]]
+    ("options", "message"),
+    [
+        (["--fail-drift", "1"], "--fail-drift needs --compare OTHER"),
+        (["--vectors", "3"], "--vectors needs --compare OTHER"),
+        (["--similarity", "0.4"], "--similarity needs --compare OTHER"),
+        (["--force"], "--force needs --html PATH"),
+        (["--top", "0"], "'0' is no whole number above 0"),
+        (["--vectors", "-1"], "'-1' is no whole number above 0"),
+        (["--vectors", "x"], "'x' is no whole number above 0"),
+        (["--fail-above", "nan"], "'nan' is no number"),
+        (["--fail-above", "x"], "'x' is no number"),
+    ],
 )
-def test_options_that_mean_nothing(paths, options, capsys):
+def test_options_that_mean_nothing(paths, options, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([paths[0], *options])
     assert stopped.value.code == 2
-    assert "_" not in capsys.readouterr().err.splitlines()[-1]
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--heads"],
+        ["--config", "x"],
+        ["--base", "x"],
+        ["--lora-scale", "0"],
+        ["--spectrum"],
+        ["--no-convolutions"],
+        ["--html", "x"],
+    ],
+)
+def test_what_describes_one_checkpoint_is_refused(paths, options, capsys):
+    with pytest.raises(SystemExit):
+        main([*paths, *options])
+    message = f"{options[0]} is for one checkpoint: leave --compare out"
+    assert message in capsys.readouterr().err
+
+
+def test_an_error_of_the_disk_is_one_line(paths, capsys, monkeypatch):
+    def failing(*args, **kwargs):
+        raise OSError(5, "Input/output error", "w")
+
+    monkeypatch.setattr("spectral_core._report.command.report_of", failing)
+    assert main([paths[0]]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_nothing_in_common(tmp_path, capsys):

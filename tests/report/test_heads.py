@@ -102,6 +102,13 @@ def test_configuration_beside_the_weights(tmp_path, capsys, config):
     assert "self_attn W_qᵀW_k, 4 heads: σ₁ from" in capsys.readouterr().out
 
 
+def test_what_has_no_heads_is_an_error(tmp_path):
+    with pytest.raises(sc.SpectralError, match="no layer of attention is known"):
+        sc.report({"fc.weight": np.eye(4)}, heads=2)
+    with pytest.raises(sc.SpectralError, match="leave one of them out"):
+        sc.report(separate(), heads=H, config={"num_attention_heads": H})
+
+
 def test_bad_configurations(tmp_path, capsys):
     path = tmp_path / "w.npz"
     np.savez(path, **separate())

@@ -119,6 +119,30 @@ def test_several_adapters_of_a_module_have_rows_of_their_own():
         assert_holds(report[f"{Q} (W + s·B·A of {name})"], W + 0.5 * up @ A)
 
 
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({"base": BASE}, "--base"),
+        ({"lora_scale": 1.0}, "--lora-scale"),
+        ({"base": BASE, "lora_scale": 1.0}, "--base and --lora-scale"),
+    ],
+)
+def test_a_base_without_an_update_is_an_error(options, flags):
+    with pytest.raises(sc.SpectralError, match=f"no factors of LoRA: leave {flags} out"):
+        sc.report(BASE, **options)
+
+
+def test_options_reach_weights_with_updates(monkeypatch):
+    for name in ("MOST_PROVEN", "_KEPT", "_SERIAL"):
+        monkeypatch.setattr(module, name, 0)
+    found = sc.report(ADAPTER, base=BASE, lora_scale=2.0, proven=True, spectrum=True)
+    row = found[f"{Q} (W + s·B·A)"]
+    assert row.method == "proven"
+    assert_holds(row, W + 2 * B @ A)
+    exact = np.linalg.svd(W + 2 * B @ A, compute_uv=False)
+    assert row.spectrum == pytest.approx(exact)
+
+
 def test_names_of_kohya():
     stem = "lora_unet_down_blocks_0_to_q"
     adapter = {f"{stem}.lora_down.weight": A, f"{stem}.lora_up.weight": B, f"{stem}.alpha": 8.0}
