@@ -30,6 +30,7 @@ _KEYS = ("num_key_value_heads", "n_head_kv", "num_kv_heads")
 _FAMILIES = (
     ("q_proj", "k_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, OPT, BART, CLIP, GPT-J
     ("query", "key", "value"),  # BERT, ViT, Flax
+    ("query_dense", "key_dense", "value_dense"),  # Keras, in its files
     ("q_lin", "k_lin", "v_lin"),  # DistilBERT
     ("to_q", "to_k", "to_v"),  # diffusers
     ("wq", "wk", "wv"),  # Llama's own checkpoints
@@ -48,8 +49,10 @@ _OUTPUTS = (
     "proj",
     "dense",
     "output.dense",
+    "attention_output",
+    "output_dense",
 )
-_END = re.compile(r"([._/]weight|/kernel)$")
+_END = re.compile(r"([._/]weight|/kernel|/vars/0)$")
 # The parts of a layer, in the order of the table.
 _PARTS = ("W_q", "W_k", "W_v", "W_o", "W_qᵀW_k", "W_oW_v")
 

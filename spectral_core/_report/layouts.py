@@ -33,6 +33,7 @@ _TABLE = re.compile(
     r"|(^|[._/])(pos_embed|pos_embedding|position_embeddings?|positional_embedding)$"
 )
 _BIAS = re.compile(r"(^|[._/])(\w*_)?bias(_table)?(:0)?$")
+_HEAD_BIAS = re.compile(r"(^|/)_?(query|key|value)_dense/vars/1$")  # of Keras, with a row a head
 _TOKEN = re.compile(r"(^|[._/])(\w+_token|(query|prompt)_tokens)$")
 _LOGARITHM = re.compile(r"(^|\.)A_log$")  # of Mamba
 _LENGTHS = re.compile(r"(weight_g|parametrizations\.weight\.original0)$")
@@ -56,6 +57,7 @@ _NO_MATRICES = {
     _OPTIMIZER: "state of an optimizer",
     _COMPANION: "scales of a quantized weight",
     _BIAS: "a bias, not the matrix of a layer",
+    _HEAD_BIAS: "a bias, not the matrix of a layer",
     _TOKEN: "a token, not the matrix of a layer",
     _LOGARITHM: "logarithms of a state space, not the matrix of a layer",
     _LENGTHS: "lengths of a weight normalization",
@@ -183,7 +185,7 @@ def _gpt2(name: str, shape: Shape, *, guessed: bool) -> Choice:
 
 
 _ATTENTION = re.compile(  # of Flax, and of Keras in its files
-    r"(^|/)_?(query|key|value|(?P<out>out(put)?))(_dense)?/(kernel|vars/0)$"
+    r"(^|/)_?(query|key|value|(?P<out>(attention_)?out(put)?))(_dense)?/(kernel|vars/0)$"
 )
 _KERNELS = {2: "io", 3: "kio", 4: "hwio", 5: "dhwio"}
 

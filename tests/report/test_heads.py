@@ -56,6 +56,27 @@ def test_fused_matrices():
     check(report, dense(q, k[: 2 * SIZE], v[: 2 * SIZE], o, H), "phi")
 
 
+@pytest.mark.parametrize(
+    ("names", "out", "end"),
+    [
+        (("query_dense", "key_dense", "value_dense"), "output_dense", "/vars/0"),
+        (("query", "key", "value"), "attention_output", "/kernel"),
+    ],
+)
+def test_attention_of_keras(names, out, end, tmp_path):
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    q, k, v, o = (rng.standard_normal((D, D)) for _ in range(4))
+    with h5py.File(tmp_path / "m.weights.h5", "w") as file:
+        for name, x in zip(names, (q, k, v), strict=True):
+            file[f"layers/attention/{name}{end}"] = x.T.reshape(D, H, SIZE)
+            file[f"layers/attention/{name}/vars/1"] = np.zeros((H, SIZE))
+        file[f"layers/attention/{out}{end}"] = o.T.reshape(H, SIZE, D)
+    report = sc.report(tmp_path / "m.weights.h5", heads=H)
+    check(report, dense(q, k, v, o, H), "layers/attention")
+    if end == "/vars/0":  # biases with a row a head are no matrices
+        assert all(row.tensor.endswith("/vars/0") for row in report.values())
+
+
 def test_without_an_output_its_products_are_left_out():
     weights = separate(names=("query", "key", "value"), stem="attention.self")
     parts = [row.part for row in sc.report(weights, heads=H).heads]

@@ -36,6 +36,7 @@ RULES = [
     ("keras", "layers/separable_conv2d/vars/0", (3, 3, 8, 1), "hwio", True),
     ("keras", "layers/multi_head_attention/query_dense/vars/0", (8, 2, 4), "ioo", False),
     ("keras", "layers/multi_head_attention/output_dense/vars/0", (2, 4, 8), "iio", False),
+    ("keras", "multi_head_attention/attention_output/kernel", (2, 4, 8), "iio", False),
     ("keras", "layers/depthwise_conv2d/vars/0", (3, 3, 8, 1), "kk(gi)o", True),
     ("keras", "layers/conv2d_transpose/vars/0", (3, 3, 8, 4), "kkoi", True),
 ]
