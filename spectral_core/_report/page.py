@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .hdf5 import needed
-from .result import printable
+from .result import head_lines, printable
 
 if TYPE_CHECKING:
     from .result import Report, Row
@@ -183,6 +183,9 @@ def _lists(report: Report) -> list[tuple[str, list[str], int]]:
         "NaN or Inf": found["nonfinite"],
         "Zero": found["dead"],
     }
+    heads = head_lines(report.heads, report.without_heads)
+    if heads:
+        lists["Heads of attention"] = heads
     reasons: dict[str, list[str]] = {}
     for name, reason in report.skipped.items():
         reasons.setdefault(reason, []).append(name)

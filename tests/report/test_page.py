@@ -137,6 +137,17 @@ def test_a_report_without_matrices_has_a_page():
 
 
 @pytest.mark.usefixtures("jinja")
+def test_the_page_has_the_heads():
+    weights = {f"attn.{x}_proj.weight": rng.standard_normal((4, 4)) for x in "qkvo"}
+    report = sc.report(weights, heads=2)
+    page = Page(report.to_html())
+    assert "Heads of attention (6)" in page.texts
+    lines = [line for line in report.footer() if "2 heads: σ₁ from" in line]
+    assert len(lines) == 6
+    assert set(lines) <= {text.strip() for text in page.texts}
+
+
+@pytest.mark.usefixtures("jinja")
 def test_lists_are_bounded():
     weights = {f"w{i}": np.eye(2) for i in range(3)}
     report = sc.report(weights)
