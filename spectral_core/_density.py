@@ -145,14 +145,26 @@ def quadrature(
 
     ``gram`` applies WᴴW to each row, and the rows of ``starts`` have the length 1.
     """
-    nodes, weights = [], []
-    for T in projections(gram, starts, n_steps, xp):
-        values, vectors = np.linalg.eigh(T, UPLO="U")
-        nodes.append(np.sqrt(np.maximum(values, 0.0)))
-        weights.append(np.abs(vectors[0]) ** 2)
-    sigma, weight = np.concatenate(nodes), np.concatenate(weights)
+    nodes, weights = zip(*quadratures(gram, starts, n_steps, xp), strict=True)
+    sigma, weight = np.sqrt(np.maximum(np.concatenate(nodes), 0.0)), np.concatenate(weights)
     order = np.argsort(sigma, kind="stable")
     return sigma[order], weight[order] / weight.sum()
+
+
+def quadratures(
+    gram: Callable[[Array], Array], starts: Array, n_steps: int, xp: Namespace
+) -> list[tuple[Host, Host]]:
+    """Return the nodes, which rise, and the weights of each start's Gauss quadrature.
+
+    The measure of a unit vector y with respect to a symmetric operator has the mass |⟨x, y⟩|² at
+    the eigenvalue of each eigenvector x. The eigenvalues of the operator in the Krylov space of y
+    are the nodes, and the squares of its eigenvectors' first elements are the weights.
+    """
+    found = []
+    for T in projections(gram, starts, n_steps, xp):
+        values, vectors = np.linalg.eigh(T, UPLO="U")
+        found.append((values, np.abs(vectors[0]) ** 2))
+    return found
 
 
 def smoothed(sigma: Host, weight: Host, n_steps: int) -> tuple[Host, Host]:

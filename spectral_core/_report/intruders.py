@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .._density import quadratures
 from .._spectrum import top_triplets
 from .entry import Stored
-from .quadrature import quadratures
 
 # Singular values whose difference is below this share of the largest have no vectors of their own:
 # any rotation within their span is as good, so a cosine is taken with the span.
@@ -198,8 +198,8 @@ def _largest_masses(gram: Callable[[Stored], Stored], starts: Stored) -> Stored:
     before the first node and after the last, at most its weight. A node at zero has the part of the
     vector that the base maps to (nearly) nothing: no singular vector of the base is meant by it.
     """
-    nodes, weights = quadratures(gram, starts, _STEPS)
-    zero = nodes <= _NEGLIGIBLE**2 * nodes[:, -1:]
-    weights = np.where(zero, 0.0, weights)
-    padded = np.pad(weights, ((0, 0), (0, 1)))
-    return (padded[:, :-1] + padded[:, 1:]).max(axis=1)
+    masses = []
+    for nodes, weights in quadratures(gram, starts, min(_STEPS, starts.shape[1]), np):
+        weights[nodes <= _NEGLIGIBLE**2 * nodes[-1]] = 0.0
+        masses.append((weights + np.append(weights[1:], 0.0)).max())
+    return np.array(masses)
