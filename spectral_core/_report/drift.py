@@ -8,10 +8,10 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
-from math import inf
+from math import hypot, inf
 from typing import Any, ClassVar
 
-from .result import above, aligned, below, by_name, number, printable
+from .result import above, aligned, below, by_name, finite, number, printable
 
 
 @dataclass(frozen=True)
@@ -148,13 +148,13 @@ class Comparison(Mapping[str, Drift]):
     @property
     def drift(self) -> float | None:
         """The relative drift of all matrices together, or None if the base is zero."""
-        squares = [
-            (row.frobenius**2, row.frobenius_before**2)
+        lengths = [
+            (row.frobenius, row.frobenius_before)
             for row in self.values()
             if row.frobenius is not None and row.frobenius_before is not None
         ]
-        moved, base = map(sum, zip(*squares, strict=True)) if squares else (0.0, 0.0)
-        return float((moved / base) ** 0.5) if base else None
+        moved, base = (hypot(*x) for x in zip(*lengths, strict=True)) if lengths else (0.0, 0.0)
+        return finite(moved / base) if base else None
 
     @property
     def largest(self) -> str | None:

@@ -326,19 +326,24 @@ def _ratio(values: Stored) -> float:
     return float((max(float(values[-2]), 0.0) / float(values[-1])) ** 0.5)
 
 
-def _spectrum(tiles: _Tiles, sums: _Sums) -> Spectrum:
-    """Return all singular values, or the density of those of a large matrix."""
+def _spectrum(tiles: _Tiles, sums: _Sums) -> Spectrum | None:
+    """Return all singular values, or the density of those of a large matrix.
+
+    None where a value is beyond float64, as the norm is then.
+    """
     m, n = tiles.shape
     if sums.largest == 0:
         return (0.0,) * n
     if m * n * n <= MOST_VALUES and m * n <= _MOST_DENSE:
         values: Stored = np.linalg.svd(tiles.whole(), compute_uv=False)
-        return tuple(scaled_up(float(value), tiles.exponent) for value in values)
+        found = tuple(scaled_up(float(value), tiles.exponent) for value in values)
+        return found if found[0] < inf else None
     like = next(iter(tiles))
     starts = start_vector((_PROBES, n), like, seed=0, name="density")
     steps = min(_DENSITY_STEPS, n)
     grid, density = smoothed(*quadrature(tiles.gram, starts, steps, np), steps)
-    return {
-        "values": tuple(scaled_up(float(x), tiles.exponent) for x in grid),
-        "density": tuple(scaled_up(float(x), -tiles.exponent) for x in density),
-    }
+    places = tuple(scaled_up(float(x), tiles.exponent) for x in grid)
+    shares = tuple(scaled_up(float(x), -tiles.exponent) for x in density)
+    if max(*places, *shares) == inf:
+        return None
+    return {"values": places, "density": shares}

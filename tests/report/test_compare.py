@@ -322,6 +322,13 @@ def test_what_is_not_finite_or_zero():
     assert {name for name, *_ in found.cells(top=2)} == {"n", "z"}  # not behind a small drift
 
 
+def test_norms_near_the_end_of_float64():
+    found = sc.compare({"w": np.full((2, 2), 4e307)}, {"w": np.full((2, 2), 8e307)})
+    assert found.drift == found["w"].drift == pytest.approx(1)
+    json.loads(found.to_json())
+    assert "drift of all 1" in found.table()
+
+
 def test_no_row_is_lost_where_names_are_equal():
     x = rng.standard_normal((2, 3, 3))
     weights = {"w": x, "w[0]": np.diag([5.0, 1.0])}

@@ -88,3 +88,13 @@ def test_outputs_have_the_spectrum(tmp_path, capsys):
 def test_sparkline():
     assert sparkline((0.0, 0.0)) == "|█           |"
     assert sparkline({"values": (0.0, 1.0, 2.0), "density": (0.0, 1.0, 0.0)})[7] == "█"
+
+
+def test_a_spectrum_beyond_float64_is_none(monkeypatch):
+    weights = {"w": np.full((3, 3), 1.7e308)}
+    for most in (module.MOST_VALUES, 0):
+        monkeypatch.setattr(module, "MOST_VALUES", most)
+        report = sc.report(weights, spectrum=True)
+        assert report["w"].spectrum is report["w"].sigma is None
+        report.table()
+        json.loads(report.to_json())
