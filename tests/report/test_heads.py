@@ -7,6 +7,7 @@ import pytest
 
 import spectral_core as sc
 from heads_by_hand import check, dense
+from spectral_core._report import matrix as module
 from spectral_core._report.command import main
 
 rng = np.random.default_rng(11)
@@ -31,6 +32,13 @@ def test_heads_that_share_keys(keys):
         report = sc.report(weights, **options)
         check(report, expected, "model.layers.0.self_attn")
         assert not report.without_heads
+
+
+def test_bounds_of_large_parts_are_proven(monkeypatch):
+    monkeypatch.setattr(module, "MOST_PROVEN", 0)
+    for row in sc.report(separate(), heads=H).heads:
+        for lower, upper in zip(row.lower, row.upper, strict=True):
+            assert upper <= lower * (1 + 1e-9), row.part
 
 
 def test_fused_matrices():
