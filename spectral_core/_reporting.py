@@ -70,8 +70,11 @@ def report(
     ------
     SpectralError
         If the source cannot be read, is broken, or is not safe to read. The message is one line.
+        Also if ``heads`` or ``config`` is given but no layer has names of attention, or ``base`` or
+        ``lora_scale`` but no update is there.
     ArgumentError
-        If a layout does not fit a tensor whose name fits its pattern.
+        If a layout does not fit a tensor whose name fits its pattern, ``heads`` is no bool and no
+        integer above 0, or ``lora_scale`` is not finite.
 
     Notes
     -----

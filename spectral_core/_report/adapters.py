@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from math import isfinite
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..errors import ArgumentError
 from .entry import CheckpointError, TensorEntry
 from .files import Mapped, parsed_json, short
 from .numbers import widened
@@ -46,8 +48,8 @@ class Scale:
     """
 
     def __init__(self, given: float | None = None, config: Mapping[str, Any] | None = None) -> None:
-        if given is not None and not isfinite(given):
-            raise CheckpointError(f"the scale of LoRA is {given}: it must be finite")
+        if given is not None and (not isinstance(given, Real) or not isfinite(given)):
+            raise ArgumentError(f"lora_scale is {short(given)}: it must be a finite number")
         self.given = given
         self._config = config or {}
         pattern = self._config.get("alpha_pattern") or {}

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from .._layout import Layout
+from ..errors import check_int
 from .adapters import read_beside, read_config
 from .entry import CheckpointError, Stored, TensorEntry
 from .layouts import Choice
@@ -69,14 +70,15 @@ class Heads(NamedTuple):
 
         Raises
         ------
+        ArgumentError
+            If ``heads`` is neither a bool nor an integer above 0.
         CheckpointError
-            If nothing says the number of heads.
+            If nothing says the number of heads, or two things say it.
         """
         if heads is False and config is None:
             return None
         if heads is not True and heads is not False:
-            if not isinstance(heads, int) or heads < 1:
-                raise CheckpointError(f"the number of heads is {heads}: it must be at least 1")
+            heads = check_int(heads, "heads")
             if config is not None:
                 raise CheckpointError(
                     "--heads N and --config both say the number of heads: leave one of them out"

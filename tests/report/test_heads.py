@@ -9,6 +9,7 @@ import spectral_core as sc
 from heads_by_hand import check, dense
 from spectral_core._report import matrix as module
 from spectral_core._report.command import main
+from spectral_core.errors import ArgumentError
 
 rng = np.random.default_rng(11)
 D, H, SIZE = 12, 4, 3
@@ -152,5 +153,7 @@ def test_bad_configurations(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--heads", str(path)])
     assert "put the path first" in capsys.readouterr().err
-    with pytest.raises(sc.SpectralError, match="at least 1"):
-        sc.report(path, heads=0)
+    for heads in (0, 2.5, "4"):
+        with pytest.raises(ArgumentError, match="heads must be an integer ≥ 1"):
+            sc.report(path, heads=heads)
+    assert len(sc.report(separate(), heads=np.int64(H)).heads[0].sigma) == H

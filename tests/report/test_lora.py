@@ -86,7 +86,9 @@ def test_without_a_scale(tmp_path, capsys):
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["matrices"]}
     assert rows[f"{Q} (W + s·B·A)"]["sigma"] == pytest.approx(np.linalg.norm(W + B @ A, 2))
     assert main([str(path), "--lora-scale", "nan"]) == 2
-    assert "it must be finite" in capsys.readouterr().err
+    assert "it must be a finite number" in capsys.readouterr().err
+    with pytest.raises(sc.SpectralError, match="lora_scale is '2'"):
+        sc.report(path, lora_scale="2")
 
 
 @pytest.mark.parametrize(
