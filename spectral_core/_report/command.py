@@ -296,14 +296,33 @@ def _show(report: Report | Comparison, options: argparse.Namespace) -> None:
         print(report.table(options.top))
 
 
+_FOLDED = ("name", "")  # columns whose texts may be folded
+_NARROWEST = 16  # characters of a folded column
+
+
+def _needed_width(lines: Sequence[tuple[str, ...]]) -> int:
+    """Return the columns of a terminal in which no number is folded or cut."""
+    width = 1
+    for label, *cells in zip(*lines, strict=True):
+        widest = max(map(len, (label, *cells)))
+        width += 3 + (min(widest, _NARROWEST) if label in _FOLDED else widest)
+    return width
+
+
 def _show_rich(report: Report | Comparison, top: int | None) -> None:
+    console = import_module("rich.console").Console()
+    lines = report.cells(top)
+    if console.width < _needed_width([report.columns, *lines]):
+        print(report.table(top))
+        return
     table = import_module("rich.table").Table(title=_text(report.source))
     for column in report.columns:
-        left = column in ("name", "layout", "")
-        table.add_column(column, justify="left" if left else "right", overflow="fold")
-    for line in report.cells(top):
+        left, folds = column in ("name", "layout", ""), column in _FOLDED
+        table.add_column(
+            column, justify="left" if left else "right", overflow="fold", no_wrap=not folds
+        )
+    for line in lines:
         table.add_row(*map(_text, line))
-    console = import_module("rich.console").Console()
     console.print(table)
     for sentence in report.footer():
         console.print(_text(sentence))

@@ -16,7 +16,7 @@ from spectral_core._density import quadratures
 from spectral_core._report import compare as module
 from spectral_core._report import intruders
 from spectral_core._report import matrix as matrix_module
-from spectral_core._report.command import main
+from spectral_core._report.command import _show_rich, main
 from spectral_core._report.intruders import similarity_of, similarity_of_large
 from spectral_core._report.numbers import widened
 
@@ -320,6 +320,23 @@ def test_what_is_not_finite_or_zero():
     assert found.above(1e9) == ["n"]
     json.loads(found.to_json())
     assert {name for name, *_ in found.cells(top=2)} == {"n", "z"}  # not behind a small drift
+
+
+@pytest.mark.parametrize("width", [60, 120, 300])
+@pytest.mark.parametrize("compared", [False, True])
+def test_a_terminal_folds_no_number(width, compared, monkeypatch, capsys):
+    pytest.importorskip("rich", reason="rich is not installed")
+    monkeypatch.setenv("COLUMNS", str(width))
+    weights = {"model.layers.0.self_attn.q_proj.weight": rng.standard_normal((300, 40))}
+    moved = {name: x + rng.standard_normal(x.shape) for name, x in weights.items()}
+    found = sc.compare(weights, moved) if compared else sc.report(weights)
+    _show_rich(found, None)
+    out = capsys.readouterr().out
+    (line,) = found.cells()
+    for label, cell in zip(found.columns, line, strict=True):
+        if label not in ("name", ""):
+            assert cell in out, label
+    assert ("│" in out) or width < 300
 
 
 def test_norms_near_the_end_of_float64():
