@@ -6,10 +6,15 @@ it is the norm with circular padding at size n. Both are found by branch and bou
 frequencies, and proven:
 
 - A lower bound is ‖K̂(ω)ᴴa‖/‖a‖, for any ω and a.
-- From the centre c of a cell to any ω in it, a singular value grows by the factor
-  1/∏cos(n_j·|ω_j − c_j|) at most, with n_j = (k_j − 1)/2 (M. Riesz). So a cell whose centre has
-  σ₁(K̂(c)) ≤ ∏cos(n_j·h_j)·lower·(1 + tol), with its half-widths h_j, holds nothing larger than
-  lower·(1 + tol): it is dropped. Any other cell is split.
+- Let M be the largest |aᴴK̂(ω)b| for two vectors, and n_j = (k_j − 1)/2. If it is M·cos α at ω,
+  then it is M·cos(α + Σ n_j·|d_j|) or more at ω + d (Duffin and Schaeffer 1938: along a line it has
+  the exponential type of that sum). At the maximum, α is zero. So the centre c of the cell that
+  holds it has σ₁(K̂(c)) ≥ cos(Σ n_j·h_j)·M, with the cell's half-widths h_j.
+- A grid misses the maximum. But a grid of N_j points an axis has a point where |aᴴK̂(ω)b| is
+  ∏cos(n_j·π/N_j)·M or more (Pfister and Bresler 2018). There α is at most A = √(Σ (n_j·π/N_j)²),
+  and the centre of the best point's cell has the share cos(A + Σ n_j·h_j)/cos A of it or more.
+- So a cell whose centre has less than that share of lower·(1 + tol) does not hold a maximum that is
+  larger than lower·(1 + tol): it is dropped. Any other cell is split.
 - The test of a centre is a Cholesky factorization, which needs no eigenvalue.
 
 Why the Gram matrix is a polynomial: K̂K̂ᴴ = Σ_d R_d·exp(−iω·d) with R_d = Σ_t K_{t+d}K_tᴴ. The R_d
@@ -35,7 +40,7 @@ _PEAKS = 4  # cells from which a maximum is searched
 _CLIMB = 10  # steps of such a search at most
 _CLOSE = 2e-3  # relative distance from the limit that is more than the rounding of float32
 _KRYLOV = 6  # dimensions of the spaces that estimate an eigenvalue
-_WIDEST = pi / 4  # of n_j·h_j in the first cells, where the bound's cosine is 0.7
+_WIDEST = pi / 4  # of n_j·h_j in the first cells: the cosine of one axis is 0.7
 
 
 class Peak(NamedTuple):
@@ -249,7 +254,7 @@ def _tested_(symbol: Symbol, cells: Cells, best: Peak | None, tol: float) -> tup
     """
     estimates, kept = np.zeros(len(cells)), np.ones(len(cells), bool)
     limits = (
-        _slack(symbol.half_degrees * cells.halves)
+        _share(symbol, cells, symbol.half_degrees * cells.halves)
         * (1 - 16 * _UNIT)
         * (0 if best is None else best.lower)
         * (1 + tol)
@@ -272,9 +277,18 @@ def _tested_(symbol: Symbol, cells: Cells, best: Peak | None, tol: float) -> tup
     return estimates, kept
 
 
-def _slack(reach: Host) -> Host:
-    """Return ∏cos(n_j·h_j) of each cell: the share of a maximum that its centre has at least."""
-    found: Host = np.cos(np.minimum(reach, pi / 2)).prod(axis=1)
+def _share(symbol: Symbol, cells: Cells, reach: Host) -> Host:
+    """Return the share of a maximum in each cell that the cell's centre has at least.
+
+    ``reach`` (B, d) are the n_j·h_j. On a grid, points are their own centres: the share is 1.
+    """
+    whole = reach.sum(axis=1)
+    missed = 0.0  # A
+    if cells.step is not None:
+        missed = float(np.linalg.norm(symbol.half_degrees * cells.step)) / 2 * (1 + 16 * _UNIT)
+    # A cosine near π/2 has no digits: its error is absolute.
+    least = np.cos(np.minimum(missed + whole, pi / 2)) - 16 * _UNIT
+    found: Host = np.where(whole == 0, 1.0, np.maximum(least, 0.0) / np.cos(min(missed, pi / 2)))
     return found
 
 
@@ -288,7 +302,8 @@ def _halved(symbol: Symbol, cells: Cells, estimates: Host, best: Peak, risen: bo
     reach = symbol.half_degrees * cells.halves
     halved = np.zeros(reach.shape, bool)
     for turn in range(reach.shape[1]):
-        hopeful = estimates <= (_slack(np.where(halved, reach / 2, reach)) * best.lower) ** 2
+        share = _share(symbol, cells, np.where(halved, reach / 2, reach))
+        hopeful = estimates <= (share * best.lower) ** 2
         hopeful &= risen or turn > 0
         longest = np.where(halved, -1.0, reach).argmax(axis=1)
         halved[np.arange(len(cells)), longest] |= ~hopeful

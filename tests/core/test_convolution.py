@@ -216,12 +216,64 @@ def test_errors_name_the_argument(kernel, layout, options, error, words):
         sc.convolution_norm(kernel, layout, **options)
 
 
+def waves_of(shape, channels):
+    """Return a kernel whose channels are sums of amplitude·cos(f·ω − phase), centred."""
+    kernel = np.zeros((len(channels), len(channels), *shape), complex)
+    middle = np.array(shape) // 2
+    for channel, terms in enumerate(channels):
+        for frequency, amplitude, phase in terms:
+            for sign in (-1, 1):
+                tap = (channel, channel, *(middle + sign * np.array(frequency)))
+                kernel[tap] += amplitude / 2 * np.exp(1j * sign * phase)
+    return kernel
+
+
+def test_a_maximum_between_the_points_of_a_grid_hides_none_of_them():
+    """The best point is beside the symbol's maximum, and falls faster than a maximum does."""
+    step = 2 * pi / 16
+    for best in range(16):
+        kernel = waves_of((3,), [[((1,), 1.0, (best + 0.49) * step)], [((1,), 0.97, 9.5 * step)]])
+        found = sc.convolution_norm(kernel, "oik", size=16, padding_mode="circular")
+        norm = max(cos(0.49 * step), 0.97 * cos(0.5 * step))
+        assert found.lower <= norm * (1 + 1e-12)
+        assert norm <= found.upper * (1 + 1e-12)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(12, 48), st.integers(2, 5), st.booleans())
+def test_a_circular_convolution_is_exact_at_larger_sizes(seed, size, taps, is_complex):
+    """Cells have several points there."""
+    rng = np.random.default_rng(seed)
+    kernel = rng.standard_normal((2, 2, taps)) * np.eye(2)[..., None]
+    kernel = kernel + 1j * is_complex * rng.standard_normal(kernel.shape)
+    symbol = np.fft.fft(kernel, size, axis=2)
+    norm = np.linalg.norm(np.moveaxis(symbol, 2, 0), 2, axis=(1, 2)).max()
+    found = sc.convolution_norm(kernel, "oik", size=size, padding_mode="circular")
+    assert found.lower <= norm * (1 + 1e-12)
+    assert norm <= found.upper * (1 + 1e-12)
+    assert found.upper <= found.lower * (1 + 1.01e-6)
+
+
+def test_a_maximum_in_the_corner_of_a_cell_is_found():
+    """Both axes together lead from it to the centre, where the symbol is less than half of it.
+
+    A ridge runs through the corner. The next cells see it below the maximum of the other channel.
+    """
+    e, far = 0.11, 9 * pi / 8
+    ridge = [((2, 2), 0.9, 4 * e), ((2, -2), 0.05, 0.0), ((1, 0), 0.025, e), ((0, 1), 0.025, e)]
+    hill = [((0, 0), 0.25, 0.0), ((1, 0), 0.25, far), ((0, 1), 0.25, far)]
+    hill += [((1, 1), 0.125, 2 * far), ((1, -1), 0.125, 0.0)]
+    other = [(frequency, 0.998 * amplitude, phase) for frequency, amplitude, phase in hill]
+    found = sc.convolution_norm(waves_of((5, 5), [ridge, other]), "oihw")
+    assert found.lower <= 1 + 1e-12
+    assert found.upper >= 1 - 1e-12
+
+
 def test_a_cell_that_failed_its_test_is_split():
     """Where the peak is as before, the same test would fail again."""
     symbol = _symbol.Symbol(np.random.default_rng(0).standard_normal((1, 2, 2, 3, 3)))
     cells = _symbol._first_cells(symbol, None)
     best = _symbol.Peak(10.0, 0, np.zeros(2), np.zeros(2))
-    estimates = np.full(len(cells), 50.0)  # their children would be dropped, and so would they
+    estimates = np.full(len(cells), 40.0)  # their children would be dropped, and so would they
     whole = _symbol._halved(symbol, cells, estimates, best, True)
     split = _symbol._halved(symbol, cells, estimates, best, False)
     assert not whole.any()
