@@ -78,8 +78,8 @@ def from_norms(W: Array, estimate: float, xp: Namespace) -> Bounds:
     m, n = W.shape
     unit = 4 * traits(W, xp, "W").eps * (m + n + 8)  # of a sum of sums, and of complex products
     size = xp.abs(W)
-    if xp is np:
-        frobenius = float(np.vdot(size, size)) ** 0.5
+    if xp is np:  # each row by itself: one sum of all elements would round too often
+        frobenius = float(np.einsum("ij,ij->i", size, size).sum()) ** 0.5
     else:  # devices may round what products multiply
         frobenius = float(xp.sum(xp.sum(size * size, axis=1), axis=0)) ** 0.5
     rows, columns = (float(xp.max(xp.sum(size, axis=axis))) for axis in (1, 0))

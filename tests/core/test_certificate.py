@@ -107,3 +107,9 @@ def test_bounds_without_scipy_are_as_close(monkeypatch, scale):
         assert lower <= exact * (1 + 1e-14)
         assert exact * (1 - 1e-14) <= upper <= lower * (1 + 1e-10)
         monkeypatch.setattr(_certificate, "_lapack", lambda: None)
+
+
+def test_the_frobenius_norm_allows_for_its_rounding():
+    """One sum of 36 million equal squares is too small by more than is allowed for."""
+    W = np.broadcast_to(1.3, (6000, 6000))
+    assert Fraction(_certificate.from_norms(W, 0.0, np).upper) >= 6000 * Fraction(1.3)
