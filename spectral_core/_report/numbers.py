@@ -90,8 +90,10 @@ class Widening:
     @contextmanager
     def reused(self) -> Iterator[Callable[[Stored], Stored]]:
         """Yield a function whose result is overwritten by its next call. Each thread needs one."""
-        # Both operations on the list are atomic.
-        room = self._rooms.pop() if self._rooms else {}
+        try:  # Each operation on the list is atomic; a look before the pop would be a second one.
+            room = self._rooms.pop()
+        except IndexError:
+            room = {}
         yield lambda stored: self._into(stored, room)
         self._rooms.append(room)
 

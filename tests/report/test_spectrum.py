@@ -98,3 +98,16 @@ def test_a_spectrum_beyond_float64_is_none(monkeypatch):
         assert report["w"].spectrum is report["w"].sigma is None
         report.table()
         json.loads(report.to_json())
+
+
+def test_the_last_memory_may_go_to_another_thread():
+    class Taken(list):
+        """A list whose last element is gone before the pop."""
+
+        def __bool__(self):
+            return True
+
+    decode = Widening("float32")
+    decode._rooms = Taken()
+    with decode.reused() as into:
+        assert into(np.ones((2, 3), np.float32)).sum() == 6
