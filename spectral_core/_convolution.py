@@ -20,7 +20,7 @@ from ._padding import MODES, Axis, Operator, repeats, sources
 from ._plan import make_plan
 from ._symbol import Peak, Supremum, Symbol, supremum
 from ._validate import check_number
-from .errors import ArgumentError, ShapeError, check_int, shown
+from .errors import ArgumentError, DTypeError, ShapeError, check_int, shown
 
 _EVALUATIONS = 20_000  # frequencies, before the tolerance grows
 _ITERATIONS = 200  # through the layer at a size
@@ -108,7 +108,7 @@ def convolution_norm(
         If the kernel does not fit its layout, has no kernel axis or an empty axis, or the image is
         too small.
     DTypeError
-        If the kernel is not floating-point.
+        If the kernel is not floating-point, or float64 has no place for it.
     ArgumentError
         If an option is out of its range.
 
@@ -229,10 +229,15 @@ def _canonical(kernel: Array, layout: Layout | str) -> tuple[Host, int]:
             "axis, and one letter for each axis of the image, such as 'oihw'"
         )
     wide = np.complex128 if is_complex(kernel, xp) else np.float64
-    host = as_numpy(cast(constant(kernel), kind.iteration_dtype, xp), "kernel").astype(wide)
+    stored = as_numpy(cast(constant(kernel), kind.iteration_dtype, xp), "kernel")
+    with np.errstate(over="ignore"):
+        host = stored.astype(wide)
+    if stored.any() != host.any() or np.isfinite(stored).all() != np.isfinite(host).all():
+        raise DTypeError("kernel has elements beyond the range of float64: scale it first")
     host = host.reshape(plan.split).transpose([axis for some in axes for axis in some])
     host = host if axes[0] else host[None]
-    largest = float(np.abs(host).max())
+    # The absolute value of a finite complex number may overflow.
+    largest = float(max(np.abs(host.real).max(), np.abs(host.imag).max()))
     # A power of two, so that nothing overflows in the squares, and scaling is exact.
     exponent = frexp(largest)[1] - 1 if 0 < largest < inf else 0
     return times_power_of_two(host, -exponent), exponent

@@ -26,6 +26,7 @@ from ._arrays import (
     cast,
     conj,
     constant,
+    is_complex,
     norm,
     squared,
     to_host,
@@ -43,7 +44,7 @@ from ._lanczos import as_matrices, top_ritz
 from ._layout import Layout, stack_layout
 from ._power import matvec, rmatvec, start_vector
 from ._validate import check_number
-from .errors import ArgumentError, check_int, shown
+from .errors import ArgumentError, DTypeError, check_int, shown
 
 METHODS = ("factorization", "lanczos", "cheap")
 
@@ -51,7 +52,7 @@ METHODS = ("factorization", "lanczos", "cheap")
 # beside the largest are closer to it than that: an eigenvalue's error is the residual's square.
 _TOLERANCES = (1e-7, 1e-13)
 _MOST_PRODUCTS = 500
-_SAFE = 16  # binary orders of magnitude from 1 where no fourth power is close to float32's ends
+_SAFE = 15  # binary orders of magnitude from 1 where no fourth power is close to float32's ends
 _NARROW = 512  # rows from which products in float32 are much faster
 _NARROW_TOL, _NARROW_PRODUCTS = 3e-7, 150
 
@@ -123,7 +124,7 @@ def bounds(
         If W has fewer than two axes or an empty one, has three or more and no ``layout``, or does
         not fit its layout.
     DTypeError
-        If W is not an array of numbers, or is sparse or masked.
+        If W is not an array of numbers, is sparse or masked, or float64 has no place for it.
     ArgumentError
         If ``method`` is not one of the three, or does not fit ``probability``. Also if
         ``probability`` is not between 0 and 1, ``n_iter`` is less than 1, or ``seed`` is negative.
@@ -327,10 +328,16 @@ def _cheap(W: Array, xp: Namespace) -> tuple[float, float]:
 
 def _exponent(W: Array, xp: Namespace) -> tuple[int | None, float]:
     """Return the exponent of the largest element, or None and the norm where that is enough."""
-    if xp is np and not np.iscomplexobj(W):  # two looks are faster than a copy
-        largest = float(max(W.max(), -W.min()))
+    # The absolute value of a finite complex number may overflow.
+    parts = (xp.real(W), xp.imag(W)) if is_complex(W, xp) else (W,)
+    if xp is np:  # two looks are faster than a copy
+        longest = np.max([look for part in parts for look in (part.max(), -part.min())])
     else:
-        largest = float(xp.max(xp.abs(W)))
+        longest = xp.max(xp.stack([xp.max(xp.abs(part)) for part in parts]))
+    largest = float(longest)
+    is_kept = isfinite(largest) and (largest > 0 or not bool(longest > 0))
+    if not is_kept and bool(xp.isfinite(longest)):  # of NumPy's longdouble
+        raise DTypeError("W has its largest element beyond the range of float64: scale it first")
     if largest == 0 or not isfinite(largest):
         return None, 0.0 if largest == 0 else np.nan
     return frexp(largest)[1] - 1, largest

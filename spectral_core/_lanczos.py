@@ -195,8 +195,9 @@ def _spectral_norm(W: Array, tol: float, max_iter: int, seed: int, xp: Namespace
     m, n = W.shape
     longest = xp.max(xp.abs(W))
     largest = float(longest)
-    if not isfinite(largest) and bool(xp.isfinite(longest)):  # of NumPy's longdouble
-        raise DTypeError("W has elements beyond the range of float64: scale it first")
+    is_kept = isfinite(largest) and (largest > 0 or not bool(longest > 0))
+    if not is_kept and bool(xp.isfinite(longest)):  # of NumPy's longdouble
+        raise DTypeError("W has its largest element beyond the range of float64: scale it first")
     if not isfinite(largest) or largest == 0:
         return _trivial(W, largest, xp)
     scale = scale_of(W, largest, xp)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import spectral_core as sc
+from spectral_core.errors import DTypeError
 
 
 def orthogonal(rng, n):
@@ -255,3 +257,27 @@ def test_gram_bound_where_rounding_leaves_none_is_infinite():
     W = np.ones((2**12, 2), np.float32)
     assert np.isfinite(sc.gram_bound(W))
     assert np.isinf(sc.gram_bound(np.ones((2**23, 2), np.float32), n_iter=1))
+
+
+@pytest.mark.parametrize("method", ["factorization", "cheap"])
+def test_a_complex_element_may_be_beyond_float64_itself(method):
+    """Both of its parts are finite, so the matrix is."""
+    lower, upper, _ = sc.bounds(np.full((2, 3), 1.7e308 * (1 + 1j)), method=method)
+    assert lower == sys.float_info.max
+    assert upper == np.inf
+    found = sc.convolution_norm(np.full((1, 1, 2), 1.7e308 * (1 + 1j)), "oik")
+    assert found[:2] == (sys.float_info.max, np.inf)
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).maxexp <= 1024, reason="longdouble is float64 here")
+@pytest.mark.parametrize("value", ["1e-400", "1e400"])
+def test_numbers_that_float64_has_no_place_for_are_refused(value):
+    """1e-400 would become zero, and so would its upper bound."""
+    W = np.full((2, 3, 1), np.longdouble(value))
+    for method in ("factorization", "cheap"):
+        with pytest.raises(DTypeError, match="range of float64"):
+            sc.bounds(W[..., 0], method=method)
+    with pytest.raises(DTypeError, match="range of float64"):
+        sc.spectral_norm(W[..., 0])
+    with pytest.raises(DTypeError, match="range of float64"):
+        sc.convolution_norm(W, "oik")
