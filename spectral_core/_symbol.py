@@ -90,7 +90,8 @@ class Symbol:
         absolute = np.abs(self.taps).sum(axis=1)
         sums = absolute.sum(axis=2).max(axis=1) * absolute.sum(axis=1).max(axis=1)
         terms = len(self.places) * (kernel.shape[2] + 2) + 2 * len(self._differences) + 16
-        angle = 8 * pi * sum(self.sizes) * _UNIT
+        # An angle of up to 2π a sample has six roundings at most: of π, of a frequency, of sums.
+        angle = 16 * pi * sum(self.sizes) * _UNIT
         rate = gamma(terms, self.taps) + 4 * gamma(4, self.taps) + angle
         self.rounding = rate * sums
         # A vector's product with the symbol is one of complex numbers.
