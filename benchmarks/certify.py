@@ -406,7 +406,7 @@ def layer_of(rng: np.random.Generator, mode: str | None = None) -> Case:
     def each(low: int, high: int) -> tuple[int, ...]:
         return tuple(int(x) for x in rng.integers(low, high, n))
 
-    kernel, size = each(1, 4), each(2, 4 if n == 3 else 7)
+    kernel, size = each(1, 4), each(2, (40, 7, 4)[n - 1])
     options: dict[str, Any] = {"stride": each(1, 3), "dilation": each(1, 3)}
     i, o = (groups * int(rng.integers(1, 3)) for _ in range(2))
     if transposed:
