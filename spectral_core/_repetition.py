@@ -89,7 +89,10 @@ class Repetition:
         return (
             same
             and self._names == list(state.v)
-            and len(weights) == len(self._names)
+            # What is no mapping, or has other names, gets its error where new jobs are made.
+            and isinstance(weights, Mapping)
+            and isinstance(grads, Mapping)
+            and weights.keys() == state.v.keys()
             and self._has_arrays(weights, grads, state)
             and self._has_numbers(numbers)
         )

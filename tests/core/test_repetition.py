@@ -159,6 +159,22 @@ def test_wrong_weights_still_raise():
         sc.add_gradient_(weights, grads, state)
 
 
+def test_arguments_of_another_kind_raise_as_in_the_first_step():
+    weights = {"a": np.ones((2, 3)), "b": np.ones((2, 2))}
+    grads = {"a": np.zeros((2, 3)), "b": None}
+    state = sc.iterate(weights, sc.init(weights))
+    for case in (
+        ({"a": weights["a"], "c": weights["b"]}, grads),  # another name, of a weight left out
+        (list(weights.values()), grads),
+        (weights, list(grads.values())),
+        (weights, None),
+    ):
+        for _ in range(2):
+            state = sc.add_gradient_(weights, grads, state, factor=0.1)
+        with pytest.raises(sc.NamesError):
+            sc.add_gradient_(*case, state, factor=0.1)
+
+
 def test_no_array_of_the_caller_is_kept_alive():
     weights, grads, state = start()
     for _ in range(2):
