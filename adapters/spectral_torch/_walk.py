@@ -13,7 +13,7 @@ constant.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, is_dataclass
 from inspect import BoundArguments, signature
@@ -120,6 +120,8 @@ class Walk(TorchFunctionMode):
         self.batch = inputs[0].shape[0] if inputs[0].ndim else 0
         for x in inputs:
             self.record(x, Value(0.0, is_input=True))
+        # Another tensor on the memory of an input is no constant.
+        self.births.include(inputs)
         with self.running(model):
             return model(*inputs)
 
@@ -329,6 +331,10 @@ class _Births(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _add(self, args: Any, kwargs: Any, out: Any) -> None:
         before = {_memory(x) for x in tensors_in((args, kwargs))}
         self._made |= {_memory(x) for x in tensors_in(out)} - before
+
+    def include(self, tensors: Iterable[Tensor]) -> None:
+        """Treat tensors that were made before as made while this was active."""
+        self._made |= set(map(_memory, tensors))
 
     def made(self, x: Tensor) -> bool:
         """Return True if a tensor's memory was made while this was active."""

@@ -554,6 +554,22 @@ def test_unknown_parts_are_named(name):
     assert "unbounded" in str(found)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        nn.Parameter,
+        lambda x: torch.Tensor._make_subclass(torch.Tensor, x),
+        lambda x: torch.vmap(lambda row: row.unsqueeze(0).squeeze(0))(x),
+    ],
+    ids=["parameter", "subclass", "vmap"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_another_tensor_on_the_memory_of_the_input_is_no_constant(function):
+    model = nn.Sequential(Calls(function), nn.Linear(4, 4)).eval()
+    found = lipschitz_bound(model, torch.randn(3, 4), max_iter=0)
+    assert "cannot see" in " ".join(found.unbounded.values()), found
+
+
 def test_attention_is_named_and_can_be_given():
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
     x = torch.randn(1, 3, 8)
