@@ -353,7 +353,7 @@ def elu(
     inplace: bool = False,
 ) -> Value:
     """Apply an exponential below zero: its slope at zero is alpha."""
-    if (scale, input_scale) != (1.0, 1.0) or alpha < 0:
+    if (scale, input_scale) != (1.0, 1.0) or not alpha >= 0:
         raise NoBound("the walk knows elu with alpha alone")
     return activation(w, out, x, 0.0, max(1.0, alpha))
 
@@ -364,6 +364,8 @@ def prelu(w: Walk, out: Tensor, x: Tensor, weight: Tensor) -> Value:
     if w.depends(weight):
         raise NoBound("its slopes depend on the input")
     slopes = exact(weight)
+    if not slopes.isfinite().all():
+        raise NoBound("a slope below zero is not finite")
     return activation(w, out, x, min(1.0, float(slopes.min())), max(1.0, float(slopes.max())))
 
 

@@ -536,6 +536,8 @@ UNKNOWN = {
     "batch statistics": (nn.BatchNorm1d(4, track_running_stats=False), "statistics of the batch"),
     "script": (torch.jit.script(nn.Sequential(nn.Linear(4, 4))), "cannot see|does not know"),
     "infinite": (lambda x: x * float("inf"), "not finite"),
+    "slope": (lambda x: F.prelu(x, torch.tensor([float("nan")])), "not finite"),
+    "alpha": (lambda x: F.elu(x, float("nan")), "alpha"),
     "out": (lambda x: torch.add(x, x, out=torch.empty_like(x)), "form of add|in place"),
 }
 
