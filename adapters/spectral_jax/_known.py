@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from math import isfinite
 from typing import Any
 
 import jax
@@ -90,6 +91,8 @@ def _named(w: Walk, eqn: Any, operands: list[Operand]) -> Value | None:
     low, high = SLOPES[slopes]
     for y in others:  # the slope or the scale of the negative part
         parameter = float(y.exact)
+        if not isfinite(parameter):
+            return None
         if slopes != "celu":
             low, high = min(low, parameter), max(high, parameter)
         elif parameter <= 0:

@@ -519,6 +519,12 @@ def test_several_slopes_are_no_known_activation():
     assert found.unbounded or found.upper >= 3
 
 
+@pytest.mark.parametrize("function", [jax.nn.leaky_relu, jax.nn.elu])
+def test_a_slope_that_is_no_number_has_no_bound(function):
+    found = lipschitz_bound(lambda x: function(x, jnp.nan), normal(0, 1, 3), max_iter=0)
+    assert found.upper == np.inf
+
+
 def test_misfits_are_errors():
     with pytest.raises(sc.DTypeError, match="floating"):
         lipschitz_bound(lambda x: x, jnp.ones((1, 2), int))
