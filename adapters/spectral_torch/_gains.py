@@ -179,7 +179,11 @@ def scale(w: Walk, out: Tensor, x: Any, other: Any) -> Value:
     value, constant = (x, other) if w.depends(x) else (other, x)
     if divides and value is other:
         raise NoBound("divides by a value that depends on the input")
-    factor = exact(torch.as_tensor(constant))
+    if isinstance(constant, complex):
+        raise NoBound("scales by a complex number")
+    # Not in the default dtype: rounding a number of Python's could make the bound smaller.
+    wide = None if isinstance(constant, Tensor) else torch.float64
+    factor = exact(torch.as_tensor(constant, dtype=wide))
     number = largest_scale((1 / factor if divides else factor).numpy())
     number *= 1 + 4 * UNIT * divides
     if not isfinite(number):

@@ -389,6 +389,12 @@ def test_convolutions_of_each_dimension(n, transposed):
         assert found.upper <= 10**found.log10_product
 
 
+@pytest.mark.parametrize("number", [0.3, -3.3, 1e39])
+def test_numbers_of_python_are_not_rounded_to_the_default_dtype(number):
+    found = lipschitz_bound(Calls(lambda x: x * number), torch.ones(1, 2, dtype=torch.float64))
+    assert abs(number) <= found.upper <= abs(number) * (1 + 1e-12)
+
+
 def test_circular_padding_has_the_norm_at_the_size():
     layer = nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular").double()
     x = torch.randn(1, 2, 5, 5, dtype=torch.float64)
@@ -536,6 +542,7 @@ UNKNOWN = {
     "batch statistics": (nn.BatchNorm1d(4, track_running_stats=False), "statistics of the batch"),
     "script": (torch.jit.script(nn.Sequential(nn.Linear(4, 4))), "cannot see|does not know"),
     "infinite": (lambda x: x * float("inf"), "not finite"),
+    "complex": (lambda x: (x * 2j).imag, "complex"),
     "slope": (lambda x: F.prelu(x, torch.tensor([float("nan")])), "not finite"),
     "alpha": (lambda x: F.elu(x, float("nan")), "alpha"),
     "out": (lambda x: torch.add(x, x, out=torch.empty_like(x)), "form of add|in place"),
