@@ -678,7 +678,4 @@ def _together(starts, members, matrices, taps, leaps, numbers, like, room, small
 
 def run(count: int, *arguments: object) -> None:
     """Run the step in ``count`` threads."""
-    if count == 1:
-        _alone(*arguments)
-    else:
-        kernels.in_threads(count, _together, *arguments)
+    kernels.call(count, (_alone, _together), *arguments)

@@ -11,7 +11,9 @@ from spectral_core.engine import JobList, ReferenceEngine, make_jobs
 
 pytest.importorskip("numba", reason="Numba is not installed")
 
-from spectral_core.numba import NumbaEngine, NumbaWaveEngine
+import numba
+
+from spectral_core.numba import NumbaEngine, NumbaWaveEngine, wave_kernels
 from spectral_core.numba import engine as numba_engine
 
 KERNEL = {1: "k", 2: "hw", 3: "dhw"}
@@ -166,6 +168,14 @@ def test_weights_without_a_norm_leave_the_waves_alone(value):
     for name in weights:
         np.testing.assert_array_equal(after.v[name], state.v[name])
         assert not (np.asarray(after.sigma[name]) > 0).any() or value == np.inf
+
+
+def test_several_threads_run_the_parallel_loop(monkeypatch):
+    called, before = [], numba.get_num_threads()
+    monkeypatch.setattr(numba, "set_num_threads", called.append)
+    monkeypatch.setattr(wave_kernels, "_together", lambda *given: called.append(given))
+    wave_kernels.run(before + 1, "tables", "room")
+    assert called == [before + 1, ("tables", "room"), before]
 
 
 @pytest.mark.thorough  # the parallel loop takes as long to compile as all other code
