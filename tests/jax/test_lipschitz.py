@@ -408,7 +408,7 @@ def linear_maps(draw):
         )
     groups, batch = draw(st.sampled_from([(1, 1), (2, 1), (4, 1), (1, 2)]))
     W = normal(seed, *draw(pair), 4 // groups, 4)
-    spread = draw(pair) if padding != "SAME" else (1, 1)
+    spread = draw(pair) if isinstance(padding, list) else (1, 1)
     return (
         lambda y: lax.conv_general_dilated(
             y,

@@ -123,7 +123,8 @@ def test_first_vectors_alone_find_the_same_intruders(shape, strength):
     for ours, theirs in zip(found.intruders, exact.intruders, strict=True):
         assert ours <= theirs <= ours + found.undecided
     assert found.converged
-    assert found.angles == pytest.approx(exact.angles, abs=1e-2)
+    # The first vectors are found to 1e-4 in σ², which leaves angles of about the root of that.
+    assert found.angles == pytest.approx(exact.angles, abs=5e-2)
     assert found.overlaps == pytest.approx(exact.overlaps, abs=1e-3)
     if strength in (0.0, 3.0):
         assert found.undecided == 0

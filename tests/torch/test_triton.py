@@ -808,8 +808,8 @@ for model, k in models:
     for n_iter in (2, 0):
         engine.TritonEngine().run(jobs, n_iter)
     number = torch.tensor(0.1)
-    changes = [{"factor": number}, {"slope": Slope(0.5, 2)}, {"slope": Slope(number, 1)}]
-    for change in (*changes, {"slope": Bound(number, 3)}):
+    changes = [{"factor": number}, {"rule": Slope(0.5, 2)}, {"rule": Slope(number, 1)}]
+    for change in (*changes, {"rule": Bound(number, 3)}):
         engine.TritonEngine().run([replace(one, **change) for one in jobs], 1)
 cuobjdump = triton.knobs.nvidia.cuobjdump.path
 for name, kwargs, ptx, cubin in compiled.values():
