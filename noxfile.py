@@ -112,7 +112,8 @@ def tests_lowest(session: nox.Session) -> None:
     """The suite with the lowest versions that pyproject.toml admits, but for PyTorch and CuPy."""
     # PyTorch before the tested version has no Linux wheel on PyPI without gigabytes of CUDA. Its
     # lowest version, 2.6.0, passed the one-process tests of its adapter, run by hand.
-    session.install("-e", ".", *lowest(), *lowest("numba"), *lowest("jax"), *lowest("keras"))
+    extras = ("numba", "jax", "keras", "report")
+    session.install("-e", ".", *lowest(), *(package for name in extras for package in lowest(name)))
     install(session, *group("test"))
     session.run(*PYTEST, *PARALLEL, *APART, *session.posargs, env=ONE_THREAD)
 

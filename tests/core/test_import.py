@@ -117,6 +117,8 @@ def test_classes_are_documented(name):
 def test_examples_run(name):
     if ".numba" in name:
         pytest.importorskip("numba", reason="Numba is not installed")
+    if name == "spectral_core._report.result":
+        pytest.importorskip("jinja2", reason="the example of a page needs Jinja2")
     module = importlib.import_module(name)
     assert doctest.testmod(module).failed == 0
 
