@@ -75,6 +75,8 @@ def report(
     ArgumentError
         If a layout does not fit a tensor whose name fits its pattern, ``heads`` is no bool and no
         integer above 0, or ``lora_scale`` is not finite.
+    NamesError
+        If a pattern of ``layouts`` fits no name.
 
     Notes
     -----
@@ -148,6 +150,8 @@ def compare(
     ArgumentError
         If ``n_vectors`` is negative, ``similarity`` is not above 0 and at most 1, or a layout does
         not fit a tensor whose name fits its pattern.
+    NamesError
+        If a pattern of ``layouts`` fits no name.
 
     Notes
     -----

@@ -19,7 +19,7 @@ from .drift import Comparison, Drift
 from .entry import Checkpoint, CheckpointError, Stored, TensorEntry
 from .files import short
 from .intruders import Similarity, similarity_of, similarity_of_large
-from .layouts import Choice, layout_of
+from .layouts import Choice, check_patterns, layout_of
 from .live import blamed, listed, name_of
 from .matrix import MOST_PROVEN, Decode, Numbers, measure
 from .result import finite
@@ -123,6 +123,7 @@ def compared(
             f"{name_of(before)} and {name_of(after)} have no tensor of the same name: the first "
             f"has {_some(own)}, the second {_some(other)}"
         )
+    check_patterns(layouts or {}, {**own, **other})
     found = _Found([], {}, {})
     options = _Options(layouts or {}, proven, n_vectors, float(similarity))
     for entry in progress(common):

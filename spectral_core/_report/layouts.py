@@ -7,12 +7,12 @@ read into a name is marked as a guess. A pattern of the user comes before all ru
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from .._layout import Layout, as_layout, default_layout, stack_layout
-from ..errors import ArgumentError
+from ..errors import ArgumentError, NamesError
 from .files import short
 
 SKIP = "skip"
@@ -83,6 +83,28 @@ def parsed(text: str) -> tuple[str, Layout | None]:
     return pattern, Layout(axes, int(groups) if colon else 1)
 
 
+def check_patterns(own: Mapping[str, Layout | str | None], names: Iterable[str]) -> None:
+    """Raise an error for a pattern that no name fits, which is most often a typing error.
+
+    Raises
+    ------
+    NamesError
+        If a pattern fits none of the names. The message has the pattern and a name.
+    """
+    known = list(names)
+    for pattern in own:
+        if not any(_fits(name, pattern) for name in known):
+            such = f", such as {short(known[0])}" if known else ""
+            raise NamesError(
+                f"layouts: pattern {pattern!r} fits none of the {len(known):,} names{such}. A "
+                "pattern is a whole name, in which * stands for any text"
+            )
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)  # a name may contain brackets itself
+
+
 def layout_of(
     name: str,
     shape: Shape,
@@ -103,7 +125,7 @@ def layout_of(
     Layout(axes='i(go)', groups=3)
     """
     for pattern, chosen in own.items():
-        if fnmatchcase(name, pattern):
+        if _fits(name, pattern):
             if chosen is None or chosen == SKIP:
                 return Choice(None, note="left out by a pattern")
             layout = as_layout(chosen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from .._layout import Layout
 from .adapters import CONFIG, Scale, read_beside
 from .entry import Checkpoint, TensorEntry
 from .heads import Heads, check_attention, head_norms
-from .layouts import Choice, layout_of
+from .layouts import Choice, check_patterns, layout_of
 from .live import blamed, listed, name_of
 from .lora import Base, check_pairs, pairs
 from .matrix import Numbers, measure
@@ -66,6 +67,8 @@ def report_of(
     check_attention(entries, attention)
     check_pairs(entries, scale, base)
     others = None if base is None else _base(base, options)
+    known = chain((x.name for x in entries), others.entries if others else ())
+    check_patterns(options.layouts, known)
     for entry in progress(entries):
         if entry.skip:
             skipped[entry.name] = entry.skip

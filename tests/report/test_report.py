@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import spectral_core as sc
+from spectral_core import errors
 from spectral_core._report.command import main
 
 rng = np.random.default_rng(0)
@@ -82,6 +83,23 @@ def test_layout_option(path, capsys):
     assert (row["rows"], row["columns"], row["guessed"]) == (3, 36, False)
     assert main([str(path), "--layout", "conv=oi"]) == 2
     assert main([str(path), "--layout", "nonsense"]) == 2
+
+
+def test_a_pattern_that_fits_nothing_is_an_error(path, capsys):
+    assert main([str(path), "--layout", "cnov=hwio"]) == 2
+    said = capsys.readouterr().err
+    assert "'cnov'" in said
+    assert "such as" in said
+    weights = {"w": np.eye(2), "b": np.zeros(2)}
+    for measured in (sc.report, lambda x, **how: sc.compare(x, x, **how)):
+        with pytest.raises(errors.NamesError, match="none of the 2 names"):
+            measured(weights, layouts={"*.weight": "oi"})
+        measured(weights, layouts={"b": None})  # a vector has a name, too
+
+
+def test_a_name_with_brackets_is_its_own_pattern():
+    (row,) = sc.report({"w[0]": np.ones((2, 3))}, layouts={"w[0]": "io"}).values()
+    assert (row.rows, row.columns) == (3, 2)
 
 
 def test_outliers_and_dead_layers():
