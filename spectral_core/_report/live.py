@@ -15,8 +15,9 @@ import numpy as np
 from .._arrays import as_numpy
 from .._layout import Layout
 from .entry import Checkpoint, CheckpointError, Stored, TensorEntry
-from .files import readable, short
+from .files import readable, short, skipped
 from .folders import opened
+from .numbers import is_floating
 
 
 def listed(source: Any) -> Checkpoint:
@@ -49,6 +50,9 @@ _MODELS = {
     "equinox.": "spectral_jax",
     "flax.nnx.": "spectral_jax",
 }
+
+# NumPy's long double, by the names that it has on different machines.
+_TOO_WIDE = ("float96", "float128", "complex192", "complex256")
 
 
 def _live(source: Any) -> Checkpoint:
@@ -120,7 +124,11 @@ def _entries(source: Mapping[Any, Any], path: str, depth: int) -> Iterator[Tenso
 
 def _entry(name: str, value: Any) -> TensorEntry:
     """Return the entry of a live array. It is copied when it is measured, one after another."""
-    dtype = str(value.dtype).rpartition(".")[2]
+    # NumPy's name does not depend on the order of bytes.
+    dtype = getattr(value.dtype, "name", None) or str(value.dtype).rpartition(".")[2]
+    shape = tuple(value.shape)
+    if dtype in _TOO_WIDE:
+        return skipped(name, shape, dtype, f"{dtype}: float64 does not hold its numbers")
     narrow = "float" in dtype and dtype not in ("float16", "float32", "float64")
 
     def load() -> Stored:
@@ -130,4 +138,6 @@ def _entry(name: str, value: Any) -> TensorEntry:
             return np.asarray(value).astype(np.float32)
         return as_numpy(value.detach() if hasattr(value, "detach") else value, name)
 
-    return readable(name, tuple(value.shape), "float32" if narrow else dtype, load)
+    if narrow and not is_floating(dtype):
+        dtype = "float32"  # it holds the numbers of dtypes that no file has
+    return readable(name, shape, dtype, load)

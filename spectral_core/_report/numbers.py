@@ -1,7 +1,7 @@
 """Decode stored numbers: bfloat16 and float8 by hand, everything else by NumPy.
 
-A stored array has the dtype of its bytes (`stored_dtype`). `widened` makes float64 of it, which
-holds each number of each dtype here exactly.
+A stored array has the dtype of its bytes (`stored_dtype`). That of a live model is floating-point,
+for its framework decodes it. `widened` makes float64 of both, which holds each number exactly.
 """
 
 from __future__ import annotations
@@ -60,13 +60,14 @@ def widened(stored: Stored, name: str) -> Stored:
     >>> widened(np.array([0x38, 0xB8, 0x7E], np.uint8), "float8_e4m3fn")
     array([  1.,  -1., 448.])
     """
-    if name == "bfloat16":
+    coded = stored.dtype.kind == "u"
+    if coded and name == "bfloat16":
         # A bfloat16 is the upper half of a float32.
         bits = stored.astype(np.uint32)
         bits <<= 16
         with np.errstate(invalid="ignore"):  # signaling NaN
             return bits.view(np.float32).astype(np.float64)
-    if name in _FLOAT8:
+    if coded and name in _FLOAT8:
         return _table(name)[stored]
     with np.errstate(invalid="ignore"):
         return stored.astype(np.complex128 if stored.dtype.kind == "c" else np.float64)
@@ -102,7 +103,7 @@ class Widening:
             return self(stored)
         found = _place(room, "numbers", np.float64, stored)
         with np.errstate(invalid="ignore"):  # signaling NaN
-            if self._name == "bfloat16":
+            if stored.dtype.kind == "u":  # bfloat16
                 bits = _place(room, "bits", np.uint32, stored)
                 np.copyto(bits, stored)
                 np.left_shift(bits, 16, out=bits)

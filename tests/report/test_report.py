@@ -140,6 +140,21 @@ def test_live_models():
         sc.report(3)
 
 
+def test_bytes_may_be_in_another_order():
+    x = rng.standard_normal((3, 4)).astype(">f4")
+    assert sc.report({"w": x})["w"].sigma == sc.report({"w": x.astype("<f4")})["w"].sigma
+
+
+def test_numbers_that_float64_does_not_hold_are_skipped():
+    x = np.ones((2, 2), np.longdouble)
+    if x.itemsize == 8:
+        pytest.skip("longdouble is float64 here")
+    report = sc.report({"w": x, "z": x + 0j})
+    assert not report
+    assert "float64" in report.skipped["w"]
+    assert "float64" in report.skipped["z"]
+
+
 def test_module_runs_as_a_command(path):
     found = subprocess.run(
         [sys.executable, "-m", "spectral_core", "report", str(path), "--csv"],

@@ -80,6 +80,26 @@ def test_layouts_that_reorder(tmp_path):
         assert report[f"in_proj_weight[{i}]"].sigma == pytest.approx(np.linalg.norm(W[i], 2))
 
 
+def test_live_arrays_have_scales_too():
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
+    codes, scale = rng.integers(0, 0x7E, (40, 24)).astype(np.uint8), scales(40, 1)
+    weights = {"q.weight": codes.view(ml_dtypes.float8_e4m3fn), "q.weight_scale": scale}
+    row = sc.report(weights)["q.weight"]
+    exact = np.linalg.norm(widened(codes, DTYPE) * scale, 2)
+    assert row.lower <= exact <= row.upper
+    assert row.dtype == DTYPE
+    assert "times its scale" in row.note
+
+
+def test_tensors_of_pytorch_have_scales_too():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    codes = torch.from_numpy(rng.integers(0, 0x7E, (40, 24)).astype(np.uint8))
+    weights = {"w": codes.view(torch.float8_e4m3fn).T, "w_scale": torch.tensor([8.0])}
+    row = sc.report(weights)["w"]
+    assert row.sigma == pytest.approx(8 * np.linalg.norm(widened(codes.numpy(), DTYPE), 2))
+    assert row.dtype == DTYPE
+
+
 def test_a_scale_that_does_not_fit_is_said(tmp_path):
     path, numbers = written(tmp_path, (40, 24), scales(7, 5))
     row = sc.report(path)["q.weight"]
