@@ -34,8 +34,8 @@ def report(
     source : path, mapping or model
         A file or folder: .safetensors, what ``torch.save`` and ``torch.distributed.checkpoint``
         write, .npz, .npy, .weights.h5, .h5, .keras, Flax's .msgpack, a folder of Orbax, or .gguf.
-        Or a mapping of arrays, which may be nested; or a model of PyTorch, Keras, Equinox or Flax
-        NNX, whose layers say their layouts.
+        Or a mapping of arrays, which may hold mappings, lists and tuples of arrays. Or a model of
+        PyTorch, Keras, Equinox or Flax NNX, whose layers say their layouts.
     layouts : mapping of pattern to Layout, str or None, optional
         Axes of the tensors whose name fits a pattern, such as ``{"*.conv.weight": "oihw"}``. The
         first pattern that fits decides. None leaves a tensor out.

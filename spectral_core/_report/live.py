@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
@@ -111,12 +111,15 @@ def _known(source: Any, adapter: str) -> Checkpoint:
     return Checkpoint(kind, entries, layouts=layouts)
 
 
-def _entries(source: Mapping[Any, Any], path: str, depth: int) -> Iterator[TensorEntry]:
+def _entries(
+    source: Mapping[Any, Any] | Sequence[Any], path: str, depth: int
+) -> Iterator[TensorEntry]:
+    """Yield the arrays in nested mappings, lists and tuples: no other value is a weight."""
     if depth > 100:
         raise CheckpointError("the mapping is nested too deep, or holds itself")
-    for key, value in source.items():
+    for key, value in source.items() if isinstance(source, Mapping) else enumerate(source):
         name = f"{path}{key}"
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping | list | tuple):
             yield from _entries(value, f"{name}/", depth + 1)
         elif hasattr(value, "shape") and hasattr(value, "dtype"):
             yield _entry(name, value)

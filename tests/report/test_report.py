@@ -140,6 +140,14 @@ def test_live_models():
         sc.report(3)
 
 
+def test_mappings_may_hold_lists_and_tuples():
+    source = {"layers": [{"w": np.eye(2)}, (np.eye(3), "relu")], "step": 7}
+    assert list(sc.report(source)) == ["layers/0/w", "layers/1/0"]
+    source["layers"].append(source["layers"])
+    with pytest.raises(sc.SpectralError, match="holds itself"):
+        sc.report(source)
+
+
 def test_bytes_may_be_in_another_order():
     x = rng.standard_normal((3, 4)).astype(">f4")
     assert sc.report({"w": x})["w"].sigma == sc.report({"w": x.astype("<f4")})["w"].sigma
