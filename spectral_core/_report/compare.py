@@ -7,7 +7,7 @@ difference of two large ones is not among them: its tiles are made in each produ
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import frexp
+from math import frexp, isfinite
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -96,11 +96,11 @@ class _Difference:
     def __getitem__(self, rows: slice) -> Stored:
         pair = self._pair
         part = pair._replace(before=pair.before[rows], after=pair.after[rows])
-        with np.errstate(invalid="ignore", over="ignore"):  # Inf − Inf
-            found = part.decoded()
-            return np.asarray(found[1] - found[0])
+        before, after = part.decoded()
+        return np.asarray(after - before)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # as in `report_of`
 def compared(
     before: Any,
     after: Any,
@@ -245,10 +245,12 @@ def _similarity(
 ) -> tuple[Similarity | None, str]:
     """Compare the first singular vectors, or return the reason why they are not."""
     m, n = pair.before.shape
-    if not options.n_vectors:
-        return None, ""
     if any(x.nonfinite for x in numbers):
         return None, "NaN or Inf"
+    if not options.n_vectors:
+        return None, ""
+    if not all(isfinite(x.largest) for x in numbers):
+        return None, "beyond float64"
     if any(x.sigma == 0 for x in numbers):
         return None, "a zero matrix has no singular vectors"
     if options.proven or m * n * min(m, n) <= MOST_PROVEN:

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import prod
+from math import isfinite, prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -230,7 +230,9 @@ def _sum(
     choice = Choice(Layout(axes), choice.guessed, "; ".join(x for x in about if x))
     row = row_of(pair.titled("W + s·B·A"), entry, choice, (m, n), found)
     if row.lower is not None and row.upper is not None:
-        row = replace(row, lower=max(row.lower - error, 0.0), upper=row.upper + error)
+        # An error that is not finite leaves no bound but zero.
+        lower = max(row.lower - error, 0.0) if isfinite(error) else 0.0
+        row = replace(row, lower=lower, upper=finite(row.upper + error))
     return row, ""
 
 

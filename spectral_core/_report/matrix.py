@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from math import frexp, inf, ldexp, nan
+from sys import float_info
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -120,13 +121,7 @@ def measure(
     sums = tiles.sums()
     wide = matrix.shape[0] < matrix.shape[1]
     dead_rows, dead_columns = sums.dead[::-1] if wide else sums.dead
-    found = (nan, nan, nan, "", nan)
-    if not sums.nonfinite:
-        found = (0.0, 0.0, 0.0, "proven", nan)
-        if sums.largest > 0:
-            m, n = tiles.shape
-            small = m * n * n <= MOST_PROVEN
-            found = _proven(tiles) if small or proven else _probable(tiles, sums)
+    found = _interval(tiles, sums, proven=proven)
     zeros = sums.zeros / max(1, matrix.size)
     return Numbers(
         *found,
@@ -278,6 +273,21 @@ def _root_of_squares(size: Stored) -> float:
     return float(np.einsum("i,i->", flat, flat)) ** 0.5
 
 
+def _interval(
+    tiles: _Tiles, sums: _Sums, *, proven: bool
+) -> tuple[float, float, float, str, float]:
+    """Return σ₁, its bounds, how they are known, and σ₂/σ₁."""
+    if sums.nonfinite:
+        return nan, nan, nan, "", nan
+    if sums.largest == 0:
+        return 0.0, 0.0, 0.0, "proven", nan
+    if sums.largest == inf:  # the absolute value of a complex number, and so σ₁, is beyond float64
+        return inf, float_info.max, inf, "proven", nan
+    m, n = tiles.shape
+    small = m * n * n <= MOST_PROVEN
+    return _proven(tiles) if small or proven else _probable(tiles, sums)
+
+
 def _proven(tiles: _Tiles) -> tuple[float, float, float, str, float]:
     W = tiles.whole()
     exponent = frexp(float(np.abs(W).max()))[1] - 1
@@ -334,6 +344,8 @@ def _spectrum(tiles: _Tiles, sums: _Sums) -> Spectrum | None:
     m, n = tiles.shape
     if sums.largest == 0:
         return (0.0,) * n
+    if sums.largest == inf:
+        return None
     if m * n * n <= MOST_VALUES and m * n <= _MOST_DENSE:
         values: Stored = np.linalg.svd(tiles.whole(), compute_uv=False)
         found = tuple(scaled_up(float(value), tiles.exponent) for value in values)

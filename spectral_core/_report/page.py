@@ -247,7 +247,8 @@ def _density(spectrum: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 
 def _short(value: float) -> float:
-    return float(f"{value:.4g}")
+    rounded = float(f"{value:.4g}")
+    return rounded if isfinite(rounded) else value  # the largest numbers round to infinity
 
 
 def fragment(report: Report) -> str:

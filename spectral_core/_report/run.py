@@ -42,6 +42,8 @@ class Options(NamedTuple):
     spectrum: bool
 
 
+# What is beyond float64 has None in its row: a warning of NumPy would say no more.
+@np.errstate(over="ignore", invalid="ignore")
 def report_of(
     source: Any,
     *,

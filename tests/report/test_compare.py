@@ -320,6 +320,7 @@ def test_what_is_not_finite_or_zero():
     assert found.drifted(1e9) == ["n", "z"]
     assert found.above(1e9) == ["n"]
     json.loads(found.to_json())
+    assert sc.compare({"n": np.eye(2)}, {"n": bad}, n_vectors=0)["n"].note == "NaN or Inf"
     assert {name for name, *_ in found.cells(top=2)} == {"n", "z"}  # not behind a small drift
 
 
@@ -345,6 +346,20 @@ def test_norms_near_the_end_of_float64():
     assert found.drift == found["w"].drift == pytest.approx(1)
     json.loads(found.to_json())
     assert "drift of all 1" in found.table()
+
+
+@pytest.mark.filterwarnings("error")
+def test_norms_beyond_float64(any_route):
+    top = np.finfo(float).max
+    found = sc.compare(
+        {"w": np.full((3, 2), top), "c": np.full((3, 2), top * (1 + 1j))},
+        {"w": np.full((3, 2), -top), "c": np.ones((3, 2))},
+    )
+    assert found["w"].upper is None
+    assert found["c"].upper is None
+    assert found["c"].note == "beyond float64"
+    assert found.above(1) == found.drifted(1) == ["w", "c"]
+    json.loads(found.to_json())
 
 
 def test_no_row_is_lost_where_names_are_equal():

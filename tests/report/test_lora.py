@@ -222,3 +222,14 @@ def test_what_is_not_finite():
         assert report[name].sigma is None
         assert report[name].nonfinite > 0
     json.loads(report.to_json())
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_error_that_is_not_finite_leaves_no_bound():
+    factors = {"q.lora_A": np.full((1, 3), 1.7e308), "q.lora_B": np.zeros((2, 1))}
+    report = sc.report(factors, base={"q": np.ones((2, 3))}, lora_scale=1.0)
+    row = report["q (W + s·B·A)"]
+    assert row.sigma == pytest.approx(6**0.5)
+    assert (row.lower, row.upper) == (0, None)
+    assert "q (W + s·B·A)" in report.above(1e300)
+    json.loads(report.to_json())

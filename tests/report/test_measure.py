@@ -56,6 +56,16 @@ def test_counts(any_route):
     assert measure(np.zeros((3, 2)), lambda x: x)[:4] == (0.0, 0.0, 0.0, "proven")
 
 
+@pytest.mark.parametrize("proven", [False, True])
+def test_absolute_values_beyond_float64(any_route, proven):
+    W = np.full((9, 5), complex(1.7e308, 1.7e308))
+    with np.errstate(over="ignore"):
+        found = measure(W, lambda x: x, proven=proven, spectrum=True)
+    assert (found.sigma, found.upper, found.frobenius) == (np.inf, np.inf, np.inf)
+    assert 0 < found.lower < np.inf
+    assert (found.nonfinite, found.spectrum) == (0, None)
+
+
 def test_bounds_of_a_large_matrix_can_be_proven(monkeypatch):
     monkeypatch.setattr(module, "MOST_PROVEN", 0)
     W = np.random.default_rng(0).standard_normal((80, 70))

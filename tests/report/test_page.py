@@ -178,6 +178,12 @@ def test_spectra_are_thinned_and_finite():
     assert found["rows"][3]["x"] == [0.5, 1.5, 2.5, 3.5]
 
 
+@pytest.mark.usefixtures("jinja")
+def test_the_largest_number_of_float64_in_a_spectrum():
+    report = sc.report({"w": np.array([[np.finfo(float).max]])}, spectrum=True)
+    assert '"y":[1.7976931348623157e+308]' in report.to_html()
+
+
 # The command
 
 
