@@ -29,6 +29,7 @@ class Pair(NamedTuple):
     alpha: TensorEntry | None = None
     embedding: bool = False
     magnitude: bool = False  # DoRA's vector is there
+    middle: bool = False  # a third factor is between the two: Tucker's form of a kernel
     adapter: str = ""  # its name, where the file holds several for a module
 
     def titled(self, what: str) -> str:
@@ -48,9 +49,9 @@ class Scale:
     """
 
     def __init__(self, given: float | None = None, config: Mapping[str, Any] | None = None) -> None:
-        if given is not None and (not isinstance(given, Real) or not isfinite(given)):
+        self.given = None if given is None else _finite(given)
+        if given is not None and self.given is None:
             raise ArgumentError(f"lora_scale is {short(given)}: it must be a finite number")
-        self.given = given
         self._config = config or {}
         pattern = self._config.get("alpha_pattern") or {}
         if not isinstance(pattern, Mapping):
@@ -88,11 +89,21 @@ class Scale:
             if f".{name}".endswith(f".{plain}"):
                 found = value
                 break
-        if found is None:
-            return None
-        if isinstance(found, bool) or not isinstance(found, int | float) or not isfinite(found):
+        alpha = _finite(found)
+        if found is not None and alpha is None:
             raise CheckpointError(f"{CONFIG}: lora_alpha is {short(found)}, which is no number")
-        return float(found)
+        return alpha
+
+
+def _finite(value: object) -> float | None:
+    """Return a finite number as a float, or None for anything else. JSON has endless integers."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if isfinite(found) else None
 
 
 def read_beside(source: Any, name: str) -> dict[str, Any] | None:

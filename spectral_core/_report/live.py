@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import as_numpy
+from .._arrays import as_numpy, to_host
 from .._layout import Layout
 from .entry import Checkpoint, CheckpointError, Stored, TensorEntry
 from .files import readable, short, skipped
@@ -139,6 +139,8 @@ def _entry(name: str, value: Any) -> TensorEntry:
             return as_numpy(value.detach().float())
         if narrow:
             return np.asarray(value).astype(np.float32)
+        if not is_floating(dtype):
+            return to_host(value)  # such as the alpha of an adapter
         return as_numpy(value.detach() if hasattr(value, "detach") else value, name)
 
     if narrow and not is_floating(dtype):

@@ -22,7 +22,7 @@ from .entry import CheckpointError, Stored, TensorEntry
 from .files import short
 from .layouts import Choice
 from .matrix import Decode, Numbers, measure
-from .numbers import widened
+from .numbers import stored_dtype, widened
 from .result import Row, finite
 from .rows import row_of
 from .scales import matrices_of
@@ -76,7 +76,8 @@ class Updated:
 
 def found_pairs(entries: Iterable[TensorEntry]) -> list[Pair]:
     """Return the factors that belong together. Kernels are flattened to matrices."""
-    readable = {entry.name: entry for entry in entries if not entry.skip}
+    named = {entry.name: entry for entry in entries}
+    readable = {name: entry for name, entry in named.items() if not entry.skip}
     found = []
     for name, down in readable.items():
         match = _DOWN.search(name)
@@ -91,9 +92,13 @@ def found_pairs(entries: Iterable[TensorEntry]) -> list[Pair]:
             f"{stem}.lora_magnitude_vector{end}" in readable
             for end in ("", ".weight", match[2] or "")
         )
-        alpha = readable.get(f"{stem}.alpha")
+        alpha = named.get(f"{stem}.alpha")  # it may be an integer, which no weight is
+        if alpha is not None and stored_dtype(alpha.dtype) is None:
+            alpha = None
+        middle = f"{stem}.lora_mid.weight" in named
         adapter = (match[2] or match[4] or "").removeprefix(".")
-        found.append(Pair(stem, up, down, alpha, part.endswith("ding_A"), magnitude, adapter))
+        pair = Pair(stem, up, down, alpha, embedding=part.endswith("ding_A"), adapter=adapter)
+        found.append(pair._replace(magnitude=magnitude, middle=middle))
     several = {name for name, count in Counter(pair.name for pair in found).items() if count > 1}
     return [x if x.name in several else x._replace(adapter="") for x in found]
 
@@ -118,11 +123,15 @@ def pairs(
 ) -> list[Row]:
     """Return a row for the update of each pair of factors, and for the weight with its update.
 
-    A pair that fits no weight of the base gets its reason in ``skipped``.
+    A pair that fits no weight of the base, or is not the whole update, gets its reason in
+    ``skipped``.
     """
     rows = []
     named = None if base is None else _Names(base.entries)
     for pair in found_pairs(entries):
+        if pair.middle:
+            skipped[pair.titled("s·B·A")] = "a factor lora_mid is between B and A"
+            continue
         s = scale.of(pair)
         B, A = _factors(pair)
         rows.append(_row(pair, s, B, A))

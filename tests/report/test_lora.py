@@ -87,14 +87,18 @@ def test_without_a_scale(tmp_path, capsys):
     assert rows[f"{Q} (W + s·B·A)"]["sigma"] == pytest.approx(np.linalg.norm(W + B @ A, 2))
     assert main([str(path), "--lora-scale", "nan"]) == 2
     assert "it must be a finite number" in capsys.readouterr().err
-    with pytest.raises(sc.SpectralError, match="lora_scale is '2'"):
-        sc.report(path, lora_scale="2")
+    for bad in ("2", 10**400):
+        with pytest.raises(sc.SpectralError, match="lora_scale is '"):
+            sc.report(path, lora_scale=bad)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ('{"lora_alpha": "x"}', "is no number"),
+        ('{"lora_alpha": 1e999}', "is no number"),
+        ('{"lora_alpha": 1' + "0" * 400 + "}", "is no number"),
+        ('{"alpha_pattern": {"q_proj": 1' + "0" * 400 + "}}", "is no number"),
         ('{"lora_alpha": 1, "alpha_pattern": {"(a+)+": 1}}', "is a regular expression"),
         ('{"lora_alpha": 1, "alpha_pattern": 3}', "no object"),
         ("[", "is no JSON"),
@@ -105,6 +109,24 @@ def test_bad_configurations(tmp_path, text, message):
     (path.parent / "adapter_config.json").write_text(text)
     with pytest.raises(sc.SpectralError, match=message):
         sc.report(path)
+
+
+@pytest.mark.parametrize("kind", ["I64", "F16"])
+def test_scale_of_the_file_may_be_an_integer(tmp_path, kind):
+    factors = {"q.lora_down.weight": ("F64", A), "q.lora_up.weight": ("F64", B)}
+    alpha = np.array(8, "i8" if kind == "I64" else "f2")
+    (tmp_path / "a.safetensors").write_bytes(safetensors({**factors, "q.alpha": (kind, alpha)}))
+    live = {**{name: x for name, (_, x) in factors.items()}, "q.alpha": alpha}
+    for source in (tmp_path / "a.safetensors", live):
+        assert_holds(sc.report(source)["q (s·B·A)"], 2 * B @ A)
+
+
+def test_a_third_factor_is_said():
+    kernels = {"q.lora_down.weight": A[..., None, None], "q.lora_up.weight": B[..., None, None]}
+    middle = {"q.lora_mid.weight": rng.standard_normal((RANK, RANK, 3, 3))}
+    report = sc.report({**kernels, **middle})
+    assert [name for name in report if "B·A" in name] == []
+    assert report.skipped["q (s·B·A)"] == "a factor lora_mid is between B and A"
 
 
 def test_several_adapters_of_a_module_have_rows_of_their_own():
