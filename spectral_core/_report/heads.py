@@ -221,6 +221,8 @@ def _matrix(entry: TensorEntry, choice: Choice) -> _Source | str:
     """Return the matrix from inputs to outputs, whole."""
     if choice.layout is None:
         return choice.note
+    if not entry.size:
+        return f"{entry.name} is empty"
     axes = choice.layout.axes.replace("(", "").replace(")", "").replace("g", "")
     if set(axes) != {"i", "o"}:
         return f"the layout {choice.layout.axes} of {entry.name} has no rows of heads"

@@ -219,6 +219,8 @@ def _sum(
     choice = base.choose(entry)
     if entry.skip or choice.layout is None:
         return None, entry.skip or choice.note
+    if not entry.size:
+        return None, "the base's weight is empty"
     axes = choice.layout.axes.replace("(", "").replace(")", "").replace("g", "")
     if sorted(axes[:2]) != ["i", "o"]:
         return None, f"the base's weight has the layout {choice.layout.axes}"

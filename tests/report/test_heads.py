@@ -92,6 +92,15 @@ def test_without_an_output_its_products_are_left_out():
     assert parts == ["W_q", "W_k", "W_v", "W_qᵀW_k"]
 
 
+@pytest.mark.parametrize("part", ["q_proj", "o_proj"])
+def test_an_empty_weight_is_said_and_ends_no_report(part):
+    name = f"model.layers.0.self_attn.{part}.weight"
+    weights = {**separate(), name: np.ones((0, D)), "w": np.eye(2)}
+    report = sc.report(weights, heads=H)
+    assert report.without_heads == {"model.layers.0.self_attn": f"{name} is empty"}
+    assert report["w"].sigma == 1
+
+
 def test_what_does_not_fit_is_said():
     report = sc.report(separate(), heads=5)
     assert report.heads == []

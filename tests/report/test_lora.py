@@ -223,6 +223,8 @@ def test_what_fits_no_weight_is_said():
     )
     other = {"model.layers.0.self_attn.q_proj.weight": W[:7]}
     assert "not (30, 20)" in sc.report(ADAPTER, base=other, lora_scale=1).skipped[name]
+    empty = {"model.layers.0.self_attn.q_proj.weight": W[:0]}
+    assert "is empty" in sc.report(ADAPTER, base=empty, lora_scale=1).skipped[name]
     magnitude = {f"{Q}.lora_magnitude_vector": np.ones(M)}
     row = sc.report({**ADAPTER, **magnitude}, base=BASE, lora_scale=1)[name]
     assert "DoRA: without its magnitudes" in row.note
