@@ -132,7 +132,7 @@ class NumbaEngine:
         return self._kernels is not None and job.wave is None and self._kind(job) is not None
 
     def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
-        """Run all jobs, those of one dtype and number of vectors in one call."""
+        """Run all jobs, those of one dtype and one kind of kernels in one call."""
         if n_iter == 0:
             for job in jobs:
                 last_of(job)  # or the error that names the weight without one
@@ -140,18 +140,23 @@ class NumbaEngine:
         with self._locks.setdefault(getpid(), Lock()):
             for launch in self._launches(jobs):
                 launch.place(jobs, triplets, self._memory, self._stays(jobs))
-                division, numbers = launch.division, launch.numbers(jobs)
-                if isinstance(division, Stacks):
-                    _lane_kernels().run(launch.matrices, numbers, *division.room, n_iter)
-                    continue
-                tables = launch.matrices, division.chunks, division.parts
-                room = division.like, division.scratch, division.starts
-                if division.block:
-                    step = _block_kernels(in_order=division.in_order).run
-                    step(division.threads, tables, numbers, room, division.block, n_iter)
-                else:
-                    self._kernels.run(division.threads, *tables, numbers, *room, n_iter)
+                step, arguments = self._call(launch, launch.numbers(jobs))
+                step(*arguments, n_iter)
         return Result([job.grad for job in jobs], triplets)
+
+    def _call(
+        self, launch: _Launch, numbers: np.ndarray[Any, Any]
+    ) -> tuple[Callable[..., None], tuple[Any, ...]]:
+        """Return the kernels of a launch, and their arguments but for the iterations."""
+        division = launch.division
+        if isinstance(division, Stacks):
+            return _lane_kernels().run, (launch.matrices, numbers, *division.room)
+        tables = launch.matrices, division.chunks, division.parts
+        room = division.like, division.scratch, division.starts
+        if division.block:
+            step = _block_kernels(in_order=division.in_order).run
+            return step, (division.threads, tables, numbers, room, division.block)
+        return self._kernels.run, (division.threads, *tables, numbers, *room)
 
     def _targets(self, jobs: Sequence[Job]) -> list[Triplet]:
         """Return the arrays that the results are written into: v, and the last sigma and u."""

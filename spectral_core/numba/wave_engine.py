@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from heapq import heappop, heappush
 from math import prod
-from os import getpid
-from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .._geometry import Wave, host_taps
-from ..engine import Job, Result, last_of
+from ..engine import Job
 from .division import VECTORS, Division
 from .engine import _DIVISIONS, NUMPY, Memory, NumbaEngine, _Launch
 
@@ -75,22 +73,15 @@ class NumbaWaveEngine(NumbaEngine):
         form = None if self._kind(job) is None else self._form(job)
         return form is not None and not form.turned
 
-    def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
-        """Run all jobs, those of one dtype in one call."""
+    def _call(
+        self, launch: _Launch, numbers: np.ndarray[Any, Any]
+    ) -> tuple[Callable[..., None], tuple[Any, ...]]:
+        """Return the kernels, loaded when a model first has waves, and their arguments."""
         from . import wave_kernels
 
-        if n_iter == 0:
-            for job in jobs:
-                last_of(job)  # or the error that names the weight without one
-        triplets = self._targets(jobs)
-        with self._locks.setdefault(getpid(), Lock()):
-            for launch in self._launches(jobs):
-                launch.place(jobs, triplets, self._memory, self._stays(jobs))
-                division: Any = launch.division
-                numbers = launch.numbers(jobs)
-                tables = division.starts, division.members, launch.matrices, *division.taps
-                wave_kernels.run(division.threads, *tables, numbers, *division.room, n_iter)
-        return Result([job.grad for job in jobs], triplets)
+        division: Any = launch.division
+        tables = division.starts, division.members, launch.matrices, *division.taps
+        return wave_kernels.run, (division.threads, *tables, numbers, *division.room)
 
     def _divided(self, jobs: Sequence[Job], most: int | None) -> list[_Launch]:
         """Return one launch for each dtype."""
