@@ -57,14 +57,16 @@ _TOO_WIDE = ("float96", "float128", "complex192", "complex256")
 
 def _live(source: Any) -> Checkpoint:
     """Return the arrays of a mapping, a nested one, or of a model."""
+    # First, for JAX must not see what holds itself: its recursion has no end.
+    entries = list(_entries(source, "", 0)) if isinstance(source, Mapping) else None
     adapter = _adapter_of(source)
     if adapter:
         try:
             return _known(source, adapter)
         except ImportError as error:  # the adapter needs more than the framework: optax beside JAX
-            if not isinstance(source, Mapping):
+            if entries is None:
                 raise CheckpointError(str(error)) from None
-    if not isinstance(source, Mapping):
+    if entries is None:
         kind = type(source)
         if kind.__module__.startswith("flax.linen") or _is_linen(source):
             raise CheckpointError(
@@ -74,7 +76,7 @@ def _live(source: Any) -> Checkpoint:
         raise CheckpointError(
             f"a report needs a path, a mapping of arrays or a model, not a {kind.__name__}"
         )
-    return Checkpoint("numpy", list(_entries(source, "", 0)))
+    return Checkpoint("numpy", entries)
 
 
 def _is_linen(source: Any) -> bool:
@@ -87,12 +89,19 @@ def _adapter_of(source: Any) -> str:
         for prefix, adapter in _MODELS.items():
             if f"{kind.__module__}.".startswith(prefix):
                 return adapter
+    return "spectral_jax" if isinstance(source, Mapping) and _holds_jax(source) else ""
+
+
+def _holds_jax(source: Mapping[Any, Any]) -> bool:
+    """Return True for a tree of JAX that has arrays of it."""
     jax = sys.modules.get("jax")
-    if jax is not None and isinstance(source, Mapping):
+    if jax is None:
+        return False
+    try:
         leaves = jax.tree_util.tree_leaves(source)
-        if any(isinstance(leaf, jax.Array) for leaf in leaves):
-            return "spectral_jax"
-    return ""
+    except ValueError:  # of keys that cannot be sorted
+        return False
+    return any(isinstance(leaf, jax.Array) for leaf in leaves)
 
 
 def _known(source: Any, adapter: str) -> Checkpoint:

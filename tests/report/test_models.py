@@ -95,6 +95,15 @@ def test_arrays_of_jax_without_its_adapter(monkeypatch):
     assert axes_of(sc.report(params)) == {"Dense_0/kernel": ("io", 5, 3)}
 
 
+def test_mappings_that_are_no_trees_of_jax():
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    assert list(sc.report({"w": np.eye(2), 3: {"v": jax.numpy.eye(2)}})) == ["w", "3/v"]
+    endless = {"w": np.eye(2)}
+    endless["again"] = [endless]
+    with pytest.raises(sc.SpectralError, match="holds itself"):
+        sc.report(endless)
+
+
 def test_keras():
     keras = pytest.importorskip("keras", reason="Keras is not installed")
     model = keras.Sequential(
