@@ -20,8 +20,9 @@ from .entry import TensorEntry
 from .hdf5 import needed
 from .layouts import parsed
 from .output import checked, write
-from .result import Report, printable
+from .result import Report
 from .run import report_of
+from .texts import first, printable
 
 GOOD, ABOVE, BAD = 0, 1, 2
 
@@ -91,8 +92,8 @@ def _verdict(report: Report | Comparison, options: argparse.Namespace) -> int:
         )
     for what, names in found:
         if names:
-            shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
-            print(f"spectral-report: {what}, or not finite: {printable(shown)}", file=sys.stderr)
+            shown = printable(first(names))
+            print(f"spectral-report: {what}, or not finite: {shown}", file=sys.stderr)
     return ABOVE if any(names for _, names in found) else GOOD
 
 

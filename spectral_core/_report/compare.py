@@ -22,9 +22,9 @@ from .intruders import Similarity, similarity_of, similarity_of_large
 from .layouts import Choice, check_patterns, layout_of
 from .live import blamed, listed, name_of
 from .matrix import MOST_PROVEN, Decode, Numbers, measure
-from .result import finite
 from .run import Layouts, Progress
 from .scales import matrices_of, with_scales
+from .texts import finite
 
 _MOST_ELEMENTS = 2**28  # of a matrix whose vectors are computed: 1 GB in float32
 _UNIT = 2.0**-53
@@ -185,15 +185,13 @@ def _row(name: str, entry: TensorEntry, choice: Choice, pair: _Pair, options: _O
     )
     change = _measured(pair, proven=options.proven)
     like, note = _similarity(pair, (before, after), options)
-    layout = choice.layout
-    assert layout is not None
     m, n = pair.before.shape
     drift = change.frobenius / before.frobenius if before.frobenius else np.nan
     return Drift(
         name=name,
         tensor=entry.name,
         shape=entry.shape,
-        layout=layout.axes + (f":{layout.groups}" if layout.groups > 1 else ""),
+        layout=choice.axes,
         guessed=choice.guessed,
         rows=m,
         columns=n,
@@ -206,8 +204,8 @@ def _row(name: str, entry: TensorEntry, choice: Choice, pair: _Pair, options: _O
         upper_before=finite(before.upper),
         sigma_after=finite(after.sigma),
         upper_after=finite(after.upper),
-        stable_rank_before=_stable_rank(before),
-        stable_rank_after=_stable_rank(after),
+        stable_rank_before=finite(before.stable_rank),
+        stable_rank_after=finite(after.stable_rank),
         frobenius_before=finite(before.frobenius),
         frobenius_after=finite(after.frobenius),
         frobenius=finite(change.frobenius),
@@ -234,10 +232,6 @@ def _measured(pair: _Pair, *, proven: bool) -> Numbers:
     if not found.frobenius > 0:
         lower, upper = found.lower, found.upper
     return found._replace(lower=max(float(lower), 0.0), upper=float(upper))
-
-
-def _stable_rank(found: Numbers) -> float | None:
-    return finite((found.frobenius / found.sigma) ** 2) if found.sigma else None
 
 
 def _similarity(

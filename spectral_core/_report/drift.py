@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -11,7 +9,8 @@ from importlib import import_module
 from math import hypot, inf
 from typing import Any, ClassVar
 
-from .result import above, aligned, below, by_name, finite, number, printable
+from .result import by_name
+from .texts import aligned, as_csv, finite, first, interval, number, printable
 
 
 @dataclass(frozen=True)
@@ -210,15 +209,8 @@ class Comparison(Mapping[str, Drift]):
 
     def to_csv(self) -> str:
         """Return one line a matrix, after a line of names."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, [x.name for x in fields(Drift)], lineterminator="\n")
-        writer.writeheader()
-        for row in self.values():
-            values = {**asdict(row), "shape": "x".join(map(str, row.shape))}
-            for key in ("name", "tensor", "note"):
-                values[key] = printable(values[key])
-            writer.writerow(values)
-        return text.getvalue()
+        columns = [field.name for field in fields(Drift)]
+        return as_csv([asdict(row) for row in self.values()], columns)
 
     def to_pandas(self) -> Any:
         """Return a DataFrame with one row a matrix. It needs pandas."""
@@ -255,8 +247,7 @@ class Comparison(Mapping[str, Drift]):
             ("Of two shapes", shapes),
         ):
             if names:
-                more = "" if len(names) <= 10 else f" and {len(names) - 10:,} more"
-                lines.append(f"{what}: {', '.join(names[:10])}{more}")
+                lines.append(f"{what}: {first(names)}")
         if any(row.guessed for row in self.values()):
             lines.append("? after a matrix: its layout is guessed. --layout PATTERN=AXES corrects.")
         return lines
@@ -283,9 +274,6 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 def _cells(row: Drift) -> tuple[str, ...]:
-    interval = "" if row.lower is None else f"[{below(row.lower)}, {above(row.upper)}]"
-    if row.method not in ("proven", ""):
-        interval += f" {row.method}"
     overlaps = [x for x in (row.left_overlap, row.right_overlap) if x is not None]
     angles = [x for x in (row.left_angle, row.right_angle) if x is not None]
     return (
@@ -293,7 +281,7 @@ def _cells(row: Drift) -> tuple[str, ...]:
         f"{row.rows}×{row.columns}" + "?" * row.guessed,
         number(row.drift, 3),
         number(row.sigma),
-        interval,
+        interval(row.lower, row.upper, row.method),
         number(row.sigma_before),
         number(row.sigma_after),
         number(row.stable_rank_before, 3),

@@ -21,8 +21,9 @@ from .entry import CheckpointError, Stored, TensorEntry
 from .layouts import Choice
 from .lora import product_bounds
 from .matrix import Decode, measure
-from .result import HeadNorms, finite
+from .result import HeadNorms
 from .scales import matrices_of
+from .texts import finite
 
 CONFIG = "config.json"
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads")

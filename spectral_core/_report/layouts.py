@@ -25,6 +25,13 @@ class Choice(NamedTuple):
     guessed: bool = False
     note: str = ""
 
+    @property
+    def axes(self) -> str:
+        """The layout as it is written: "oihw", or "(go)i:3" for three groups; "" for none."""
+        if self.layout is None:
+            return ""
+        return self.layout.axes + (f":{self.layout.groups}" if self.layout.groups > 1 else "")
+
 
 Shape = tuple[int, ...]
 _TABLE = re.compile(

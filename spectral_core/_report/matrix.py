@@ -69,6 +69,11 @@ class Numbers(NamedTuple):
     nonfinite: int
     spectrum: Spectrum | None = None
 
+    @property
+    def stable_rank(self) -> float:
+        """‖W‖²/σ₁², or NaN for a zero matrix."""
+        return (self.frobenius / self.sigma) ** 2 if self.sigma else nan
+
 
 class Matrix(Protocol):
     """What is measured: an array, or what has its shape, its transpose and parts of its rows."""

@@ -13,13 +13,13 @@ from collections.abc import Container, Mapping, Sequence
 from hashlib import sha256
 from html import escape
 from importlib.resources import files
-from itertools import pairwise
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .hdf5 import needed
-from .result import head_lines, printable
+from .result import head_lines
+from .texts import printable
 
 if TYPE_CHECKING:
     from .result import Report, Row
@@ -212,16 +212,15 @@ def _spectra(report: Report) -> dict[str, Any]:
     rows: dict[int, dict[str, Any]] = {}
     places: dict[int, list[int]] = {}
     for i, row in enumerate(report.values()):
-        spectrum = getattr(row, "spectrum", None)
-        if isinstance(spectrum, Mapping):
-            rows[i] = _density(spectrum)
-        elif spectrum is not None:
-            values = sorted((x for x in map(float, spectrum) if isfinite(x)), reverse=True)
-            n = len(values)
+        if isinstance(row.spectrum, Mapping):
+            x, y = ([*map(_short, row.spectrum[key])] for key in ("values", "density"))
+            rows[i] = {"count": len(x), "density": True, "x": x, "y": y}
+        elif row.spectrum is not None:
+            n = len(row.spectrum)
             drawn = places.setdefault(n, _places(n))
-            y = [_short(values[j - 1]) for j in drawn]
+            y = [_short(row.spectrum[j - 1]) for j in drawn]
             rows[i] = {"count": n, "density": False, "y": y}
-    return {"places": places, "rows": {i: found for i, found in rows.items() if found["y"]}}
+    return {"places": places, "rows": rows}
 
 
 def _places(n: int) -> list[int]:
@@ -230,20 +229,6 @@ def _places(n: int) -> list[int]:
         return list(range(1, n + 1))
     even = (1 + round(i * (n - 1) / (_POINTS - 1)) for i in range(_POINTS))
     return sorted({*range(1, _POINTS // 4), *even})
-
-
-def _density(spectrum: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Return a density against singular values, or against the middles of bins."""
-    x, y = (list(map(float, spectrum[key])) for key in ("values", "density"))
-    if len(x) == len(y) + 1:  # the edges of bins
-        x = [(a + b) / 2 for a, b in pairwise(x)]
-    points = [(_short(a), _short(b)) for a, b in zip(x, y, strict=True) if isfinite(a + b)]
-    return {
-        "count": len(points),
-        "density": True,
-        "x": [a for a, _ in points],
-        "y": [b for _, b in points],
-    }
 
 
 def _short(value: float) -> float:

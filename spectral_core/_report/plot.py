@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
 from .hdf5 import needed
-from .result import printable
+from .texts import printable
 
 if TYPE_CHECKING:
     from .result import Report, Row

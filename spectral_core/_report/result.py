@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from importlib import import_module
-from math import isfinite, log10
+from math import log10
 from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .matrix import Spectrum
 from .spectrum import sparkline
+from .texts import above, aligned, as_csv, first, interval, number, printable
 
 if TYPE_CHECKING:
     from .drift import Drift
@@ -226,17 +224,8 @@ class Report(Mapping[str, Row]):
 
     def to_csv(self) -> str:
         """Return one line a matrix, after a line of names."""
-        text = io.StringIO()
-        names = [field.name for field in fields(Row) if field.name != "spectrum"]
-        writer = csv.DictWriter(text, names, lineterminator="\n")
-        writer.writeheader()
-        for row in self.values():
-            values = {**asdict(row), "shape": "x".join(map(str, row.shape))}
-            del values["spectrum"]
-            for key in ("name", "tensor", "dtype", "note"):
-                values[key] = printable(values[key])
-            writer.writerow(values)
-        return text.getvalue()
+        columns = [field.name for field in fields(Row) if field.name != "spectrum"]
+        return as_csv([asdict(row) for row in self.values()], columns)
 
     def to_pandas(self) -> Any:
         """Return a DataFrame with one row a matrix. It needs pandas."""
@@ -263,8 +252,7 @@ class Report(Mapping[str, Row]):
             ("outliers", "Outliers"),
         ):
             if found[key]:
-                more = "" if len(found[key]) <= 10 else f" and {len(found[key]) - 10:,} more"
-                lines.append(f"{what}: {', '.join(found[key][:10])}{more}")
+                lines.append(f"{what}: {first(found[key])}")
         if any(row.guessed for row in self.values()):
             lines.append("? after a layout: guessed. Correct it by --layout PATTERN=AXES.")
         return lines + head_lines(self.heads, self.without_heads)
@@ -323,9 +311,6 @@ class Report(Mapping[str, Row]):
 
 
 def _cells(row: Row, is_outlier: bool) -> tuple[str, ...]:
-    interval = "" if row.lower is None else f"[{below(row.lower)}, {above(row.upper)}]"
-    if row.method not in ("proven", ""):
-        interval += f" {row.method}"
     line = "" if row.spectrum is None else sparkline(row.spectrum)
     notes = [row.problems(), "outlier" if is_outlier else "", row.note, line]
     return (
@@ -333,7 +318,7 @@ def _cells(row: Row, is_outlier: bool) -> tuple[str, ...]:
         f"{row.rows}×{row.columns}",
         row.layout + "?" * row.guessed,
         number(row.sigma),
-        interval,
+        interval(row.lower, row.upper, row.method),
         number(row.ratio, 3),
         number(row.frobenius),
         number(row.stable_rank, 3),
@@ -358,14 +343,6 @@ def by_name(rows: Iterable[Named]) -> dict[str, Named]:
     return found
 
 
-def aligned(lines: list[tuple[str, ...]]) -> list[str]:
-    """Return rows of cells as lines of equally wide columns."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    ]
-
-
 def head_lines(heads: list[HeadNorms], left_out: Mapping[str, str]) -> list[str]:
     """Return a line for each part of an attention layer: the smallest, median and largest σ₁."""
     lines = []
@@ -380,33 +357,3 @@ def head_lines(heads: list[HeadNorms], left_out: Mapping[str, str]) -> list[str]
             shown = "not finite"
         lines.append(f"{head.layer} {head.part}, {len(head.sigma)} heads: {shown}")
     return lines + [f"{name}: no heads: {reason}" for name, reason in left_out.items()]
-
-
-def number(value: float | None, digits: int = 5) -> str:
-    return "–" if value is None else f"{value:.{digits}g}"
-
-
-def above(value: float | None) -> str:
-    """Return a number rounded up: a bound must hold as it is printed."""
-    return _rounded(value, ROUND_CEILING)
-
-
-def below(value: float | None) -> str:
-    return _rounded(value, ROUND_FLOOR)
-
-
-def _rounded(value: float | None, rounding: str, digits: int = 5) -> str:
-    if value is None:
-        return "–"
-    near = Context(prec=digits, rounding=rounding).create_decimal_from_float(value)
-    return f"{float(near):.{digits}g}"
-
-
-def printable(text: str) -> str:
-    """Return a text of one line that a terminal only shows: names come from a file."""
-    return "".join(c if c.isprintable() else "�" for c in text)
-
-
-def finite(value: float) -> float | None:
-    """Return None for NaN and infinity, which JSON does not have."""
-    return float(value) if isfinite(value) else None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from .entry import TensorEntry
 from .layouts import Choice
 from .matrix import Numbers
-from .result import Row, finite
+from .result import Row
+from .texts import finite
 
 
 def row_of(
@@ -20,17 +19,12 @@ def row_of(
 ) -> Row:
     """Return the row of a matrix."""
     m, n = shape
-    layout = choice.layout
-    axes = (
-        "" if layout is None else layout.axes + (f":{layout.groups}" if layout.groups > 1 else "")
-    )
-    rank = (found.frobenius / found.sigma) ** 2 if found.sigma else np.nan
     return Row(
         name=name,
         tensor=entry.name,
         shape=entry.shape,
         dtype=entry.dtype,
-        layout=axes,
+        layout=choice.axes,
         guessed=choice.guessed,
         rows=m,
         columns=n,
@@ -40,7 +34,7 @@ def row_of(
         method=found.method,
         ratio=finite(found.ratio),
         frobenius=finite(found.frobenius),
-        stable_rank=finite(rank),
+        stable_rank=finite(found.stable_rank),
         relative=finite(found.sigma / (m / n) ** 0.5),
         convolution_lower=norm[0],
         convolution_upper=norm[1],

@@ -20,9 +20,10 @@ from .live import blamed, listed, name_of
 from .lora import Base, check_pairs, pairs
 from .matrix import Numbers, measure
 from .numbers import widened
-from .result import Report, Row, finite
+from .result import Report, Row
 from .rows import row_of
 from .scales import matrices_of, with_scales
+from .texts import finite
 
 Layouts = Mapping[str, Layout | str | None]
 Progress = Callable[[Sequence[TensorEntry]], Iterator[TensorEntry]]

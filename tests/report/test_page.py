@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import spectral_core as sc
-from spectral_core._report import command
+from spectral_core._report import command, matrix
 from spectral_core._report.command import main
 
 rng = np.random.default_rng(0)
@@ -159,23 +159,23 @@ def test_lists_are_bounded():
 
 
 @pytest.mark.usefixtures("jinja")
-def test_spectra_are_thinned_and_finite():
+def test_spectra_are_thinned(monkeypatch):
     from spectral_core._report.page import _spectra
 
-    report = sc.report({name: np.eye(2) for name in "abcde"})
-    exact = np.linspace(1, 9, 5000)
-    edges = np.linspace(0, 4, 5)
-    spectra = [exact, [2.0, np.nan, 1.0], None, {"values": edges, "density": np.ones(4)}, []]
-    for row, spectrum in zip(report.values(), spectra, strict=True):
-        object.__setattr__(row, "spectrum", spectrum)
-    found = _spectra(report)
-    assert list(found["rows"]) == [0, 1, 3]
-    places, y = found["places"][5000], found["rows"][0]["y"]
+    exact = np.linspace(900, 1, 900)
+    weights = {"a": np.diag(exact), "b": np.full((2, 2), np.nan), "c": np.diag([1.0, 2.0])}
+    found = _spectra(sc.report(weights, spectrum=True))
+    assert list(found["rows"]) == [0, 2]
+    places, y = found["places"][900], found["rows"][0]["y"]
     assert len(places) == len(y) < 200
-    assert (places[0], places[-1]) == (1, 5000)
-    np.testing.assert_allclose(y, np.sort(exact)[::-1][np.array(places) - 1], rtol=1e-3)
-    assert found["rows"][1]["y"] == [2.0, 1.0]
-    assert found["rows"][3]["x"] == [0.5, 1.5, 2.5, 3.5]
+    assert (places[0], places[-1]) == (1, 900)
+    np.testing.assert_allclose(y, exact[np.array(places) - 1], rtol=1e-3)
+    assert found["rows"][2]["y"] == [2.0, 1.0]
+    monkeypatch.setattr(matrix, "MOST_VALUES", 0)
+    report = sc.report(weights, spectrum=True)
+    density = _spectra(report)["rows"][0]
+    np.testing.assert_allclose(density["x"], report["a"].spectrum["values"], rtol=1e-3)
+    np.testing.assert_allclose(density["y"], report["a"].spectrum["density"], rtol=1e-3)
 
 
 @pytest.mark.usefixtures("jinja")
