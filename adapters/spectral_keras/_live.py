@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -19,7 +20,8 @@ def live_tensors(model: keras.Layer) -> tuple[str, dict[str, Any], dict[str, Lay
     """
     held = holders(model)
     known: dict[str, Layout | str] = {}
-    for variable in model.weights:
+    variables = _named(model.weights)
+    for name, variable in variables.items():
         chain = held.get(id(variable))
         if chain is None or len(variable.shape) < 2:
             continue
@@ -27,5 +29,17 @@ def live_tensors(model: keras.Layer) -> tuple[str, dict[str, Any], dict[str, Lay
         if isinstance(chain[-1], kl.Embedding):
             found = Layout("io")
         if isinstance(found, Layout):
-            known[variable.path] = found
-    return "keras", {variable.path: variable for variable in model.weights}, known
+            known[name] = found
+    return "keras", variables, known
+
+
+def _named(variables: Iterable[Any]) -> dict[str, Any]:
+    """Return variables by path. Two may have one path: the second gets a number."""
+    found: dict[str, Any] = {}
+    for variable in variables:
+        name, count = variable.path, 1
+        while name in found:
+            count += 1
+            name = f"{variable.path} ({count})"
+        found[name] = variable
+    return found

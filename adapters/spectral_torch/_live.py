@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from spectral_core import Layout
 
@@ -30,6 +32,10 @@ def live_tensors(model: nn.Module) -> tuple[str, dict[str, Any], dict[str, Layou
     known: dict[str, Layout | str] = {}
     names: dict[int, str] = {}
     for name, tensor in state.items():
+        if is_lazy(tensor):  # without a shape, of a lazy module
+            tensors[name] = torch.empty(0)
+            known[name] = "not initialized: call the model once"
+            continue
         if not hasattr(tensor, "shape"):  # the extra state of a module
             continue
         tensors[name] = tensor

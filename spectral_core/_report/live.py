@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import as_numpy, to_host
+from .._arrays import as_numpy, check_dense, to_host
 from .._layout import Layout
+from ..errors import DTypeError
 from .entry import Checkpoint, CheckpointError, Stored, TensorEntry
 from .files import readable, short, skipped
 from .folders import opened
@@ -52,7 +53,7 @@ _MODELS = {
 }
 
 # NumPy's long double, by the names that it has on different machines.
-_TOO_WIDE = ("float96", "float128", "complex192", "complex256")
+_TOO_WIDE = ("float96", "float128")
 
 
 def _live(source: Any) -> Checkpoint:
@@ -85,11 +86,19 @@ def _is_linen(source: Any) -> bool:
 
 def _adapter_of(source: Any) -> str:
     """Return the name of the adapter for a model, or for a mapping that holds arrays of JAX."""
+    adapter = _model_adapter(source)
+    if not adapter and isinstance(source, Mapping) and _holds_jax(source):
+        return "spectral_jax"
+    return adapter
+
+
+def _model_adapter(source: Any) -> str:
+    """Return the name of the adapter for a model, or ""."""
     for kind in type(source).__mro__:
         for prefix, adapter in _MODELS.items():
             if f"{kind.__module__}.".startswith(prefix):
                 return adapter
-    return "spectral_jax" if isinstance(source, Mapping) and _holds_jax(source) else ""
+    return ""
 
 
 def _holds_jax(source: Mapping[Any, Any]) -> bool:
@@ -123,7 +132,7 @@ def _known(source: Any, adapter: str) -> Checkpoint:
 def _entries(
     source: Mapping[Any, Any] | Sequence[Any], path: str, depth: int
 ) -> Iterator[TensorEntry]:
-    """Yield the arrays in nested mappings, lists and tuples: no other value is a weight."""
+    """Yield the arrays in nested mappings, lists and tuples. A model within is named as skipped."""
     if depth > 100:
         raise CheckpointError("the mapping is nested too deep, or holds itself")
     for key, value in source.items() if isinstance(source, Mapping) else enumerate(source):
@@ -132,6 +141,8 @@ def _entries(
             yield from _entries(value, f"{name}/", depth + 1)
         elif hasattr(value, "shape") and hasattr(value, "dtype"):
             yield _entry(name, value)
+        elif _model_adapter(value):
+            yield skipped(name, (), "", "a model within a mapping: pass it alone")
 
 
 def _entry(name: str, value: Any) -> TensorEntry:
@@ -139,8 +150,12 @@ def _entry(name: str, value: Any) -> TensorEntry:
     # NumPy's name does not depend on the order of bytes.
     dtype = getattr(value.dtype, "name", None) or str(value.dtype).rpartition(".")[2]
     shape = tuple(value.shape)
-    if dtype in _TOO_WIDE:
-        return skipped(name, shape, dtype, f"{dtype}: float64 does not hold its numbers")
+    try:
+        check_dense(value, name)
+    except DTypeError:
+        return skipped(name, shape, dtype, "sparse or masked: make a dense array of it first")
+    if dtype in _TOO_WIDE or ("complex" in dtype and not is_floating(dtype)):
+        return skipped(name, shape, dtype)
     narrow = "float" in dtype and dtype not in ("float16", "float32", "float64")
 
     def load() -> Stored:

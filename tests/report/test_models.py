@@ -95,6 +95,21 @@ def test_arrays_of_jax_without_its_adapter(monkeypatch):
     assert axes_of(sc.report(params)) == {"Dense_0/kernel": ("io", 5, 3)}
 
 
+def test_lazy_layers_of_pytorch_are_named():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LazyLinear(4))
+    report = sc.report(model)
+    assert list(report) == ["0.weight"]
+    assert "not initialized" in report.skipped["1.weight"]
+
+
+def test_a_model_within_a_mapping_is_named():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    report = sc.report({"parts": [torch.nn.Linear(3, 2)], "w": np.eye(2)})
+    assert list(report) == ["w"]
+    assert "pass it alone" in report.skipped["parts/0"]
+
+
 def test_mappings_that_are_no_trees_of_jax():
     jax = pytest.importorskip("jax", reason="JAX is not installed")
     assert list(sc.report({"w": np.eye(2), 3: {"v": jax.numpy.eye(2)}})) == ["w", "3/v"]
@@ -102,6 +117,27 @@ def test_mappings_that_are_no_trees_of_jax():
     endless["again"] = [endless]
     with pytest.raises(sc.SpectralError, match="holds itself"):
         sc.report(endless)
+
+
+def test_keras_layers_of_one_name_keep_a_row_each():
+    keras = pytest.importorskip("keras", reason="Keras is not installed")
+
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__(name="m")
+            self.one, self.other = (keras.layers.Dense(n, name="d") for n in (3, 4))
+
+        def call(self, x):
+            return self.other(self.one(x))
+
+    model = Model()
+    model(np.ones((2, 5)))
+    report = sc.report(model)
+    assert axes_of(report) == {
+        "m/d/kernel": ("io", 3, 5),
+        "m/d/kernel (2)": ("io", 4, 3),
+    }
+    assert not any(row.guessed for row in report.values())
 
 
 def test_keras():

@@ -159,8 +159,15 @@ def test_numbers_that_float64_does_not_hold_are_skipped():
         pytest.skip("longdouble is float64 here")
     report = sc.report({"w": x, "z": x + 0j})
     assert not report
-    assert "float64" in report.skipped["w"]
-    assert "float64" in report.skipped["z"]
+    assert "not a dtype that is read" in report.skipped["w"]
+    assert "not a dtype that is read" in report.skipped["z"]
+
+
+def test_what_stores_not_all_of_its_elements_is_skipped():
+    masked = np.ma.masked_array(np.ones((2, 2)), [[0, 1], [0, 0]])
+    report = sc.report({"w": masked, "v": np.eye(2)})
+    assert list(report) == ["v"]
+    assert "masked" in report.skipped["w"]
 
 
 def test_module_runs_as_a_command(path):
