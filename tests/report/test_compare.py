@@ -362,6 +362,30 @@ def test_norms_beyond_float64(any_route):
     json.loads(found.to_json())
 
 
+NUMBERS = st.sampled_from([0.0, 1.0, -3.0, 5e-324, 1e-200, 1e200, 1.7e308, np.nan, np.inf])
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@given(
+    shape=st.sampled_from([(1, 1), (2, 3), (3, 40), (0, 3), (2, 3, 1, 2)]),
+    numbers=st.lists(st.lists(NUMBERS, min_size=1, max_size=3), min_size=2, max_size=2),
+    part=st.sampled_from([1, 1j, 1 + 1j]),
+)
+def test_any_numbers_can_be_reported_and_compared(any_route, shape, numbers, part):
+    with np.errstate(all="ignore"):
+        before, after = (np.resize(x, shape) * (part if part != 1 else 1.0) for x in numbers)
+    found = sc.report({"w": before}, spectrum=True), sc.compare({"w": before}, {"w": after})
+    for result in found:
+        json.loads(result.to_json())
+        result.table()
+        for row in result.values():
+            if row.sigma is not None:
+                assert row.lower <= row.sigma
+                assert row.upper is None or row.sigma <= row.upper
+    bounded = [row.upper for row in found[0].values()]
+    assert len(found[0].above(1e300)) == sum(upper is None or upper > 1e300 for upper in bounded)
+
+
 def test_no_row_is_lost_where_names_are_equal():
     x = rng.standard_normal((2, 3, 3))
     weights = {"w": x, "w[0]": np.diag([5.0, 1.0])}
