@@ -107,24 +107,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("path", help="a file or a folder")
     parser.add_argument(
-        "--compare", metavar="OTHER", help="show how far each matrix of OTHER moved from PATH's"
-    )
-    parser.add_argument(
-        "--vectors",
-        type=_natural,
-        default=10,
-        metavar="K",
-        help="with --compare: number of singular vectors to compare; 10 by default, 0 is fast",
-    )
-    parser.add_argument(
-        "--similarity",
-        type=float,
-        default=0.5,
-        metavar="E",
-        help="with --compare: a singular vector of OTHER whose cosines with those of PATH are all "
-        "below E is an intruder; 0.5 by default",
-    )
-    parser.add_argument(
         "--layout",
         metavar="PATTERN=AXES",
         action="append",
@@ -132,18 +114,26 @@ def _parser() -> argparse.ArgumentParser:
         help="axes of the tensors whose name fits, such as '*.conv.weight=oihw', "
         "'*.qkv.weight=(go)i:3' for three groups, or '*.wpe.weight=skip'; may be repeated",
     )
+    parser.add_argument("--proven", action="store_true", help="prove all bounds, also large ones")
     parser.add_argument(
-        "--top",
-        type=_positive,
-        metavar="K",
-        help="show only the K largest norms, or drifts, in the table",
+        "--fail-above",
+        type=_threshold,
+        metavar="X",
+        help="exit with 1 if a norm may be larger than X, or is not finite",
     )
-    parser.add_argument(
+    _add_measurements(parser.add_argument_group("measurements of one checkpoint"))
+    _add_comparison(parser.add_argument_group("comparison of two checkpoints"))
+    _add_output(parser.add_argument_group("output"))
+    return parser
+
+
+def _add_measurements(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--spectrum",
         action="store_true",
         help="show all singular values, or their density where the matrix is large",
     )
-    parser.add_argument(
+    group.add_argument(
         "--heads",
         type=_count,
         nargs="?",
@@ -152,42 +142,64 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="measure each head of attention; N is their number where no config.json says it",
     )
-    parser.add_argument("--config", metavar="PATH", help="a config.json for --heads")
-    parser.add_argument(
+    group.add_argument("--config", metavar="PATH", help="a config.json for --heads")
+    group.add_argument(
         "--base", metavar="PATH", help="weights to which the LoRA factors in the file belong"
     )
-    parser.add_argument(
+    group.add_argument(
         "--lora-scale",
         type=float,
         metavar="S",
         help="factor of B·A, instead of what adapter_config.json or the file says",
     )
-    parser.add_argument("--proven", action="store_true", help="prove all bounds, also large ones")
-    parser.add_argument(
+    group.add_argument(
         "--no-convolutions", action="store_true", help="leave out norms of convolutions"
     )
-    parser.add_argument(
-        "--fail-above",
-        type=_threshold,
-        metavar="X",
-        help="exit with 1 if a norm may be larger than X, or is not finite",
+
+
+def _add_comparison(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--compare", metavar="OTHER", help="show how far each matrix of OTHER moved from PATH's"
     )
-    parser.add_argument(
+    group.add_argument(
+        "--vectors",
+        type=_natural,
+        default=10,
+        metavar="K",
+        help="with --compare: number of singular vectors to compare; 10 by default, 0 is fast",
+    )
+    group.add_argument(
+        "--similarity",
+        type=float,
+        default=0.5,
+        metavar="E",
+        help="with --compare: a singular vector of OTHER whose cosines with those of PATH are all "
+        "below E is an intruder; 0.5 by default",
+    )
+    group.add_argument(
         "--fail-drift",
         type=_threshold,
         metavar="X",
         help="with --compare: exit with 1 if a relative drift is larger than X, or no number",
     )
-    parser.add_argument(
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--top",
+        type=_positive,
+        metavar="K",
+        help="show only the K largest norms, or drifts, in the table",
+    )
+    group.add_argument(
         "--html", metavar="PATH", help="write one page too, with plots, that needs no network"
     )
-    parser.add_argument(
+    group.add_argument(
         "--force", action="store_true", help="let --html replace a file that is no such page"
     )
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="write JSON")
-    output.add_argument("--csv", action="store_true", help="write CSV")
-    return parser
+    formats = group.add_mutually_exclusive_group()
+    formats.add_argument("--json", action="store_true", help="write JSON")
+    formats.add_argument("--csv", action="store_true", help="write CSV")
 
 
 def _count(text: str) -> int:
