@@ -153,10 +153,9 @@ class Repetition:
 
     def release(self, triplets: Sequence[Triplet]) -> None:
         """Keep the results of the step, and no array of the caller."""
-        for job, triplet in zip(self.jobs, triplets, strict=True):
+        for job in self.jobs:
             job.weight = job.grad = None
-            job.V, job.last = triplet.V, triplet
-        self.jobs.lasts = list(triplets)
+        self.jobs.start_from(triplets)
 
 
 def _is(one: object, other: object) -> bool:

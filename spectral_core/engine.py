@@ -317,7 +317,8 @@ class JobList(list[Job]):
     lasts : list of Triplet or None
         Each job's ``last``. An engine that writes results there returns this very list.
     moves : bool
-        True if the weights may be at other addresses in each step: no engine keeps these.
+        True if weights, V, sigma and u may be at other addresses in each step: no engine keeps
+        these.
     """
 
     def __init__(self, jobs: Iterable[Job] = ()) -> None:
@@ -326,7 +327,7 @@ class JobList(list[Job]):
         self.memo: dict[Any, Any] = {}
         self.numbers = object()
         self.moves = False
-        self.lasts = [job.last for job in self]
+        self.lasts: list[Triplet | None] = [job.last for job in self]
         self._shares: list[Share] = []
         self._overlaps: set[int] = set()
         self._divided_at: list[int] | None = None  # the addresses that `_overlaps` belongs to
@@ -337,6 +338,15 @@ class JobList(list[Job]):
         for share in self._shares:
             if isinstance(share.jobs, JobList):
                 share.jobs.numbers = self.numbers
+
+    def start_from(self, lasts: Sequence[Triplet]) -> None:
+        """Give each job its V, sigma and u: those of the step before."""
+        self.lasts = list(lasts)
+        for job, last in zip(self, lasts, strict=True):
+            job.V, job.last = last.V, last
+        for share in self._shares:
+            if isinstance(share.jobs, JobList):
+                share.jobs.lasts = [lasts[place] for place in share.places]
 
     def shares(self, engines: Sequence[Engine]) -> list[Share]:
         """Return the division among engines; divide again only where overlaps have changed."""

@@ -11,7 +11,14 @@ import spectral_core as sc
 from backends import gaussian, get, on
 from models import LAYOUTS, assert_close, assert_equal, model
 from spectral_core import Layout, add_gradient, add_gradient_, init, iterate
-from spectral_core.engine import JobList, ReferenceEngine, Slope, dispatch, make_jobs
+from spectral_core.engine import (
+    JobList,
+    ReferenceEngine,
+    Slope,
+    Triplet,
+    dispatch,
+    make_jobs,
+)
 
 
 class Recorder:
@@ -204,6 +211,21 @@ def test_renewed_numbers_reach_every_engine(accepted):
     assert one is two
     assert three is four is jobs.numbers
     assert two is not three
+
+
+@pytest.mark.parametrize("accepted", ["ac", "abcd"])
+def test_other_vectors_to_start_from_reach_every_engine(accepted):
+    jobs, seen = JobList(some_jobs()), []
+    first, last = Recorder(accepted), Recorder()
+    for engine in (first, last):
+        run = engine.run
+        engine.run = lambda jobs, n_iter, run=run: seen.extend(jobs.lasts) or run(jobs, n_iter)
+    dispatch(jobs, 1, [first, last])
+    jobs.start_from([Triplet(job.last.sigma, job.last.u, job.V.copy()) for job in jobs])
+    assert all(job.V is job.last.V for job in jobs)
+    seen.clear()
+    dispatch(jobs, 1, [first, last])
+    assert {*map(id, seen)} == {id(job.last) for job in jobs}
 
 
 def test_list_of_jobs_uses_each_steps_gradients():

@@ -384,6 +384,19 @@ def test_a_job_list_is_prepared_once(monkeypatch):
     assert len(prepared) == 2  # one for each dtype
 
 
+@runs
+def test_a_job_list_whose_tensors_move_is_followed():
+    engine, jobs = TritonEngine(), JobList([job((6, 40)), job((4, 8), bf16), job((5, 7))])
+    jobs.moves = True
+    for step in range(3):
+        for one in jobs:
+            one.weight, one.grad = one.weight + step, torch.randn_like(one.weight)
+        jobs.start_from([Triplet(*[x.clone() for x in one.last]) for one in jobs])
+        jobs.addresses = [one.grad.data_ptr() for one in jobs]
+        found = check(jobs, engine=engine, n_iter=(1, 0, 2)[step])
+        assert [*map(id, found.triplets)] == [id(one.last) for one in jobs]
+
+
 @pytest.mark.parametrize(
     ("room", "expected"),
     [(227 * 1024, (16384, 8192, 16384)), (99 * 1024, (8192, 4096, 16384))],

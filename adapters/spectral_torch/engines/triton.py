@@ -179,7 +179,8 @@ class TritonEngine:
 
     def _prepare(self, jobs: Sequence[Job], n_iter: int) -> _Prepared:
         """Divide the jobs by kind: for a `JobList`, as in its first step."""
-        if isinstance(jobs, JobList) and (known := jobs.memo.get(self)) is not None:
+        kept = jobs.memo if isinstance(jobs, JobList) and not jobs.moves else {}
+        if (known := kept.get(self)) is not None:
             return known
         triplets = [_target(job) for job in jobs] if n_iter else [last_of(job) for job in jobs]
         places: dict[Kind, list[int]] = {}
@@ -193,10 +194,8 @@ class TritonEngine:
         ]
         prepared = _Prepared(triplets, shares)
         # Only where the results go to the same tensors in each step, with iterations or without.
-        if isinstance(jobs, JobList) and all(
-            job.last is not None and job.last.V is job.V for job in jobs
-        ):
-            jobs.memo[self] = prepared
+        if all(job.last is not None and job.last.V is job.V for job in jobs):
+            kept[self] = prepared
         return prepared
 
     def _give_up(self, kind: Kind, error: Exception) -> None:
