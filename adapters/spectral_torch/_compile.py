@@ -8,8 +8,9 @@ therefore text, and a number finds the engines that run the step.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import partial
 from itertools import count
 from math import isnan, nan
 from weakref import WeakValueDictionary
@@ -20,6 +21,7 @@ from torch import Tensor
 import spectral_core as sc
 from spectral_core.engine import (
     Checks,
+    Job,
     Number,
     Triplet,
     dispatch,
@@ -28,25 +30,25 @@ from spectral_core.engine import (
     slope_of,
 )
 
-from ._jobs import JobCache, write_back
+from ._compiled_jobs import CompiledJobs, Given
+from ._jobs import write_back
 from .engines.dtensor import is_sharded
 
 # `torch.compile` cannot trace patterns, but the same text always gives the same answer. This is
 # what `torch.compiler.assume_constant_result` does, after a second of importing.
 first_matches._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-_SETS = 64  # cached sets of weights
 _GRAPHED = ("cuda",)  # the devices whose work `mode="reduce-overhead"` captures
 
 # The regularizers keep these alive, with the memory that captured graphs read.
-_caches: WeakValueDictionary[int, JobCache] = WeakValueDictionary()
+_by_number: WeakValueDictionary[int, CompiledJobs] = WeakValueDictionary()
 _numbers = count()
 
 
-def number_of(cache: JobCache) -> int:
-    """Return a number by which `run` finds the engines of ``cache``."""
+def number_of(jobs: CompiledJobs) -> int:
+    """Return a number by which `run` finds ``jobs``, and their engines."""
     number = next(_numbers)
-    _caches[number] = cache
+    _by_number[number] = jobs
     return number
 
 
@@ -98,12 +100,6 @@ def run(
     )
 
 
-@lru_cache(_SETS)
-def _read(text: str) -> tuple[dict[str, sc.Layout], Checks]:
-    rows = map(json.loads, text.splitlines())
-    return {name: sc.Layout(axes, groups) for name, axes, groups in rows}, Checks()
-
-
 @torch.library.custom_op(
     "spectral_torch::step_",
     mutates_args=("grads", "v", "sigma", "u"),
@@ -126,21 +122,33 @@ def _step_(
     n_iter: int,
     engines: int,
 ) -> None:
-    layouts, checks = _read(text)
+    given = Given(
+        *(weights, grads, v, sigma, u),
+        *(_joined(factors, factor_tensors), _joined(targets, target_tensors), power),
+    )
+    # Numbers as bytes: NaN stands for a tensor, and differs from itself.
+    key = text, power, n_iter, array("d", factors).tobytes(), array("d", targets).tobytes()
+    kept = _by_number[engines]
+    with kept.of(key, given, partial(_made, text)) as jobs:
+        write_back(jobs, dispatch(jobs, n_iter, kept.engines).triplets)
+
+
+def _made(text: str, given: Given) -> list[Job]:
+    rows = map(json.loads, text.splitlines())
+    layouts = {name: sc.Layout(axes, groups) for name, axes, groups in rows}
 
     def named(values: Sequence[Number]) -> dict[str, Number]:
         return dict(zip(layouts, values, strict=True))
 
-    state = sc.SpectralState(named(v), named(sigma), layouts, named(u), checks)
-    jobs = make_jobs(
+    state = sc.SpectralState(named(given.v), named(given.sigma), layouts, named(given.u), Checks())
+    return make_jobs(
         layouts,
-        named(weights),
+        named(given.weights),
         state,
-        grads=named(grads),
-        factors=named(_joined(factors, factor_tensors)),
-        rules=slope_of(named(_joined(targets, target_tensors)), power, layouts),
+        grads=named(given.grads),
+        factors=named(given.factors),
+        rules=slope_of(named(given.targets), given.power, layouts),
     )
-    write_back(jobs, dispatch(jobs, n_iter, _caches[engines].engines).triplets)
 
 
 def _divided(values: Sequence[Number]) -> tuple[list[float], list[Tensor]]:

@@ -32,7 +32,7 @@ from spectral_core.engine import (
 from .engines.foreach import write_into
 
 _PLAIN = (Tensor, Parameter)
-_LISTS = 64  # lists of an optimizer that are kept: experts and LayerDrop take turns
+LISTS = 64  # lists of an optimizer that are kept: experts and LayerDrop take turns
 
 # Power iterations, and the names of the parameters that have a gradient.
 _Key: TypeAlias = tuple[int, tuple[str, ...]]
@@ -187,7 +187,7 @@ class JobCache:
         key = _key(n_iter, names, parameters, penalty)
         lists.pop(key, None)
         if kept.cacheable:
-            if len(lists) >= _LISTS:
+            if len(lists) >= LISTS:
                 del lists[next(iter(lists))]
             lists[key] = kept
         return kept.jobs
@@ -224,7 +224,7 @@ class _Kept:
         penalty: Penalty | Limit,
     ) -> None:
         self.jobs = jobs
-        self.cacheable = bool(jobs) and all(map(_is_cacheable, jobs))
+        self.cacheable = bool(jobs) and all(map(is_cacheable, jobs))
         self._names = list(names)
         self._parameters = [parameters[name] for name in self._names]
         self._changed = penalty.changed
@@ -401,7 +401,7 @@ def _separate(grads: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> Non
         taken.add(address)
 
 
-def _is_cacheable(job: Job) -> bool:
+def is_cacheable(job: Job) -> bool:
     """Return True if addresses say all: a subclass, or another device, may have none."""
     return (
         type(job.weight) in _PLAIN

@@ -35,6 +35,7 @@ from spectral_core.errors import check_int, listed
 
 from . import _compile
 from ._attach import is_nested
+from ._compiled_jobs import CompiledJobs
 from ._hook import PURE_ENGINES, OptimizerHook
 from ._jobs import Penalty, release, write_back
 from ._select import Model
@@ -192,20 +193,24 @@ class SpectralNormRegularizer(OptimizerHook):
         self.every_n_steps = every_n_steps
         self.restore_gradients = restore_gradients
         self._steps_taken = dict.fromkeys(self._parameters, 0)
-        self._number = _compile.number_of(self._jobs)
-        _compile.mark_static(self._state)
+        self._begin_compiled()
         self._lines = {
             name: _compile.described(name, layout) for name, layout in self._state.layouts.items()
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_open": None}
+        return {**super().__getstate__(), "_open": None, "_compiled_jobs": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._open = WeakKeyDictionary()
         self._penalty = copy(self._penalty)  # `copy.copy` would share it
-        self._number = _compile.number_of(self._jobs)
+        self._begin_compiled()
+
+    def _begin_compiled(self) -> None:
+        """Prepare what steps in graphs of `torch.compile` need."""
+        self._compiled_jobs = CompiledJobs(self._jobs.engines)
+        self._number = _compile.number_of(self._compiled_jobs)
         _compile.mark_static(self._state)
 
     def _move(self, state: sc.SpectralState) -> None:

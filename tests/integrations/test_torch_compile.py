@@ -19,7 +19,7 @@ from spectral_torch import (  # noqa: E402
     SpectralNormRegularizer,
     _compile,
 )
-from spectral_torch._jobs import JobCache  # noqa: E402
+from spectral_torch._compiled_jobs import CompiledJobs  # noqa: E402
 from spectral_torch.engines import engines  # noqa: E402
 
 STEPS = 5
@@ -237,14 +237,14 @@ def test_a_weight_that_was_frozen_takes_part_again():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pytorch_finds_the_operation_well_formed(dtype):
     W = torch.randn(4, 3, dtype=dtype)
-    layout, cache = sc.Layout("oi"), JobCache(engines(kernels=False))
+    layout, jobs = sc.Layout("oi"), CompiledJobs(engines(kernels=False))
     state = sc.init({"w": W})
     empty = [[], [0.0], []]
     torch.library.opcheck(
         _compile._step_,
         (
             *([W], [torch.zeros_like(W)], [state.v["w"]], [state.sigma["w"]], [state.u["w"]]),
-            *([0.3], *empty, _compile.described("w", layout), 2, 1, _compile.number_of(cache)),
+            *([0.3], *empty, _compile.described("w", layout), 2, 1, _compile.number_of(jobs)),
         ),
         test_utils=("test_schema", "test_faketensor"),
     )
