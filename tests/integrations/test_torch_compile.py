@@ -241,7 +241,7 @@ def test_pytorch_finds_the_operation_well_formed(dtype):
     state = sc.init({"w": W})
     empty = [[], [0.0], []]
     torch.library.opcheck(
-        _compile._step_,
+        torch.ops.spectral_torch.step_.default,
         (
             *([W], [torch.zeros_like(W)], [state.v["w"]], [state.sigma["w"]], [state.u["w"]]),
             *([0.3], *empty, _compile.described("w", layout), 2, 1, _compile.number_of(jobs)),
