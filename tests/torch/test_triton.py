@@ -411,6 +411,28 @@ def test_the_number_of_columns_follows_the_shared_memory(monkeypatch, room, expe
 
 
 @runs
+def test_a_captured_step_of_a_list_keeps_its_numbers(monkeypatch):
+    engine, jobs = TritonEngine(), JobList([job((6, 40)), job((5, 7))])
+
+    def table_of(factor, *, captured=False):
+        for module in (graph_tables, triton_group):
+            monkeypatch.setattr(module, "capturing", lambda device: captured)
+        if factor != jobs[0].factor:
+            jobs.renew()
+        for one in jobs:
+            one.factor = factor
+        engine.run(jobs, 1)
+        (group,) = engine._groups.values()
+        return group._penalties(jobs, None)[0]
+
+    read = table_of(0.1)
+    assert table_of(0.1, captured=True) is read
+    before = read.tolist()
+    assert table_of(0.7) is not read
+    assert read.tolist() == before
+
+
+@runs
 def test_a_factor_on_the_cpu_is_read_in_each_step(monkeypatch):
     if INTERPRETED:  # where the weights are on the CPU too
         monkeypatch.setattr(triton_group.Group, "_is_on_device", lambda self, x: False)

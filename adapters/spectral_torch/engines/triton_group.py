@@ -248,6 +248,8 @@ class Group(Tables):
             self._numbers is not None
             and numbers is self._numbers[0]
             and not self.penalties.captured
+            # A graph that is captured now must be known to read the table.
+            and not capturing(self.device)
         ):
             return self._numbers[1]
         self._numbers = None
