@@ -187,66 +187,120 @@ def is_below(gram: Host, square: float) -> bool:
     return _factor(gram, square) is not None
 
 
-def narrowed(grams: Host) -> Host:
-    """Return matrices in float32 if they are so large that it pays to try that first."""
-    if grams.shape[-1] < _LARGE or _lapack() is None:
-        return grams
-    return grams.astype(np.complex64 if np.iscomplexobj(grams) else np.float32)
+class Top(NamedTuple):
+    """A unit vector v of float64 numbers, and how it lies to a Hermitian matrix G.
 
-
-def is_proven_below(gram: Host, narrow: Host, limit: float, estimate: float) -> bool:
-    """Return True if every eigenvalue of a Hermitian matrix is proven to be at most the limit.
-
-    Parameters
-    ----------
-    gram : array, shape (n, n)
-    narrow : array, shape (n, n)
-        The same as `narrowed` returns it.
-    limit : float
-    estimate : float
-        About the largest eigenvalue, from below. It decides what is tried, and proves nothing.
+    The number vᴴGv is between ``lower`` and ``upper``, and ``rest`` is at least ‖Gv − (vᴴGv)v‖. The
+    length of v may differ from 1 by its rounding, which the bounds allow for.
     """
-    if narrow.dtype != gram.dtype and _is_proven_narrow(gram, narrow, limit, estimate):
-        return True
+
+    lower: float
+    upper: float
+    rest: float
+    vector: Host
+
+
+def pays_narrow(n: int) -> bool:
+    """Return True if matrices are so large that it pays to try float32 first."""
+    return n >= _LARGE and _lapack() is not None
+
+
+def hidden_narrow(n: int) -> float:
+    """Return about what a factorization in float32 hides, as a share of the shift.
+
+    The norm of |L||L|ᵀ is about √n times the shift for random matrices.
+    """
+    return 1.5 * n**0.5 * gamma(n + 8, np.empty(0, np.complex64))
+
+
+def is_vague(top: Top, limit: float) -> bool:
+    """Return True if a better vector may let float32 prove a limit, or refute it."""
+    left = 0.5 * limit * hidden_narrow(len(top.vector)) * max(limit - top.upper, 0.0)
+    return top.lower <= limit and top.rest**2 > left
+
+
+def is_proven_below(gram: Host, limit: float) -> bool:
+    """Return True if every eigenvalue of a Hermitian matrix is proven to be at most the limit."""
     square = limit - allowance(gram, limit)
     return square > 0 and is_below(gram, square)
 
 
-def _is_proven_narrow(gram: Host, narrow: Host, limit: float, estimate: float) -> bool:
-    """Return True if a factorization in float32 proves it, which takes half of the time.
+def is_proven_narrow(narrow: Host, error: float, limit: float, top: Top | None = None) -> bool:
+    r"""Return True if float32 proves that every eigenvalue of a Gram matrix is below the limit.
 
-    Its rounding may hide a few thousandths: it is of use where the limit is farther away. The norm
-    of |L||L|ᵀ is about √n·limit for random matrices. The factor says what it is.
+    Parameters
+    ----------
+    narrow : array, shape (n, n)
+        The matrix in float32. Only its upper half counts.
+    error : float
+        Bound of the norm by which it differs from the matrix G that is meant.
+    limit : float
+    top : Top, optional
+        About the first eigenvector of G. It is taken out.
+
+    Notes
+    -----
+    The rounding of float32 may hide a few thousandths of the limit, and the first eigenvalue may be
+    closer to it. So the first eigenvector v can be taken out. Let d bound the eigenvalues of
+    G − μvvᴴ, and let a = vᴴGv and c = ‖Gv − av‖. A unit vector x is cos θ·v + sin θ·y, with a unit
+    vector y orthogonal to v, and
+
+    .. math:: x^HGx ≤ a·\cos^2θ + 2c·|\cos θ·\sin θ| + d·\sin^2θ
+
+    is at most the limit T if a ≤ T, d ≤ T and (T − a)(T − d) ≥ c². Float32 has to prove d alone,
+    which is about the second eigenvalue.
     """
     n, unit = len(narrow), _unit(narrow)
-    square = limit * (1 - 1.5 * n**0.5 * gamma(n + 8, narrow))
-    if not 2.0**-20 < estimate < square < 2.0**60:  # so that underflow is far below the rounding
+    hidden = limit * hidden_narrow(n)
+    target, weight = limit, 0.0
+    if top is not None:
+        if not top.upper < limit:
+            return False
+        target -= top.rest**2 / (limit - top.upper) * (1 + 2.0**-40) + 8 * _UNIT * limit
+        weight = top.upper
+    if weight:  # the matrix and the vector are rounded; the trace is at least the Frobenius norm
+        trace = float(narrow.diagonal().real.sum(dtype=float))
+        error += 1.01 * unit * (1.01 * trace + error + 12 * weight)
+    square = target - hidden - error
+    if not 2.0**-20 < square < 2.0**60:  # so that underflow is far below the rounding
         return False
-    factor = _factor(narrow, square)
+    factor = _factor(narrow, square, weight, None if top is None else top.vector)
     if factor is None:
         return False
-    hidden = _allowance_of(factor, narrow, square)
-    rounded = 1.01 * unit * float(np.vdot(gram, gram).real) ** 0.5  # from float64 to float32
-    return (square + hidden + rounded) * (1 + 8 * _UNIT) <= limit
+    # The largest element of the diagonal may have grown by the weight.
+    found = _allowance_of(factor, narrow, square) + 4 * unit * weight
+    return (square + found + error) * (1 + 8 * _UNIT) <= target
 
 
-def _factor(gram: Host, square: float) -> Host | None:
-    """Return the Cholesky factor of square·I − gram or of its conjugate, or None if it has none."""
+def _factor(
+    gram: Host, square: float, weight: float = 0.0, vector: Host | None = None
+) -> Host | None:
+    """Return the Cholesky factor of square·I − gram or of its conjugate, or None if it has none.
+
+    The matrix weight·vvᴴ is subtracted from ``gram`` before.
+    """
     n = len(gram)
     lapack = _lapack() if n >= _LARGE else None
+    v = None if vector is None else vector.astype(gram.dtype)
+    scaled = None if v is None else gram.real.dtype.type(weight) * v
     if lapack is None:
+        if v is not None and scaled is not None:
+            gram = gram - scaled[:, None] * v.conj()
         return _factor_by_numpy(gram, square)
-    # LAPACK reads and writes the lower half, in place. So the upper one is left zero.
+    # LAPACK reads and writes one half, in place. So the other one is left zero.
     factor = np.zeros((n, n), gram.dtype)
     for start in range(0, n, _TILE):
         stop = min(start + _TILE, n)
-        np.negative(gram[start:stop, :stop], out=factor[start:stop, :stop])
-        factor[start:stop, start:stop] = np.tril(factor[start:stop, start:stop])
+        rows, corner = factor[start:stop, start:], np.tri(stop - start, k=-1, dtype=bool)
+        np.negative(gram[start:stop, start:], out=rows)
+        if v is not None and scaled is not None:
+            rows += scaled[start:stop, None] * v[start:].conj()
+        rows[:, : stop - start][corner] = 0
     factor[np.diag_indices(n)] += square
     potrf = {"f": lapack.spotrf, "d": lapack.dpotrf, "F": lapack.cpotrf, "D": lapack.zpotrf}
-    # Columns are contiguous for LAPACK: it sees the transpose.
-    upper, failed = potrf[gram.dtype.char](factor.T, lower=0, overwrite_a=1, clean=0)
-    return None if failed else upper.T
+    # Columns are contiguous for LAPACK: it sees the transpose, and factors its lower half faster.
+    lower, failed = potrf[gram.dtype.char](factor.T, lower=1, overwrite_a=1, clean=0)
+    return None if failed else lower
 
 
 @cache

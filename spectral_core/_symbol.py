@@ -13,9 +13,14 @@ frequencies, and proven:
 - A grid misses the maximum. But a grid of N_j points an axis has a point where |aᴴK̂(ω)b| is
   ∏cos(n_j·π/N_j)·M or more (Pfister and Bresler 2018). There α is at most A = √(Σ (n_j·π/N_j)²),
   and the centre of the best point's cell has the share cos(A + Σ n_j·h_j)/cos A of it or more.
+- Cells of all frequencies are diamonds in the plane of the first two axes: Σ n_j·|d_j| is largest
+  in their corners, and the same in all four of them.
 - So a cell whose centre has less than that share of lower·(1 + tol) does not hold a maximum that is
   larger than lower·(1 + tol): it is dropped. Any other cell is split.
-- The test of a centre is a Cholesky factorization, which needs no eigenvalue.
+- The test of a centre is a Cholesky factorization, which needs no eigenvalue. For many channels it
+  is tried in float32 first: see `is_proven_narrow`.
+- The first cells are a sample: it says how small cells have to be. Cells of that size are tested,
+  and those that are not dropped are halved.
 
 Why the Gram matrix is a polynomial: K̂K̂ᴴ = Σ_d R_d·exp(−iω·d) with R_d = Σ_t K_{t+d}K_tᴴ. The R_d
 are computed once. A frequency then costs c² operations for each d, not a product of matrices.
@@ -24,23 +29,32 @@ are computed once. A frequency then costs c² operations for each d, not a produ
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise, product
+from itertools import product
 from math import pi
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from ._certificate import Host, gamma, is_proven_below, narrowed
+from ._cells import WIDEST, Cells, Kind, first_cells
+from ._certificate import (
+    Host,
+    Top,
+    gamma,
+    is_proven_below,
+    is_proven_narrow,
+    is_vague,
+    pays_narrow,
+)
 
 _UNIT = 2.0**-53
 _CHUNK = 2**21  # elements of the Gram matrices that are tested together
 _SLICE = 2**13  # elements of each of them that are computed together: they fit a cache
 _PEAKS = 4  # cells from which a maximum is searched
 _CLIMB = 10  # steps of such a search at most
-_CLOSE = 2e-3  # relative distance from the limit that is more than the rounding of float32
-_KRYLOV = 6  # dimensions of the spaces that estimate an eigenvalue
-_WIDEST = pi / 4  # of n_j·h_j in the first cells: the cosine of one axis is 0.7
+_CLOSE = 5e-3  # relative distance from the limit that is more than the rounding of float32
+_FRESH = 2  # rounds of an estimate without a parent's vector
+_ROUNDS = 4  # of better vectors before a factorization
+_KRYLOV = 10  # dimensions of the spaces that estimate an eigenvalue
 
 
 class Peak(NamedTuple):
@@ -85,6 +99,11 @@ class Symbol:
         adjoint = R.conj().swapaxes(-1, -2)
         self._even = (R + adjoint).reshape(*R.shape[:2], -1)
         self._odd = (adjoint - R).reshape(*R.shape[:2], -1)
+        self.is_narrow = pays_narrow(self.rows)
+        if self.is_narrow:
+            kind = np.float32 if self.is_real else np.complex64
+            self._narrow = self._even.astype(kind), self._odd.astype(kind)
+            self._lengths = np.linalg.norm(self._even, axis=2), np.linalg.norm(self._odd, axis=2)
         # What rounding may change, in a symbol and in its Gram matrix, relative to sums of absolute
         # values: of the products, and of the angles ω·t.
         absolute = np.abs(self.taps).sum(axis=1)
@@ -93,6 +112,7 @@ class Symbol:
         # An angle of up to 2π a sample has six roundings at most: of π, of a frequency, of sums.
         angle = 16 * pi * sum(self.sizes) * _UNIT
         rate = gamma(terms, self.taps) + 4 * gamma(4, self.taps) + angle
+        self.sums = sums
         self.rounding = rate * sums
         # A vector's product with the symbol is one of complex numbers.
         self.error = (rate + 4 * gamma(self.rows + 4, absolute)) * sums**0.5
@@ -102,113 +122,100 @@ class Symbol:
         """n_j = (k_j − 1)/2 of each axis."""
         return (np.array(self.sizes, float) - 1) / 2
 
-    def gram(self, group: int, frequencies: Host) -> Host:
-        """Return K̂K̂ᴴ at frequencies (B, d), as (B, c, c)."""
+    @property
+    def kind(self) -> Kind:
+        """What the cells have to know of the kernel."""
+        return Kind(self.half_degrees, self.is_real, self.groups, self.rows)
+
+    def gram(self, group: int, frequencies: Host, *, narrow: bool = False) -> Host:
+        """Return K̂K̂ᴴ at frequencies (B, d), as (B, c, c), in float64 or in float32."""
         angles = frequencies @ self._differences.T
-        cosine, sine = np.cos(angles), np.sin(angles)
-        found = np.empty((len(frequencies), self.rows**2), complex)
+        evens, odds = self._narrow if narrow else (self._even, self._odd)
+        kind = evens.real.dtype
+        cosine, sine = np.cos(angles).astype(kind), np.sin(angles).astype(kind)
+        found = np.empty((len(frequencies), self.rows**2), np.complex64 if narrow else complex)
         for start in range(0, self.rows**2, _SLICE):
             part = slice(start, start + _SLICE)
-            even, odd = cosine @ self._even[group, :, part], sine @ self._odd[group, :, part]
+            even, odd = cosine @ evens[group, :, part], sine @ odds[group, :, part]
             if self.is_real:  # real products are a quarter of complex ones
                 found.real[:, part], found.imag[:, part] = even, odd
             else:
                 found[:, part] = even + 1j * odd
         return found.reshape(-1, self.rows, self.rows)
 
-    def at(self, group: int, frequency: Host) -> Host:
-        """Return K̂ at one frequency."""
-        phases = np.exp(-1j * (self.places @ frequency))
-        found: Host = np.tensordot(phases, self.taps[group], 1)
+    def narrow_error(self, group: int, frequencies: Host) -> Host:
+        """Return bounds (B,) of the norm by which a Gram matrix in float32 differs.
+
+        An element is a sum of D products in float32, of rounded numbers. So its error is at most
+        γ_{D+4}·Σ (|cos|·|R + Rᴴ| + |sin|·|Rᴴ − R|), also of one half of the matrix mirrored.
+        """
+        angles = frequencies @ self._differences.T
+        even, odd = (lengths[group] for lengths in self._lengths)
+        rate = gamma(len(self._differences) + 4, np.empty(0, np.float32))
+        lengths = np.abs(np.cos(angles)) @ even + np.abs(np.sin(angles)) @ odd
+        found: Host = 1.001 * rate * lengths + self.rounding[group]
         return found
 
-    def newton_step(self, group: int, frequency: Host, vector: Host) -> Host:
-        """Return Newton's step in ω towards the maximum of aᴴK̂K̂ᴴa, with a held fixed."""
-        places, angles = self._differences, self._differences @ frequency
-        shape = (-1, self.rows, self.rows)
-        even, odd = (
-            _products(R[group].reshape(shape), vector) @ vector.conj()
-            for R in (self._even, self._odd)
+    def products(self, group: int, vectors: Host) -> Host:
+        """Return the products K_tᴴv of each tap with vectors (B, c), as (taps, columns, B)."""
+        taps = self.taps[group].swapaxes(1, 2)
+        return _products(taps if self.is_real else taps.conj(), vectors.T)
+
+    def tops(self, group: int, frequencies: Host, vectors: Host) -> list[Top]:
+        """Return how vectors (B, c) of about unit length lie to the Gram matrices at frequencies.
+
+        ``error`` bounds the rounding of a product with K̂ᴴ. One with K̂ has at most twice as much:
+        its sums are as long as those in ``error`` without the factor that a complex sum has there.
+        """
+        vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        phases = np.exp(1j * (self.places @ frequencies.T))[:, None, :]
+        images = (phases * self.products(group, vectors)).sum(axis=0)
+        squares = np.linalg.norm(images, axis=0) ** 2
+        back = sum(
+            _products(tap, phase.conj() * images)
+            for tap, phase in zip(self.taps[group], phases, strict=True)
         )
-        cosine, sine = even.real, -odd.imag  # of aᴴG(ω)a = Σ cosine·cos(ω·d) + sine·sin(ω·d)
-        slope = sine * np.cos(angles) - cosine * np.sin(angles)
-        curve = -cosine * np.cos(angles) - sine * np.sin(angles)
-        values, axes = np.linalg.eigh(np.einsum("t,ti,tj->ij", curve, places, places))
-        # Along an axis of the wrong curvature, or of none, a step uphill.
-        size = np.maximum(np.abs(values), 1e-3 * max(float(np.abs(values).max()), 1e-300))
-        step: Host = axes @ ((axes.T @ (slope @ places)) / size)
+        rests = np.linalg.norm(back - squares * vectors.T, axis=0)
+        # The vectors' length is 1 but for its rounding, and so are the norms.
+        error, sums = float(self.error[group]), float(self.sums[group])
+        rate = gamma(sum(self.taps.shape[-2:]) + 16, np.empty(0, complex))
+        return [
+            Top(
+                float(square) * (1 - 2 * rate) - 2.01 * error * float(square) ** 0.5,
+                (float(square) ** 0.5 * (1 + rate) + 1.01 * error) ** 2 * (1 + 2 * rate),
+                float(rest) * (1 + 2 * rate) + 4 * error * sums**0.5 + 2 * rate * float(square),
+                vector,
+            )
+            for square, rest, vector in zip(squares, rests, vectors, strict=True)
+        ]
+
+    def newton_step(self, frequency: Host, products: Host) -> Host:
+        """Return Newton's step in ω towards the maximum of ‖K̂ᴴa‖², with a held fixed.
+
+        ``products`` are the K_tᴴa, as (taps, columns).
+        """
+        places = self.places - self.places.mean(axis=0)
+        terms = np.exp(1j * (places @ frequency))[:, None] * products
+        inner = terms.conj() @ terms.T
+        sums = inner.sum(axis=0)
+        slope = -2 * sums.imag @ places
+        curve = 2 * (places.T @ inner.real @ places - (places.T * sums.real) @ places)
+        values, axes = np.linalg.eigh((curve + curve.T) / 2)
+        # Along an axis of the wrong curvature, or of none, a step uphill. Rounding is no curvature.
+        least = max(1e-3 * float(np.abs(values).max()), 1e-12 * abs(float(sums.real.sum())), 1e-300)
+        size = np.maximum(np.abs(values), least)
+        step: Host = axes @ ((axes.T @ slope) / size)
         reach = 0.5 / max(self.sizes)
         return step * min(1.0, reach / max(float(np.linalg.norm(step)), 1e-300))
 
-    def peak(self, group: int, frequency: Host, vector: Host) -> Peak:
+    def peak(self, group: int, frequency: Host, vector: Host, products: Host) -> Peak:
         """Return the lower bound that a vector proves, less what rounding may have added."""
         length = float(np.linalg.norm(vector))
-        product = float(np.linalg.norm(vector.conj() @ self.at(group, frequency)))
+        phases = np.exp(1j * (self.places @ frequency))
+        product = float(np.linalg.norm(phases @ products))
         rate = gamma(sum(self.taps.shape[-2:]) + 8, np.empty(0, complex))
         lower = max(0.0, product * (1 - 2 * rate) - self.error[group] * length * 1.01)
         return Peak(lower / length * (1 - rate), group, frequency, vector / length)
-
-
-_OF_EACH = ("group", "low", "high", "vectors")  # the fields of `Cells` with an entry a cell
-
-
-@dataclass
-class Cells:
-    """Boxes of frequencies. On a grid, ``low`` and ``high`` are its points, else angles."""
-
-    group: Host  # (B,)
-    low: Host  # (B, d)
-    high: Host  # (B, d)
-    step: Host | None  # (d,): the grid's distance, or None for all frequencies
-    vectors: Host  # (B, c): estimates of the first left singular vectors, from the parent's centre
-
-    def __len__(self) -> int:
-        return len(self.group)
-
-    def __getitem__(self, chosen: Any) -> Cells:
-        return replace(self, **{name: getattr(self, name)[chosen] for name in _OF_EACH})
-
-    @property
-    def centres(self) -> Host:
-        """The angles of the centres, (B, d)."""
-        middle = (self.low + self.high) / 2
-        return middle if self.step is None else middle * self.step
-
-    @property
-    def halves(self) -> Host:
-        """Half of the widths in angles, (B, d), rounded up."""
-        half = (self.high - self.low) / 2
-        return (half if self.step is None else half * self.step) * (1 + 8 * _UNIT)
-
-    def nearest(self, frequency: Host) -> Host:
-        """Return the nearest frequency that counts."""
-        if self.step is None:
-            return frequency
-        found: Host = np.round(frequency / self.step) * self.step
-        return found
-
-    def split(self, halved: Host) -> Cells:
-        """Return the halves of each cell along its axes that ``halved`` (B, d) names.
-
-        Points are not split.
-        """
-        cells = self
-        for axis in range(halved.shape[1]):
-            low, high = cells.low[:, axis], cells.high[:, axis]
-            chosen = halved[:, axis] & (high > low)
-            middle = (low + high) / 2 if self.step is None else np.floor((low + high) / 2)
-            left, right = cells[:], cells[chosen]
-            left.high, right.low = left.high.copy(), right.low.copy()
-            left.high[chosen, axis] = middle[chosen]
-            right.low[:, axis] = middle[chosen] + (0 if self.step is None else 1)
-            cells, halved = joined([left, right]), np.concatenate([halved, halved[chosen]])
-        return cells
-
-
-def joined(parts: Sequence[Cells]) -> Cells:
-    """Return all cells in one."""
-    together = {name: np.concatenate([getattr(one, name) for one in parts]) for name in _OF_EACH}
-    return replace(parts[0], **together)
 
 
 def supremum(
@@ -227,63 +234,131 @@ def supremum(
         After so many frequencies, the distance grows fourfold, again and again until the rest of
         the cells is dropped.
     """
-    cells = _first_cells(symbol, grid)
+    cells = first_cells(symbol.kind, grid)
     best: Peak | None = None
-    evaluated = 0
+    evaluated, narrowest = 0, [WIDEST / 3, 0.0] if grid is None else []
+    axes = max(1, sum(size > 1 for size in symbol.sizes))
+    affordable = WIDEST * (4 * len(cells) / max_evaluations) ** (1 / axes)
+    rounds = _FRESH
     while True:
         evaluated += len(cells)
-        estimates, kept = _tested_(symbol, cells, best, tol)
-        cells, estimates = cells[kept], estimates[kept]
-        before, best = best, _highest(symbol, cells, estimates, best)
-        if not len(cells):
+        limit = 0.0 if best is None else best.lower * (1 + tol)
+        estimates = _estimated_(symbol, cells, _limits(symbol, cells, limit), rounds)
+        before, best = best, _highest(symbol, cells, estimates, best, tol)
+        if narrowest:  # the first cells are a sample, and the next ones may be a better one
+            widest = _widest(estimates, best.lower * (1 + tol), axes)
+            widest = min(max(widest, affordable, narrowest.pop(0)), WIDEST)
+            wanted = first_cells(symbol.kind, widest=widest)
+            if len(wanted) > 1.2 * len(cells):
+                cells = wanted
+                continue
+            narrowest = []
+        rounds = 1
+        limits = _limits(symbol, cells, best.lower * (1 + tol))
+        kept = np.flatnonzero(_kept_(symbol, cells, estimates, limits))
+        if not len(kept):
             break
-        risen = before is None or best.lower > before.lower * (1 + tol)
-        new = cells.split(_halved(symbol, cells, estimates, best, risen))
+        new = cells[kept].split(_parts(symbol, cells[kept], estimates[kept], best))
         # Points of a grid cannot be split. They are tested again if the peak is a higher one.
-        stuck = len(new) == len(cells) and before is not None and best.lower == before.lower
+        stuck = len(new) == len(kept) and before is not None and best.lower == before.lower
         if stuck or evaluated > max_evaluations:
             tol = 4 * max(tol, _UNIT)
+            cells = cells[kept]
         else:
             cells = new
     return Supremum(best.lower, best.lower * (1 + tol) * (1 + 8 * _UNIT), best)
 
 
-def _tested_(symbol: Symbol, cells: Cells, best: Peak | None, tol: float) -> tuple[Host, Host]:
-    """Return estimates of the largest eigenvalues, and whether a cell may hold a higher peak.
+def _limits(symbol: Symbol, cells: Cells, limit: float) -> Host:
+    """Return the squares of what the centres of cells have that hold a maximum of the limit."""
+    whole = cells.of_units(symbol.half_degrees * cells.halves).sum(axis=1)
+    found: Host = (_share(symbol, cells, whole) * (1 - 16 * _UNIT) * limit) ** 2
+    return found
 
-    The estimates are lower bounds. The cells' vectors are improved.
+
+def _widest(estimates: Host, limit: float, axes: int) -> float:
+    """Return the width of cells that is the least work if all centres are like these ones.
+
+    A centre with the share cos ρ of the limit lets a cell of the width ρ be dropped. A wider cell
+    is halved along each axis, and its parts have other centres. A factorization is twice the work
+    of an estimate.
     """
-    estimates, kept = np.zeros(len(cells)), np.ones(len(cells), bool)
-    limits = (
-        _share(symbol, cells, symbol.half_degrees * cells.halves)
-        * (1 - 16 * _UNIT)
-        * (0 if best is None else best.lower)
-        * (1 + tol)
-    ) ** 2
-    for places, grams in _chunks(symbol, cells):
-        narrow = narrowed(grams)
-        estimates[places], cells.vectors[places] = _ritz(narrow, cells.vectors[places], 1)
-        if narrow.dtype != grams.dtype:
-            # An estimate in float32 says nothing of what is as close to the limit as its rounding.
+    rho = np.arccos(np.minimum(np.maximum(estimates, 0) ** 0.5 / limit, 1.0))
+    widths = WIDEST * 0.95 ** np.arange(48.0)
+    work = np.full(len(widths), 3.0)
+    for halvings in range(5, -1, -1):
+        failed = (rho < widths[:, None] / 2.0**halvings).mean(axis=1)
+        work = 1 + 2 * (1 - failed) + 2.0**axes * failed * work
+    return float(widths[(work / widths**axes).argmin()])
+
+
+def _estimated_(symbol: Symbol, cells: Cells, limits: Host, rounds: int) -> Host:
+    """Return estimates of the largest eigenvalues from below; the cells' vectors are improved."""
+    found, centres = np.zeros(len(cells)), cells.centres
+    for group, places in _chunks(symbol, cells, np.arange(len(cells))):
+        grams = symbol.gram(group, centres[places], narrow=symbol.is_narrow)
+        found[places], cells.vectors[places] = _ritz(grams, cells.vectors[places], rounds)
+        if symbol.is_narrow:
+            # In float32, an estimate says nothing of what is as close to the limit as its rounding.
             # A peak that is a little higher than the best would never be climbed.
-            close = np.flatnonzero(estimates[places] > limits[places] * (1 - _CLOSE))
-            found = _ritz(grams[close], cells.vectors[places[close]], 1)
-            estimates[places[close]], cells.vectors[places[close]] = found
-        for place, gram, small in zip(places, grams, narrow, strict=True):
-            estimate = float(estimates[place])
-            # Where a lower bound is too large already, no factorization would run through.
-            if estimate <= limits[place]:
-                limit = float(limits[place] - symbol.rounding[cells.group[place]])
-                kept[place] = not is_proven_below(gram, small, limit, estimate)
-    return estimates, kept
+            close = np.flatnonzero(found[places] > limits[places] * (1 - _CLOSE))
+            tops = symbol.tops(group, centres[places[close]], cells.vectors[places[close]])
+            found[places[close]] = [top.lower for top in tops]
+    return found
 
 
-def _share(symbol: Symbol, cells: Cells, reach: Host) -> Host:
+def _kept_(symbol: Symbol, cells: Cells, estimates: Host, limits: Host) -> Host:
+    """Return whether the limits are not proven. Estimates and the cells' vectors are improved."""
+    # Where a lower bound is too large already, no factorization would run through.
+    kept, centres = estimates > limits, cells.centres
+    for group, places in _chunks(symbol, cells, np.flatnonzero(~kept)):
+        some = cells[places]
+        if symbol.is_narrow:
+            kept[places], is_open = _kept_narrow_(symbol, some, estimates[places], limits[places])
+            cells.vectors[places] = some.vectors
+            places = places[is_open]
+        for place, gram in zip(places, symbol.gram(group, centres[places]), strict=True):
+            kept[place] = not is_proven_below(gram, limits[place] - symbol.rounding[group])
+    return kept
+
+
+def _kept_narrow_(symbol: Symbol, cells: Cells, estimates: Host, limits: Host) -> tuple[Host, Host]:
+    """Return which cells of a group float32 cannot drop, and for which of them float64 may.
+
+    A factorization that fails says that an eigenvalue is larger than the estimate, or that the
+    limit is too close. Better vectors tell which, and let it be tried again without the first one.
+    """
+    group, centres = int(cells.group[0]), cells.centres
+    grams = symbol.gram(group, centres, narrow=True)
+    errors = symbol.narrow_error(group, centres)
+    kept = np.array(
+        [
+            estimate > limit * (1 - _CLOSE)
+            or not is_proven_narrow(gram, float(error), float(limit))
+            for gram, error, estimate, limit in zip(grams, errors, estimates, limits, strict=True)
+        ]
+    )
+    is_open, vague = kept.copy(), np.flatnonzero(kept).tolist()
+    tops: dict[int, Top] = {}
+    for _ in range(_ROUNDS):
+        if not vague:
+            break
+        cells.vectors[vague] = _ritz(grams[vague], cells.vectors[vague], 1)[1]
+        tops |= zip(vague, symbol.tops(group, centres[vague], cells.vectors[vague]), strict=True)
+        vague = [i for i in vague if is_vague(tops[i], limits[i])]
+    for i, top in tops.items():
+        is_open[i] = top.lower <= limits[i]
+        if is_open[i] and is_proven_narrow(grams[i], float(errors[i]), float(limits[i]), top):
+            kept[i] = is_open[i] = False
+    return kept, is_open
+
+
+def _share(symbol: Symbol, cells: Cells, whole: Host) -> Host:
     """Return the share of a maximum in each cell that the cell's centre has at least.
 
-    ``reach`` (B, d) are the n_j·h_j. On a grid, points are their own centres: the share is 1.
+    ``whole`` (B,) is the largest Σ n_j·|d_j|. On a grid, points are their own centres: the share
+    is 1.
     """
-    whole = reach.sum(axis=1)
     missed = 0.0  # A
     if cells.step is not None:
         missed = float(np.linalg.norm(symbol.half_degrees * cells.step)) / 2 * (1 + 16 * _UNIT)
@@ -293,94 +368,62 @@ def _share(symbol: Symbol, cells: Cells, reach: Host) -> Host:
     return found
 
 
-def _halved(symbol: Symbol, cells: Cells, estimates: Host, best: Peak, risen: bool) -> Host:
-    """Return the axes (B, d) along which each cell is to be split.
+def _parts(symbol: Symbol, cells: Cells, estimates: Host, best: Peak) -> Host:
+    """Return the numbers of parts (B, units) in which each cell is to be split: one or two.
 
-    They are the longest ones, as many as it takes until children with the estimate of their parent
-    would be dropped. Most cells of a flat symbol miss that by little: halves are enough for them.
-    A cell is left whole only if the peak has risen since its test, which it may pass now.
+    The longest units are halved, until children with the estimate of their parent would be
+    dropped. Most cells of a flat symbol miss that by little: one is enough for them.
     """
-    reach = symbol.half_degrees * cells.halves
-    halved = np.zeros(reach.shape, bool)
+    reach = cells.of_units(symbol.half_degrees * cells.halves)
+    parts = np.ones(reach.shape, int)
     for turn in range(reach.shape[1]):
-        share = _share(symbol, cells, np.where(halved, reach / 2, reach))
+        share = _share(symbol, cells, (reach / parts).sum(axis=1))
         hopeful = estimates <= (share * best.lower) ** 2
-        hopeful &= risen or turn > 0
-        longest = np.where(halved, -1.0, reach).argmax(axis=1)
-        halved[np.arange(len(cells)), longest] |= ~hopeful
-    return halved & (np.array(symbol.sizes) > 1)
+        longest = np.where(parts == 2, -1.0, reach / parts).argmax(axis=1)
+        parts[np.arange(len(cells)), longest] += ~hopeful | (turn == 0)
+    sizes = np.array([symbol.sizes[axes[0]] for axes in cells.units])
+    return np.where(sizes > 1, parts, 1)
 
 
-def _highest(symbol: Symbol, cells: Cells, estimates: Host, best: Peak | None) -> Peak:
+def _highest(symbol: Symbol, cells: Cells, estimates: Host, best: Peak | None, tol: float) -> Peak:
     """Return the highest peak that climbs from the best cells reach, or the one that is known."""
     centres = cells.centres
     for place in np.argsort(-estimates)[:_PEAKS]:
         if best is not None and estimates[place] <= best.lower**2:
             break
         group = int(cells.group[place])
-        found = _climbed(symbol, cells, group, centres[place], cells.vectors[place])
+        found = _climbed(symbol, cells, group, centres[place], cells.vectors[place], tol)
         best = found if best is None or found.lower > best.lower else best
     assert best is not None
     return best
 
 
-def _climbed(symbol: Symbol, cells: Cells, group: int, frequency: Host, vector: Host) -> Peak:
+def _climbed(
+    symbol: Symbol, cells: Cells, group: int, frequency: Host, vector: Host, tol: float
+) -> Peak:
     """Return the peak of a climb: the top vector at ω, then Newton's step in ω, and again."""
     best: Peak | None = None
     for _ in range(_CLIMB):
         here = cells.nearest(frequency)
-        gram = symbol.gram(group, here[None])
-        vector = _ritz(gram, vector[None], 3)[1][0]
-        found = symbol.peak(group, here, vector)
-        if best is not None and found.lower <= best.lower * (1 + 1e-11):
-            break
+        gram = symbol.gram(group, here[None], narrow=symbol.is_narrow)
+        vector = _ritz(gram, vector[None], 3)[1][0].astype(complex)
+        products = symbol.products(group, vector[None])[..., 0]
+        found = symbol.peak(group, here, vector, products)
+        if best is not None and found.lower <= best.lower * (1 + max(1e-11, tol / 100)):
+            return found if found.lower > best.lower else best
         best = found
-        frequency = frequency + symbol.newton_step(group, frequency, vector)
+        frequency = frequency + symbol.newton_step(frequency, products)
     assert best is not None
     return best
 
 
-def _first_cells(symbol: Symbol, grid: Sequence[int] | None) -> Cells:
-    """Return cells that cover all frequencies, or half of them for a real kernel."""
-    ranges = []
-    half = symbol.is_real
-    for axis, degree in enumerate(symbol.half_degrees):
-        if degree == 0:
-            ranges.append([(0.0, 0.0)])
-            continue
-        widest = min(pi / 8, _WIDEST / degree)
-        share = 0.5 if half else 1.0  # K̂(−ω) is the conjugate of K̂(ω)
-        half = False
-        if grid is None:
-            edges = np.linspace(0, 2 * pi * share, int(np.ceil(pi * share / widest)) + 1)
-            ranges.append([*pairwise(edges)])
-        else:
-            points = int(grid[axis] * share) + (share < 1)
-            width = max(1, int(widest * grid[axis] / pi))
-            firsts = np.arange(0, points, width, dtype=float)
-            ranges.append([(low, min(low + width, points) - 1) for low in firsts])
-    boxes = np.array([*product(*ranges)], float).reshape(-1, len(ranges), 2)
-    count = len(boxes)
-    start = np.random.default_rng(0).standard_normal((2, symbol.rows))
-    start = (start[0] + 1j * start[1]) / np.linalg.norm(start)
-    return Cells(
-        np.repeat(np.arange(symbol.groups), count),
-        np.tile(boxes[..., 0], (symbol.groups, 1)),
-        np.tile(boxes[..., 1], (symbol.groups, 1)),
-        None if grid is None else 2 * pi / np.array(grid, float),
-        np.tile(start, (symbol.groups * count, 1)),
-    )
-
-
-def _chunks(symbol: Symbol, cells: Cells) -> Iterator[tuple[Host, Host]]:
-    """Yield places of cells of one group, and the Gram matrices at their centres."""
+def _chunks(symbol: Symbol, cells: Cells, places: Host) -> Iterator[tuple[int, Host]]:
+    """Yield the places of cells of one group, so many that their Gram matrices fit in memory."""
     size = max(1, _CHUNK // symbol.rows**2)
-    centres = cells.centres
-    for group in np.unique(cells.group):
-        mine = np.flatnonzero(cells.group == group)
+    for group in np.unique(cells.group[places]):
+        mine = places[cells.group[places] == group]
         for start in range(0, len(mine), size):
-            places = mine[start : start + size]
-            yield places, symbol.gram(int(group), centres[places])
+            yield int(group), mine[start : start + size]
 
 
 def _ritz(grams: Host, x: Host, rounds: int) -> tuple[Host, Host]:
@@ -389,27 +432,43 @@ def _ritz(grams: Host, x: Host, rounds: int) -> tuple[Host, Host]:
     All matrices are handled together. A start from the parent's vector makes up for the few
     dimensions.
     """
-    x = x.astype(grams.dtype, copy=False)
+    x = x.astype(grams.dtype)
+    size = min(_KRYLOV, grams.shape[-1])
+    basis = np.empty((len(x), size, x.shape[1]), x.dtype)
+    inside = np.zeros((len(x), size, size), x.dtype)
     for _ in range(rounds):
-        columns = [x[..., None]]
-        for _ in range(min(_KRYLOV, grams.shape[-1]) - 1):
-            y = grams @ columns[-1]
-            length = np.linalg.norm(y, axis=-2, keepdims=True)
-            columns.append(y / np.maximum(length, np.finfo(length.dtype).tiny))
-        Q = np.linalg.qr(np.concatenate(columns, axis=-1))[0]
-        values, vectors = np.linalg.eigh(Q.conj().swapaxes(-1, -2) @ (grams @ Q))
-        x = (Q @ vectors[..., -1:])[..., 0]
+        for k in range(size):
+            basis[:, k] = x
+            y = (grams @ x[..., None])[..., 0]
+            used = basis[:, : k + 1]
+            along = used.conj() @ y[..., None]
+            inside[:, : k + 1, k] = along[..., 0]
+            if k + 1 == size:
+                break
+            for _ in range(2):
+                y = y - (along.swapaxes(1, 2) @ used)[:, 0]
+                along = used.conj() @ y[..., None]
+            length = np.linalg.norm(y, axis=1, keepdims=True)
+            # Where the space is complete, only rounding is left. Zeros add an eigenvalue of zero.
+            info = np.finfo(length.dtype)
+            least = np.maximum(64 * info.eps * np.abs(inside[:, :1, 0]), 1e4 * info.tiny)
+            x = np.where(length > least, y, 0) / np.maximum(length, least)
+        values, vectors = np.linalg.eigh(inside, UPLO="U")
+        x = (vectors[:, None, :, -1] @ basis)[:, 0]
+        length = np.linalg.norm(x, axis=1, keepdims=True)
+        x = np.where(length > 0.5, x, basis[:, 0]) / np.where(length > 0.5, length, 1)
     # Rounding must not make an estimate larger than the eigenvalue.
     return values[:, -1] * (1 - 4 * gamma(grams.shape[-1], x.real)), x
 
 
-def _products(matrices: Host, x: Host) -> Host:
-    """Return the products with a complex vector; real matrices are not copied to complex ones."""
+def _products(matrices: Host, X: Host) -> Host:
+    """Return the products with complex columns; real matrices are not copied to complex ones."""
     if np.iscomplexobj(matrices):
-        return matrices @ x
-    parts = matrices @ np.stack([x.real, x.imag], axis=-1)
-    found: Host = parts[..., 0] + 1j * parts[..., 1]
-    return found
+        found: Host = matrices @ X
+        return found
+    parts = matrices @ np.concatenate([X.real, X.imag], axis=-1)
+    count = X.shape[-1]
+    return np.asarray(parts[..., :count] + 1j * parts[..., count:])
 
 
 def _autocorrelation(taps: Host, places: Host) -> tuple[Host, Host]:

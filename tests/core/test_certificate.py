@@ -74,28 +74,56 @@ def test_what_float32_proves_is_true(W, above):
     largest = float(np.linalg.eigvalsh(gram)[-1])
     limit = largest * (1 + above)
     narrow = gram.astype(np.float32)
-    proven = _certificate.is_proven_below(gram.astype(float), narrow, limit, largest * (1 - 1e-9))
-    n = len(gram)
+    n, wide = len(gram), gram.astype(float)
     exact = [[Fraction(limit) * (i == j) - int(gram[i, j]) for j in range(n)] for i in range(n)]
+    for v in np.linalg.eigh(wide)[1].T:  # also those that are not the first
+        proven = _certificate.is_proven_narrow(narrow, 0.0, limit, top_of(wide, v))
+        assert not proven or is_semidefinite(exact)
+    proven = _certificate.is_proven_narrow(narrow, 0.0, limit)
     assert not proven or is_semidefinite(exact)
     assert proven or above < 1e-2 or largest < 0.5
 
 
+def top_of(gram, v):
+    """Return how a vector lies to a matrix, with what rounding adds."""
+    value, slack = float((v.conj() @ gram @ v).real), 1e-13 * float(np.linalg.norm(gram))
+    rest = float(np.linalg.norm(gram @ v - value * v))
+    return _certificate.Top(value - slack, value + slack, rest + slack, v)
+
+
+def with_values(values, dtype):
+    """Return a matrix with these eigenvalues, and its eigenvectors as columns."""
+    Q = np.linalg.qr(matrix(len(values), len(values), dtype))[0]
+    gram = (Q * values) @ Q.conj().T
+    return (gram + gram.conj().T) / 2, Q
+
+
 @pytest.mark.parametrize("dtype", [np.float64, np.complex128])
-@pytest.mark.parametrize("above", [-1e-3, -1e-9, 1e-3, 3e-3, 1e-2])
-def test_float32_proves_what_is_far_enough(dtype, above, monkeypatch):
+@pytest.mark.parametrize("above", [-1e-3, -1e-6, 1e-6, 1e-3, 1e-2])
+@pytest.mark.parametrize("second", [1.0, 0.99])
+def test_float32_proves_a_close_limit_without_the_first_vector(dtype, above, second):
     pytest.importorskip("scipy")
-    W = matrix(300, 200, dtype)
-    gram = W.conj().T @ W
-    largest = float(np.linalg.eigvalsh(gram)[-1])
-    narrow = _certificate.narrowed(gram)
-    assert narrow.dtype == (np.complex64 if dtype == np.complex128 else np.float32)
-    limit = largest * (1 + above)
-    proven = _certificate.is_proven_below(gram, narrow, limit, largest * (1 - 1e-9))
-    assert proven == (above > 0)
-    if above == 1e-2:  # the wide factorization is not needed
-        monkeypatch.setattr(_certificate, "is_below", None)
-        assert _certificate.is_proven_below(gram, narrow, limit, largest * (1 - 1e-9))
+    gram, Q = with_values(np.r_[1.0, second, np.linspace(0, 0.98, 198)], dtype)
+    narrow = gram.astype(np.complex64 if dtype == np.complex128 else np.float32)
+    error = 2.0**-23 * float(np.linalg.norm(gram))
+    limit = 1 + above
+    alone = _certificate.is_proven_narrow(narrow, error, limit)
+    without = _certificate.is_proven_narrow(narrow, error, limit, top_of(gram, Q[:, 0]))
+    assert alone == (above == 1e-2)
+    assert without == (above > 0 and (second < 1 or above == 1e-2))
+
+
+@pytest.mark.parametrize("tilt", [0.0, 1e-6, 1e-4, 1e-2, 0.3])
+def test_a_vector_that_is_not_the_first_proves_nothing_false(tilt):
+    """The limit is below the first eigenvalue by so little that float32 cannot see it."""
+    pytest.importorskip("scipy")
+    gram, Q = with_values(np.r_[1.0, 0.98, np.linspace(0, 0.97, 198)], np.float64)
+    error = 2.0**-23 * float(np.linalg.norm(gram))
+    narrow = gram.astype(np.float32)
+    v = (Q[:, 0] + tilt * Q[:, 1]) / (1 + tilt**2) ** 0.5
+    for below in (1e-12, 1e-9, 1e-7, 1e-6, 1e-5, 1e-4):
+        top = top_of(gram, v)
+        assert not _certificate.is_proven_narrow(narrow, error, 1 - below, top)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**15, 2.0**-15, 2.0**40])
