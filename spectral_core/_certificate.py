@@ -155,7 +155,9 @@ def _gram(W: Host, size: float) -> _Gram:
     One half of the matrix is multiplied and the other is copied, in panels: NumPy does so itself
     for a product with the adjoint, but one element at a time. Rows are not a power of two apart.
     """
-    n = W.shape[1]
+    n, blas = W.shape[1], _blas()
+    if n >= _LARGE and blas is not None:
+        return _Gram(_products_of_halves(W, blas), _gram_error(W, size))
     parts = [W[start : start + _ROWS] for start in range(0, len(W), _ROWS)]
     total = np.empty((n, n + 8), W.dtype)[:, :n]
     for start in range(0, n, _PANEL):
@@ -165,7 +167,38 @@ def _gram(W: Host, size: float) -> _Gram:
             panel += part[:, start:stop].conj().T @ part[:, :stop]
         total[start:stop, :stop] = panel
         total[:start, start:stop] = panel[:, :start].conj().T
-    return _Gram(total, gamma(len(parts[0]) + len(parts), W) * size**2)
+    return _Gram(total, _gram_error(W, size))
+
+
+def _gram_error(W: Host, size: float) -> float:
+    """Return a bound of the rounding of the Gram matrix, whose sums are cut into short ones."""
+    rows, parts = min(len(W), _ROWS), -(-len(W) // _ROWS)
+    return gamma(rows + parts, W) * size**2
+
+
+def _products_of_halves(W: Host, blas: Any) -> Host:
+    """Return the same by SciPy's BLAS, which multiplies one half only.
+
+    Each part has a matrix of its own: BLAS may cut the sums that it adds to a matrix, and each
+    piece would be rounded with all that is there.
+    """
+    n, total = W.shape[1], np.empty((0, 0))
+    multiply = blas.zherk if np.iscomplexobj(W) else blas.dsyrk
+    for start in range(0, len(W), _ROWS):
+        # Rows are columns for BLAS. What it writes as the lower half is the upper one here.
+        part = multiply(1.0, np.ascontiguousarray(W[start : start + _ROWS]).T, lower=1).T
+        if start:
+            for i in range(0, n, _TILE):
+                total[i : i + _TILE, i:] += part[i : i + _TILE, i:]
+        else:
+            total = part
+    for i in range(0, n, _TILE):
+        rows = slice(i, i + _TILE)
+        corner = np.triu(total[rows, rows])
+        total[rows, rows] = corner + np.triu(corner, 1).conj().T
+        for j in range(i + _TILE, n, _TILE):
+            total[j : j + _TILE, rows] = total[rows, j : j + _TILE].conj().T
+    return total
 
 
 def _upper(gram: _Gram, square: float) -> float:
@@ -268,8 +301,8 @@ def is_proven_narrow(narrow: Host, error: float, limit: float, top: Top | None =
     if factor is None:
         return False
     # The largest element of the diagonal may have grown by the weight.
-    found = _allowance_of(factor, narrow, square) + 4 * unit * weight
-    return (square + found + error) * (1 + 8 * _UNIT) <= target
+    left = target * (1 - 8 * _UNIT) - square - error - 4 * unit * weight
+    return _allowance_of(factor, narrow, square, enough=left) <= left
 
 
 def _factor(
@@ -301,6 +334,24 @@ def _factor(
     # Columns are contiguous for LAPACK: it sees the transpose, and factors its lower half faster.
     lower, failed = potrf[gram.dtype.char](factor.T, lower=1, overwrite_a=1, clean=0)
     return None if failed else lower
+
+
+@cache
+def _blas() -> Any:
+    """Return SciPy's BLAS, or None where it cannot be imported."""
+    try:
+        return import_module("scipy.linalg.blas")
+    except ImportError:
+        return None
+
+
+def product_with(gram: Host) -> Callable[[Host], Host]:
+    """Return the product of a Hermitian matrix with a vector, which reads one half if it can."""
+    blas = _blas() if len(gram) >= _LARGE else None
+    if blas is None or not gram.flags.c_contiguous or np.iscomplexobj(gram):
+        return lambda x: gram @ x
+    multiply, columns = blas.ssymv if gram.dtype.char == "f" else blas.dsymv, gram.T
+    return lambda x: multiply(1.0, columns, x)
 
 
 @cache
@@ -338,18 +389,22 @@ def allowance(gram: Host, square: float) -> float:
     return _hidden(trace, gram, square)
 
 
-def _allowance_of(factor: Host, gram: Host, square: float) -> float:
+def _allowance_of(factor: Host, gram: Host, square: float, enough: float = 0.0) -> float:
     """Return the same for a factor L that is known: the trace bounds the norm of |L||L|ᵀ.
 
-    A closer bound is the largest ratio (|L||L|ᵀx)_i/x_i, for any positive x (Collatz 1942).
+    A closer bound is the largest ratio (|L||L|ᵀx)_i/x_i, for any positive x (Collatz 1942). The
+    search for a good x ends when the allowance is small enough.
     """
     size = np.abs(factor, out=None if np.iscomplexobj(factor) else factor)
-    n, x, least = len(size), np.ones(len(size), size.dtype), inf
+    n, x, least, found = len(size), np.ones(len(size), size.dtype), inf, inf
     for _ in range(3):
         y = size @ (x @ size)
         least = min(least, float((y / x).max()))
+        found = _hidden(least * (1 + 4 * (n + 4) * _unit(size)), gram, square)
+        if found <= enough:
+            break
         x = np.maximum(y / y.max(), size.dtype.type(2.0**-10))
-    return _hidden(least * (1 + 4 * (n + 4) * _unit(size)), gram, square)
+    return found
 
 
 def _hidden(norm: float, gram: Host, square: float) -> float:

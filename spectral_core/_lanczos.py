@@ -279,15 +279,19 @@ def top_ritz(
     """
     size = min(x.shape[0], _BASIS)
     rows = xp.arange(size)
-    basis = image = x[None, :] * xp.zeros_like(x)[:size, None]
+    basis = x[None, :] * xp.zeros_like(x)[:size, None]
+    image = basis + basis
     T = np.zeros((size, size), dtype=complex if is_complex(x, xp) else float)
     used, ritz = 0, x
     n_iter = 0
     while n_iter < max_iter:
         n_iter += 1
         Gx = gram(x)
-        slot = xp.astype(rows == used, x.dtype)[:, None]
-        basis, image = basis + slot * x[None, :], image + slot * Gx[None, :]
+        if xp is np:
+            basis[used], image[used] = x, Gx
+        else:
+            slot = xp.astype(rows == used, x.dtype)[:, None]
+            basis, image = basis + slot * x[None, :], image + slot * Gx[None, :]
         used += 1
         column = to_host(xp.matmul(conj(basis, xp), Gx))[:used]
         T[:used, used - 1] = column if np.iscomplexobj(T) else column.real
