@@ -287,7 +287,7 @@ def top_ritz(
     while n_iter < max_iter:
         n_iter += 1
         Gx = gram(x)
-        if xp is np:
+        if xp is np:  # other arrays may be immutable, and are copied
             basis[used], image[used] = x, Gx
         else:
             slot = xp.astype(rows == used, x.dtype)[:, None]
