@@ -155,8 +155,9 @@ def _gram(W: Host, size: float) -> _Gram:
     One half of the matrix is multiplied and the other is copied, in panels: NumPy does so itself
     for a product with the adjoint, but one element at a time. Rows are not a power of two apart.
     """
-    n, blas = W.shape[1], _blas()
-    if n >= _LARGE and blas is not None:
+    n = W.shape[1]
+    blas = _blas() if n >= _LARGE else None  # small matrices import no SciPy
+    if blas is not None:
         return _Gram(_products_of_halves(W, blas), _gram_error(W, size))
     parts = [W[start : start + _ROWS] for start in range(0, len(W), _ROWS)]
     total = np.empty((n, n + 8), W.dtype)[:, :n]
