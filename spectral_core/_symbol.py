@@ -45,6 +45,7 @@ from ._certificate import (
     is_vague,
     pays_narrow,
 )
+from ._lanczos import top_ritz
 
 _UNIT = 2.0**-53
 _CHUNK = 2**21  # elements of the Gram matrices that are tested together
@@ -55,6 +56,7 @@ _CLOSE = 5e-3  # relative distance from the limit that is more than the rounding
 _FRESH = 2  # rounds of an estimate without a parent's vector
 _ROUNDS = 4  # of better vectors before a factorization
 _KRYLOV = 10  # dimensions of the spaces that estimate an eigenvalue
+_PRODUCTS = 200  # that make the vector of a peak better at most
 
 
 class Peak(NamedTuple):
@@ -387,7 +389,7 @@ def _parts(symbol: Symbol, cells: Cells, estimates: Host, best: Peak) -> Host:
 
 def _highest(symbol: Symbol, cells: Cells, estimates: Host, best: Peak | None, tol: float) -> Peak:
     """Return the highest peak that climbs from the best cells reach, or the one that is known."""
-    centres = cells.centres
+    centres, known = cells.centres, best
     for place in np.argsort(-estimates)[:_PEAKS]:
         if best is not None and estimates[place] <= best.lower**2:
             break
@@ -395,7 +397,20 @@ def _highest(symbol: Symbol, cells: Cells, estimates: Host, best: Peak | None, t
         found = _climbed(symbol, cells, group, centres[place], cells.vectors[place], tol)
         best = found if best is None or found.lower > best.lower else best
     assert best is not None
-    return best
+    return best if best is known else _sharpened(symbol, best, tol)
+
+
+def _sharpened(symbol: Symbol, peak: Peak, tol: float) -> Peak:
+    """Return a peak with a vector that is good to the tolerance, where the climb's is not.
+
+    Values that are close need more products, and float32 cannot tell them apart. While the lower
+    bound is below the largest one by more than the tolerance, no cell around it can be dropped.
+    """
+    (gram,) = symbol.gram(peak.group, peak.frequency[None])
+    vector, _ = top_ritz(lambda x: gram @ x, peak.vector, max(tol / 4, 1e-13), _PRODUCTS, np)
+    products = symbol.products(peak.group, vector[None])[..., 0]
+    found = symbol.peak(peak.group, peak.frequency, vector, products)
+    return found if found.lower > peak.lower else peak
 
 
 def _climbed(

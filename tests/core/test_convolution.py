@@ -404,6 +404,19 @@ def test_float32_needs_no_more_frequencies(monkeypatch):
     assert counts[0] <= counts[1] + 10
 
 
+@pytest.mark.parametrize("gap", [6.8e-6, 2.5e-5])
+def test_a_value_just_above_many_equal_ones_is_found(gap):
+    """For float32, all of them are one value: a vector that it finds is not good enough."""
+    rng = np.random.default_rng(3)
+    left, right = (np.linalg.qr(rng.standard_normal((200, 200)))[0] for _ in range(2))
+    values = np.ones(200)
+    values[0] += gap
+    lower, upper, _ = sc.convolution_norm((left * values @ right)[..., None], "oik")
+    assert lower <= (1 + gap) * (1 + 1e-13)
+    assert (1 + gap) * (1 - 1e-13) <= upper
+    assert upper <= lower * (1 + 1.01e-6)
+
+
 def test_float32_proves_almost_all(monkeypatch):
     """Few of the factorizations are in float64: only where two values are close to the limit."""
     pytest.importorskip("scipy")
