@@ -128,6 +128,7 @@ def _undo(jobs: JobList, factors: Mapping[str, Number] | None) -> JobList:
         return undo
     for job, given in zip(undo, jobs, strict=True):
         job.factor = -(given.factor if factors is None else factors[given.name])
+        job.rule = given.rule
     undo.renew()
     jobs.memo[_UNDO] = None if factors is not None else jobs.numbers, undo
     return undo

@@ -82,6 +82,22 @@ def test_each_step_on_one_backward_adds_its_own_term(lend, kernels):
     torch.testing.assert_close(layer.weight.grad, torch.ones_like(W), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_the_term_of_another_target_is_taken_out(kind, kernels):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reg = SpectralNormRegularizer(model, factor=0.7, kernels=kernels).attach(optimizer)
+    for step in range(3):
+        reg.target = kind(0.1 + 0.2 * step)
+        model.zero_grad()
+        backward(model, step)
+        before = grads_of(model)
+        optimizer.step()
+        for n, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, before[n], rtol=1e-5, atol=1e-6)
+
+
 def test_accumulated_gradients_hold_no_term():
     """A loop that never sets the gradients to zero, as an optimizer with its own momentum may."""
     models, sums = [net(), net()], []
