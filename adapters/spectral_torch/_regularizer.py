@@ -271,6 +271,8 @@ class SpectralNormRegularizer(OptimizerHook):
         self._add_terms_(self._parameters, self, scale)
         if not torch.compiler.is_compiling():
             self._acted(self)
+        elif not self._is_one_operation(self._parameters):
+            torch.compiler.disable(self._acted)(self)  # type: ignore[no-untyped-call]
 
     def penalty(self, *, differentiable: bool = True) -> Tensor:
         """Return (λ/2)·Σσ² of the weights that require a gradient (paper, equation 1).
@@ -432,8 +434,11 @@ class SpectralNormRegularizer(OptimizerHook):
         elif optimizer in self._open and self._open[optimizer].inner:
             self._open[optimizer].inner -= 1
         else:
-            self._end(optimizer)
-            self._acted(optimizer)
+            self._end_counted(optimizer)
+
+    def _end_counted(self, optimizer: Optimizer) -> None:
+        self._end(optimizer)
+        self._acted(optimizer)
 
     def _end(self, optimizer: Optimizer) -> None:
         """Take the terms of an optimizer's step out of the gradients."""
@@ -455,7 +460,8 @@ class SpectralNormRegularizer(OptimizerHook):
     def _end_compiled(self, optimizer: Optimizer) -> None:
         names = self._held_by(optimizer)
         if not self._is_one_operation(names):
-            torch.compiler.disable(self._end)(optimizer)  # type: ignore[no-untyped-call]
+            # A schedule goes on by what is counted.
+            torch.compiler.disable(self._end_counted)(optimizer)  # type: ignore[no-untyped-call]
         elif self.restore_gradients:
             self._add_compiled_(names, optimizer, getattr(optimizer, "grad_scale", None), undo=True)
 

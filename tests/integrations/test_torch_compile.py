@@ -131,6 +131,7 @@ def test_the_whole_step_has_no_break_and_no_recompilation_more(make):
             "target": {"2.*": 0.7, "*": 0.0},
         },
         {"every_n_steps": 2},
+        pytest.param({"factor": lambda step: 0.1 * (step + 1)}, id="a schedule"),
     ],
     ids=str,
 )
@@ -181,6 +182,24 @@ def test_a_schedule_in_a_tensor_never_recompiles():
     assert backend.graphs == 1
     sigma = float(reg.sigmas()["4.weight"])
     assert lengths == pytest.approx([0.0, sigma, 2 * sigma], rel=1e-3)
+
+
+def test_a_schedule_goes_on_in_compiled_calls_by_hand():
+    asked = []
+
+    def factor(step):
+        asked.append(step)
+        return 0.1
+
+    model = net()
+    reg = SpectralNormRegularizer(model, factor=factor)
+    fast = torch.compile(lambda: reg.add_gradients_(), backend="eager")
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        asked.clear()
+        fast()
+    assert asked == [2]
 
 
 def test_the_bound_is_kept_after_a_compiled_step():
