@@ -156,9 +156,6 @@ def _gram(W: Host, size: float) -> _Gram:
     for a product with the adjoint, but one element at a time. Rows are not a power of two apart.
     """
     n = W.shape[1]
-    blas = _blas() if n >= _LARGE else None  # small matrices import no SciPy
-    if blas is not None:
-        return _Gram(_products_of_halves(W, blas), _gram_error(W, size))
     parts = [W[start : start + _ROWS] for start in range(0, len(W), _ROWS)]
     total = np.empty((n, n + 8), W.dtype)[:, :n]
     for start in range(0, n, _PANEL):
@@ -168,38 +165,7 @@ def _gram(W: Host, size: float) -> _Gram:
             panel += part[:, start:stop].conj().T @ part[:, :stop]
         total[start:stop, :stop] = panel
         total[:start, start:stop] = panel[:, :start].conj().T
-    return _Gram(total, _gram_error(W, size))
-
-
-def _gram_error(W: Host, size: float) -> float:
-    """Return a bound of the rounding of the Gram matrix, whose sums are cut into short ones."""
-    rows, parts = min(len(W), _ROWS), -(-len(W) // _ROWS)
-    return gamma(rows + parts, W) * size**2
-
-
-def _products_of_halves(W: Host, blas: Any) -> Host:
-    """Return the same by SciPy's BLAS, which multiplies one half only.
-
-    Each part has a matrix of its own: BLAS may cut the sums that it adds to a matrix, and each
-    piece would be rounded with all that is there.
-    """
-    n, total = W.shape[1], np.empty((0, 0))
-    multiply = blas.zherk if np.iscomplexobj(W) else blas.dsyrk
-    for start in range(0, len(W), _ROWS):
-        # Rows are columns for BLAS. What it writes as the lower half is the upper one here.
-        part = multiply(1.0, np.ascontiguousarray(W[start : start + _ROWS]).T, lower=1).T
-        if start:
-            for i in range(0, n, _TILE):
-                total[i : i + _TILE, i:] += part[i : i + _TILE, i:]
-        else:
-            total = part
-    for i in range(0, n, _TILE):
-        rows = slice(i, i + _TILE)
-        corner = np.triu(total[rows, rows])
-        total[rows, rows] = corner + np.triu(corner, 1).conj().T
-        for j in range(i + _TILE, n, _TILE):
-            total[j : j + _TILE, rows] = total[rows, j : j + _TILE].conj().T
-    return total
+    return _Gram(total, gamma(len(parts[0]) + len(parts), W) * size**2)
 
 
 def _upper(gram: _Gram, square: float) -> float:
@@ -335,24 +301,6 @@ def _factor(
     # Columns are contiguous for LAPACK: it sees the transpose, and factors its lower half faster.
     lower, failed = potrf[gram.dtype.char](factor.T, lower=1, overwrite_a=1, clean=0)
     return None if failed else lower
-
-
-@cache
-def _blas() -> Any:
-    """Return SciPy's BLAS, or None where it cannot be imported."""
-    try:
-        return import_module("scipy.linalg.blas")
-    except ImportError:
-        return None
-
-
-def product_with(gram: Host) -> Callable[[Host], Host]:
-    """Return the product of a Hermitian matrix with a vector, which reads one half if it can."""
-    blas = _blas() if len(gram) >= _LARGE else None
-    if blas is None or not gram.flags.c_contiguous or np.iscomplexobj(gram):
-        return lambda x: gram @ x
-    multiply, columns = blas.ssymv if gram.dtype.char == "f" else blas.dsymv, gram.T
-    return lambda x: multiply(1.0, columns, x)
 
 
 @cache

@@ -36,7 +36,6 @@ from ._certificate import (
     Host,
     close_bounds,
     from_norms,
-    product_with,
     scaled_down,
     scaled_up,
     times_power_of_two,
@@ -290,9 +289,8 @@ def _factorized(W: Array, seed: int, xp: Namespace) -> tuple[float, float]:
         v = start_vector((len(gram),), gram, seed=seed)
         if len(gram) >= _NARROW:
             v = _narrow_ritz(gram, v)
-        product = product_with(gram)
         for tol in _TOLERANCES:
-            v, _ = top_ritz(product, v, tol, _MOST_PRODUCTS, np)
+            v, _ = top_ritz(lambda x: gram @ x, v, tol, _MOST_PRODUCTS, np)
             yield v
 
     norms = from_norms(host, 0.0, np)
@@ -309,8 +307,7 @@ def _narrow_ritz(gram: Host, v: Host) -> Host:
     """
     narrow = np.complex64 if np.iscomplexobj(gram) else np.float32
     small = gram.astype(narrow)
-    product = product_with(small)
-    found, _ = top_ritz(product, v.astype(narrow), _NARROW_TOL, _NARROW_PRODUCTS, np)
+    found, _ = top_ritz(lambda x: small @ x, v.astype(narrow), _NARROW_TOL, _NARROW_PRODUCTS, np)
     found = found.astype(gram.dtype)
     return found / np.linalg.norm(found)
 
