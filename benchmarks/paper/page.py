@@ -128,11 +128,15 @@ def compared(found: Iterable[Group]) -> str:
 
 
 def summary(suites: Iterable[Sequence[Result]]) -> str:
-    """Return a line for each row: in how many measures spectral is surely better, and worse."""
+    """Return a line for each row: in how many measures spectral is surely better, and worse.
+
+    Rows of so few seeds that they decide nothing are left out.
+    """
     others, lines = [name for name in PAPERS if name != "spectral"], []
     for group in (group for results in suites for group in groups(results)):
         if (
             group.at_chance
+            or group.seeds < effects.FEWEST
             or "spectral" not in group.methods
             or group.values("nll").isna().all(None)
         ):
