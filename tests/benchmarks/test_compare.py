@@ -121,6 +121,12 @@ def test_the_summary_counts_the_marks_of_rows_that_were_measured():
     assert "digits" not in text
 
 
+def test_the_summary_leaves_out_rows_of_few_seeds():
+    runs = trio((0.1, 0.1001, 0.0999))
+    few = [run for run in runs if run.run.seed < 2]
+    assert len(page.summary([runs]).splitlines()) == len(page.summary([few]).splitlines()) + 1
+
+
 def test_numbers_that_are_equal_in_print_are_no_difference():
     runs = [made(m, k, tests=(0.7,)) for m in ("vanilla", "spectral") for k in (0, 1)]
     for run, (train, test) in zip(runs, [(0.9, 0.8)] * 2 + [(0.8, 0.7)] * 2, strict=True):
