@@ -434,11 +434,8 @@ class SpectralNormRegularizer(OptimizerHook):
         elif optimizer in self._open and self._open[optimizer].inner:
             self._open[optimizer].inner -= 1
         else:
-            self._end_counted(optimizer)
-
-    def _end_counted(self, optimizer: Optimizer) -> None:
-        self._end(optimizer)
-        self._acted(optimizer)
+            self._end(optimizer)
+            self._acted(optimizer)
 
     def _end(self, optimizer: Optimizer) -> None:
         """Take the terms of an optimizer's step out of the gradients."""
@@ -460,8 +457,8 @@ class SpectralNormRegularizer(OptimizerHook):
     def _end_compiled(self, optimizer: Optimizer) -> None:
         names = self._held_by(optimizer)
         if not self._is_one_operation(names):
-            # A schedule goes on by what is counted.
-            torch.compiler.disable(self._end_counted)(optimizer)  # type: ignore[no-untyped-call]
+            for ended in (self._end, self._acted):  # a schedule goes on by the steps counted
+                torch.compiler.disable(ended)(optimizer)  # type: ignore[no-untyped-call]
         elif self.restore_gradients:
             self._add_compiled_(names, optimizer, getattr(optimizer, "grad_scale", None), undo=True)
 
