@@ -17,7 +17,7 @@ from ._certificate import Host, gamma, scaled_down, scaled_up, times_power_of_tw
 from ._lanczos import top_ritz
 from ._layout import Layout, as_layout
 from ._padding import MODES, Axis, Operator, repeats, sources
-from ._plan import make_plan
+from ._plan import letters_of, make_plan
 from ._symbol import Peak, Supremum, Symbol, supremum
 from ._validate import check_number
 from .errors import ArgumentError, DTypeError, ShapeError, check_int, shown
@@ -220,7 +220,7 @@ def _canonical(kernel: Array, layout: Layout | str) -> tuple[Host, int]:
     if "s" in layout.axes:
         raise ShapeError(f"layout {layout.axes!r} is a stack: call the function for each kernel")
     plan = make_plan(layout.axes, layout.groups, tuple(kernel.shape))
-    letters = layout.axes.replace("(", "").replace(")", "")
+    letters = letters_of(layout.axes)
     picked = ["".join(kinds) for kinds in ("g", "o", "i", "kdhw")]
     axes = [[a for a, letter in enumerate(letters) if letter in kinds] for kinds in picked]
     if not axes[3] or len(axes[1]) > 1 or len(axes[2]) > 1:

@@ -99,6 +99,15 @@ def tokens_of(axes: str) -> list[str]:
     return tokens
 
 
+def letters_of(axes: str) -> str:
+    """Return the letters of a layout. An axis that holds groups has two.
+
+    >>> letters_of("(go)ihw")
+    'goihw'
+    """
+    return axes.replace("(", "").replace(")", "")
+
+
 def matrix_in_memory_order(weight: Array, plan: Plan, xp: Namespace) -> Array:
     """Return the matrix of ``weight`` with its columns in memory order, seldom as a copy."""
     return rearrange(weight, plan.split, plan.memory_order, plan.matrix, xp)
@@ -164,7 +173,7 @@ def make_plan(axes: str, groups: int, shape: Shape) -> Plan:
             split += [groups, size // groups]
         else:
             split.append(size)
-    letters = "".join(tokens).replace("(", "").replace(")", "")
+    letters = letters_of(axes)
 
     def pick(kinds: str) -> Shape:
         return tuple(axis for axis, letter in enumerate(letters) if letter in kinds)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from .._layout import Layout
+from .._plan import letters_of
 from ..errors import check_int
 from .adapters import read_beside, read_config
 from .entry import CheckpointError, Stored, TensorEntry
@@ -224,7 +225,7 @@ def _matrix(entry: TensorEntry, choice: Choice) -> _Source | str:
         return choice.note
     if not entry.size:
         return f"{entry.name} is empty"
-    axes = choice.layout.axes.replace("(", "").replace(")", "").replace("g", "")
+    axes = letters_of(choice.layout.axes).replace("g", "")
     if set(axes) != {"i", "o"}:
         return f"the layout {choice.layout.axes} of {entry.name} has no rows of heads"
     matrix, decode, _ = matrices_of(entry, Layout(axes))

@@ -17,6 +17,7 @@ import numpy as np
 
 from .._layout import Layout
 from .._operator import product_norm
+from .._plan import letters_of
 from .adapters import Pair, Scale
 from .entry import CheckpointError, Stored, TensorEntry
 from .files import short
@@ -222,7 +223,7 @@ def _sum(
         return None, entry.skip or choice.note
     if not entry.size:
         return None, "the base's weight is empty"
-    axes = choice.layout.axes.replace("(", "").replace(")", "").replace("g", "")
+    axes = letters_of(choice.layout.axes).replace("g", "")
     if sorted(axes[:2]) != ["i", "o"]:
         return None, f"the base's weight has the layout {choice.layout.axes}"
     if pair.embedding:  # its factors are those of the table's transpose

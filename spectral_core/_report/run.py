@@ -12,6 +12,7 @@ import numpy as np
 
 from .._convolution import convolution_norm
 from .._layout import Layout
+from .._plan import letters_of
 from .adapters import CONFIG, Scale, read_beside
 from .entry import Checkpoint, TensorEntry
 from .heads import Heads, check_attention, head_norms
@@ -140,7 +141,7 @@ def _add(
 
 def _convolution(entry: TensorEntry, layout: Layout) -> tuple[float | None, float | None, str]:
     """Return the bounds of a kernel's norm as a map of images of any size, stride 1."""
-    letters = layout.axes.replace("(", "").replace(")", "").replace("g", "")
+    letters = letters_of(layout.axes).replace("g", "")
     taps = [n for letter, n in zip(letters, entry.shape, strict=True) if letter in "kdhw"]
     if not 1 <= len(taps) <= 3 or "s" in letters or all(n == 1 for n in taps):
         return None, None, ""
