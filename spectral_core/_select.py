@@ -103,6 +103,22 @@ def by_name(settings: Mapping[Any, T], names: Iterable[str], what: str) -> dict[
     return {name: values[at] for name, at in zip(names, places, strict=True) if at >= 0}
 
 
+def numbered(names: Iterable[str]) -> list[str]:
+    """Return the names, no two of which are equal: one that occurred before gets a number.
+
+    >>> numbered(["a", "b", "a"])
+    ['a', 'b', 'a (2)']
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        unique, count = name, 1
+        while unique in found:
+            count += 1
+            unique = f"{name} ({count})"
+        found[unique] = None
+    return list(found)
+
+
 def first_matches(
     patterns: tuple[Pattern, ...], names: tuple[str, ...], what: str
 ) -> tuple[int, ...]:

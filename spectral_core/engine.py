@@ -78,7 +78,7 @@ from ._power import (
     right_rows,
     times_rows,
 )
-from ._select import Choice, Selection, by_name, choose, first_matches, matching
+from ._select import Choice, Selection, by_name, choose, first_matches, matching, numbered
 from ._shard import Shard, clipped, ordered, shards_of
 from ._state_dict import SpectralState, loaded_arrays, merge, select
 from ._summary import Row, Summary
@@ -190,6 +190,7 @@ __all__ = [
     "matching",
     "matrix_in_memory_order",
     "merge",
+    "numbered",
     "ordered",
     "outer_factors",
     "parts_of",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import keras
 from keras import layers as kl
 
 from spectral_core import Layout
+from spectral_core.engine import numbered
 
 from ._select import _layout_of, holders
 
@@ -20,7 +20,9 @@ def live_tensors(model: keras.Layer) -> tuple[str, dict[str, Any], dict[str, Lay
     """
     held = holders(model)
     known: dict[str, Layout | str] = {}
-    variables = _named(model.weights)
+    # Two variables may have one path.
+    names = numbered(variable.path for variable in model.weights)
+    variables = dict(zip(names, model.weights, strict=True))
     for name, variable in variables.items():
         chain = held.get(id(variable))
         if chain is None or len(variable.shape) < 2:
@@ -31,15 +33,3 @@ def live_tensors(model: keras.Layer) -> tuple[str, dict[str, Any], dict[str, Lay
         if isinstance(found, Layout):
             known[name] = found
     return "keras", variables, known
-
-
-def _named(variables: Iterable[Any]) -> dict[str, Any]:
-    """Return variables by path. Two may have one path: the second gets a number."""
-    found: dict[str, Any] = {}
-    for variable in variables:
-        name, count = variable.path, 1
-        while name in found:
-            count += 1
-            name = f"{variable.path} ({count})"
-        found[name] = variable
-    return found

@@ -10,6 +10,7 @@ from math import log10
 from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from .._select import numbered
 from .matrix import Spectrum
 from .spectrum import sparkline
 from .texts import above, aligned, as_csv, first, interval, number, printable
@@ -333,14 +334,12 @@ def by_name(rows: Iterable[Named]) -> dict[str, Named]:
 
     A file may hold the tensor "w[0]" beside a stack "w", whose first matrix has that name.
     """
-    found: dict[str, Named] = {}
-    for row in rows:
-        name, count = row.name, 1
-        while name in found:
-            count += 1
-            name = f"{row.name} ({count})"
-        found[name] = row if count == 1 else replace(row, name=name)
-    return found
+    rows = list(rows)
+    names = numbered(row.name for row in rows)
+    return {
+        name: row if row.name == name else replace(row, name=name)
+        for name, row in zip(names, rows, strict=True)
+    }
 
 
 def head_lines(heads: list[HeadNorms], left_out: Mapping[str, str]) -> list[str]:
