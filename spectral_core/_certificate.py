@@ -252,19 +252,20 @@ def is_proven_narrow(narrow: Host, error: float, limit: float, top: Top | None =
     """
     n, unit = len(narrow), _unit(narrow)
     hidden = limit * hidden_narrow(n)
-    target, weight = limit, 0.0
+    target, weight, taken = limit, 0.0, None
     if top is not None:
         if not top.upper < limit:
             return False
         target -= top.rest**2 / (limit - top.upper) * (1 + 2.0**-40) + 8 * _UNIT * limit
-        weight = top.upper
-    if weight:  # the matrix and the vector are rounded; the trace is at least the Frobenius norm
+        weight, v = top.upper, top.vector.astype(narrow.dtype)
+        taken = v.real.dtype.type(weight) * v, v.conj()
+        # The matrix and the vector are rounded. The trace is at least the Frobenius norm.
         trace = float(narrow.diagonal().real.sum(dtype=float))
         error += 1.01 * unit * (1.01 * trace + error + 12 * weight)
     square = target - hidden - error
     if not 2.0**-20 < square < 2.0**60:  # so that underflow is far below the rounding
         return False
-    factor = _factor(narrow, square, weight, None if top is None else top.vector)
+    factor = _factor(narrow, square, taken)
     if factor is None:
         return False
     # The largest element of the diagonal may have grown by the weight.
@@ -272,20 +273,16 @@ def is_proven_narrow(narrow: Host, error: float, limit: float, top: Top | None =
     return _allowance_of(factor, narrow, square, enough=left) <= left
 
 
-def _factor(
-    gram: Host, square: float, weight: float = 0.0, vector: Host | None = None
-) -> Host | None:
+def _factor(gram: Host, square: float, taken: tuple[Host, Host] | None = None) -> Host | None:
     """Return the Cholesky factor of square·I − gram or of its conjugate, or None if it has none.
 
-    The matrix weight·vvᴴ is subtracted from ``gram`` before.
+    The outer product of the vectors in ``taken`` is subtracted from ``gram`` before.
     """
     n = len(gram)
     lapack = _lapack() if n >= _LARGE else None
-    v = None if vector is None else vector.astype(gram.dtype)
-    scaled = None if v is None else gram.real.dtype.type(weight) * v
     if lapack is None:
-        if v is not None and scaled is not None:
-            gram = gram - scaled[:, None] * v.conj()
+        if taken is not None:
+            gram = gram - np.outer(*taken)
         return _factor_by_numpy(gram, square)
     # LAPACK reads and writes one half, in place. So the other one is left zero.
     factor = np.zeros((n, n), gram.dtype)
@@ -293,8 +290,8 @@ def _factor(
         stop = min(start + _TILE, n)
         rows, corner = factor[start:stop, start:], np.tri(stop - start, k=-1, dtype=bool)
         np.negative(gram[start:stop, start:], out=rows)
-        if v is not None and scaled is not None:
-            rows += scaled[start:stop, None] * v[start:].conj()
+        if taken is not None:
+            rows += np.outer(taken[0][start:stop], taken[1][start:])
         rows[:, : stop - start][corner] = 0
     factor[np.diag_indices(n)] += square
     potrf = {"f": lapack.spotrf, "d": lapack.dpotrf, "F": lapack.cpotrf, "D": lapack.zpotrf}
