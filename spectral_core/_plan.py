@@ -70,6 +70,10 @@ class Plan(NamedTuple):
         """Shape of V with k vectors, (*stack, k, n)."""
         return (*self.matrix[:-2], k, self.matrix[-1])
 
+    def divides_rows(self, axis: int) -> bool:
+        """Return True if who holds a part of this axis of the tensor holds a part of each row."""
+        return not {*letters_of(tokens_of(self.axes)[axis])}.isdisjoint("ikdhw")
+
     def form(self, window: int) -> MemoryForm | None:
         """Return the form of a tensor, or None where it has none.
 

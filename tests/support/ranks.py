@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import (
 
 from spectral_torch import Layout, SpectralNormConstraint, SpectralNormRegularizer
 from spectral_torch.engines import CpuEngine
+from spectral_torch.engines.shards import Shards
 
 # Sizes that four processes do not divide evenly, nor the groups.
 WEIGHTS = {
@@ -108,8 +109,11 @@ def bounded(name, dtype, normalize):
     return [found for _, _, found in twins(name, dtype, make, steps=3)]
 
 
-def changed_by_kernels():
-    """Names and shapes of the shards that the kernels of the CPU add a term to, or scale."""
+def run_by_kernels():
+    """Iterations, names and shapes of the shards that the kernels of the CPU run.
+
+    First those of a step of the regularizer, then those of a step of the constraint.
+    """
     mesh = init_device_mesh("cpu", (4,))
     shapes = {"a": (64, 48), "b": (32, 16)}
     parameters = {
@@ -124,13 +128,69 @@ def changed_by_kernels():
         seen = []
 
         def counted(self, jobs, n_iter, seen=seen):
-            seen += [(job.name, tuple(job.grad.shape)) for job in jobs]
+            seen += [(n_iter, job.name, tuple(job.weight.shape)) for job in jobs]
             return run(self, jobs, n_iter)
 
         with patch.object(CpuEngine, "run", counted):
             step()
         found.append(seen)
     return found
+
+
+def zeros_and_nan():
+    """Sigma, v before and v after a step, of weights of which some processes hold zeros or NaN."""
+    mesh = init_device_mesh("cpu", (4,))
+    rows = torch.arange(1.0, 25.0).reshape(8, 3)
+    whole_weights = {
+        "some zero": torch.where(torch.arange(8)[:, None] < 4, 0.0, rows),
+        "all zero": torch.zeros(8, 3),
+        "a NaN": torch.where(rows == 1.0, torch.nan, rows),
+        "infinite": torch.where(rows == 1.0, torch.inf, rows),
+        "small": rows * 1e-16,
+        "large": rows * 1e15,
+    }
+    parameters = {
+        key: nn.Parameter(distribute_tensor(w, mesh, [Shard(0)]))
+        for key, w in whole_weights.items()
+    }
+    found = {}
+    for kernels in (True, False):
+        reg = SpectralNormRegularizer(parameters, kernels=kernels, warmup_iters=30)
+        for parameter in parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        before = first_vectors(reg, several=False)
+        reg.add_gradients_()
+        found[kernels] = reg.sigmas(), before, first_vectors(reg, several=False)
+    return whole_weights, found
+
+
+def sets_of_shards(steps):
+    """How many sets of shards are made in some steps, what they hold then, and the gradients."""
+    mesh = init_device_mesh("cpu", (4,))
+    parameters = {
+        key: nn.Parameter(distribute_tensor(torch.ones(8, 6), mesh, [Shard(0)])) for key in "ab"
+    }
+    made = []
+    with patch.object(Shards, "__init__", counted(Shards.__init__, made)):
+        reg = SpectralNormRegularizer(parameters, warmup_iters=1)
+        for step in range(steps):
+            for parameter in parameters.values():
+                parameter.grad = torch.zeros_like(parameter)
+            reg.factor = 0.1 * (step + 1)
+            reg.add_gradients_()
+    grads = {key: whole(parameter.grad) for key, parameter in parameters.items()}
+    held = [job.weight for shards in made for job in shards.jobs]
+    return len(made), held, grads
+
+
+def counted(function, calls):
+    """The function, which notes its first argument."""
+
+    def also_noted(self, *args, **kwargs):
+        calls.append(self)
+        return function(self, *args, **kwargs)
+
+    return also_noted
 
 
 class Sizes:

@@ -2,18 +2,19 @@
 
 Each process multiplies the shard of a weight that it holds. Only sums of vectors are communicated,
 those of all weights together: u and v of each weight once in an iteration. v, sigma and u are whole
-and equal on every process. The term is added to the local part of the gradient. That is a job of
-its own, without an iteration, for the engine that would run a whole weight like the shard.
+and equal on every process.
 
-The products stay PyTorch's own. The kernels compute both of an iteration in one reading of a
-weight, but the sum over all processes belongs between the two.
+What a step does to a shard is a job of its own, for the engine that would run a whole weight like
+it (`Shards`): to add the term to the local part of the gradient and, where no row of a matrix is
+divided, to iterate. Where rows are divided, the sum over all processes belongs between the two
+products of an iteration, and they are PyTorch's own.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,15 +32,12 @@ from spectral_core.engine import (
     Shard,
     Traits,
     Triplet,
-    clipped,
     conj,
-    dispatch,
     fresh_direction,
     from_memory_order,
     last_of,
     left_rows,
     matrix_in_memory_order,
-    ordered,
     right_rows,
     shards_of,
     to_memory_order,
@@ -48,6 +46,9 @@ from spectral_core.engine import (
 
 from . import blocks
 from .precision import in_full_float32
+from .shards import Part, Shards, key_of, place_of
+
+_SETS = 64  # sets of weights whose shards are kept: optimizers take turns
 
 
 def is_sharded(x: Tensor) -> bool:
@@ -78,6 +79,7 @@ class DTensorEngine:
 
     def __init__(self, engines: Sequence[Engine] = ()) -> None:
         self._engines = *engines, ReferenceEngine(in_place=True)
+        self._kept: dict[tuple[Any, ...], Shards] = {}
 
     def __reduce__(self) -> tuple[type[DTensorEngine], tuple[Sequence[Engine]]]:
         return DTensorEngine, (self._engines[:-1],)
@@ -89,19 +91,69 @@ class DTensorEngine:
     @in_full_float32
     @torch.no_grad()
     def run(self, jobs: Sequence[Job], n_iter: int) -> Result:
-        """Run all jobs, with two messages for each mesh in an iteration."""
+        """Run all jobs, with a few messages for each mesh in an iteration.
+
+        Weights whose rows are whole need one message together, all others two.
+        """
         # Every gradient is checked before the first one changes.
         adds = [job.grad is not None and _adds_here(job.grad, job.name) for job in jobs]
-        triplets = _iterate(jobs, n_iter) if n_iter else [last_of(job) for job in jobs]
-        local: list[Job] = []
-        for i, (job, here) in enumerate(zip(jobs, adds, strict=True)):
-            if here:
-                local += _local_jobs(job, triplets[i])
-            if isinstance(job.rule, Bound):
+        triplets = self._iterate(jobs, n_iter) if n_iter else [last_of(job) for job in jobs]
+        changed = [i for i, here in enumerate(adds) if here]
+        parts = {i: _part(jobs[i].grad, jobs[i].plan) for i in changed}
+        for places in _alike(changed, lambda i: (jobs[i].V.dtype, jobs[i].V.device)):
+            mine, theirs = [jobs[i] for i in places], [parts[i] for i in places]
+            shards = self._shards(mine, theirs, iterated=False)
+            shards.change_(mine, theirs, [triplets[i] for i in places], self._engines)
+        for i in changed:
+            if isinstance(rule := jobs[i].rule, Bound):
                 sigma = triplets[i].sigma
-                triplets[i] = triplets[i]._replace(sigma=job.rule.scale(sigma) * sigma)
-        dispatch(local, 0, self._engines)
+                triplets[i] = triplets[i]._replace(sigma=rule.scale(sigma) * sigma)
         return Result([job.grad for job in jobs], triplets)
+
+    def _iterate(self, jobs: Sequence[Job], n_iter: int) -> list[Triplet]:
+        """Return the triplet of each job; weights iterate together, to share messages."""
+        weights = [_local_weight(job.weight, job.plan, job.xp) for job in jobs]
+        triplets: list[Any] = [None] * len(jobs)
+        # Every process must find the same answer here, because the messages depend on it. Several
+        # vectors must be made orthogonal between the two products.
+        by_rows = [
+            weight.has_whole_rows and job.V.shape[-2] == 1 and not job.V.is_complex()
+            for job, weight in zip(jobs, weights, strict=True)
+        ]
+        others = [i for i, answer in enumerate(by_rows) if not answer]
+        found = _iterate([jobs[i] for i in others], [weights[i] for i in others], n_iter)
+        for i, triplet in zip(others, found, strict=True):
+            triplets[i] = triplet
+
+        def kind(i: int) -> tuple[Any, ...]:
+            return weights[i].mesh, weights[i].divided, jobs[i].V.dtype, jobs[i].V.device
+
+        for places in _alike([i for i, answer in enumerate(by_rows) if answer], kind):
+            mine, first = [jobs[i] for i in places], weights[places[0]]
+            parts = [Part(weights[i].tensor, weights[i].shards) for i in places]
+            shards = self._shards(mine, parts, iterated=True)
+            total = partial(_sum_, mesh=first.mesh, axes=first.divided)
+            found = shards.iterate(mine, parts, n_iter, self._engines, total)
+            for i, triplet in zip(places, found, strict=True):
+                triplets[i] = triplet
+        return triplets
+
+    def _shards(self, jobs: Sequence[Job], parts: Sequence[Part], *, iterated: bool) -> Shards:
+        """Return the shards of a set of weights: those of the step before, if they fit."""
+        key = key_of(jobs, parts, iterated=iterated)
+        found = self._kept.pop(key, None) or Shards(jobs, parts)
+        while len(self._kept) >= _SETS:
+            del self._kept[next(iter(self._kept))]
+        self._kept[key] = found
+        return found
+
+
+def _alike(places: Sequence[int], kind: Callable[[int], Any]) -> list[list[int]]:
+    """Return the places of each kind."""
+    found: dict[Any, list[int]] = {}
+    for place in places:
+        found.setdefault(kind(place), []).append(place)
+    return list(found.values())
 
 
 def penalty_at(
@@ -142,7 +194,7 @@ class _LocalWeight(NamedTuple):
     kind: Traits
     xp: Any
     mesh: Any
-    divided: tuple[int, ...]  # the axes of the mesh that divide the weight
+    placements: tuple[Any, ...]  # one for each axis of the mesh
 
     def times(self, V: Tensor) -> Tensor:
         """Return this process's summand of the rows Wv, (*stack, k, m)."""
@@ -167,6 +219,19 @@ class _LocalWeight(NamedTuple):
             found[_at(shard, plan, plan.right_broadcast)] += _spread(z, shard.plan.right_broadcast)
         return conj(_rows(found, plan.right), self.xp)
 
+    @property
+    def divided(self) -> tuple[int, ...]:
+        """The axes of the mesh that divide the weight."""
+        # Not is_shard(): it is False for the placement that FSDP makes of a dimension that is
+        # divided already.
+        placements = enumerate(self.placements)
+        return tuple([i for i, placed in placements if not placed.is_replicate()])
+
+    @property
+    def has_whole_rows(self) -> bool:
+        """True if no process holds a part of a row: the same answer on every process."""
+        return _has_whole_rows(self.plan, self.placements)
+
     def _matrix(self, shard: Shard) -> Tensor:
         return matrix_in_memory_order(self.tensor[shard.inside], shard.plan, self.xp)
 
@@ -182,38 +247,45 @@ def _rows(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _at(shard: Shard, plan: Plan, shape: tuple[int, ...]) -> tuple[slice, ...]:
-    return (slice(None), *clipped(ordered(shard.ranges, plan), shape))
+    return slice(None), *place_of(shard, plan, shape)
+
+
+@lru_cache(maxsize=4096)
+def _has_whole_rows(plan: Plan, placements: tuple[Any, ...]) -> bool:
+    return all(
+        placed.is_replicate() or (hasattr(placed, "dim") and not plan.divides_rows(placed.dim))
+        for placed in placements
+    )
 
 
 def _local_weight(weight: Any, plan: Plan, xp: Any) -> _LocalWeight:
-    # Not is_shard(): it is False for the placement that FSDP makes of a dimension that is divided
-    # already.
-    divided = tuple(i for i, placed in enumerate(weight.placements) if not placed.is_replicate())
-    shards = _shards_of(weight, plan)
-    kind = traits(weight, xp, "weight")
-    return _LocalWeight(weight.to_local(), shards, plan, kind, xp, weight.device_mesh, divided)
+    kind, placements = traits(weight, xp, "weight"), tuple(weight.placements)
+    local, shards = _part(weight, plan)
+    return _LocalWeight(local, shards, plan, kind, xp, weight.device_mesh, placements)
+
+
+def _part(x: Any, plan: Plan) -> Part:
+    """Return what this process holds of a DTensor."""
+    return Part(x.to_local(), _shards_of(x, plan))
 
 
 def _shards_of(x: Any, plan: Plan) -> tuple[Shard, ...]:
     """Return the shards of a DTensor that this process holds."""
-    return _shards(
-        Layout(plan.axes, plan.groups), tuple(x.shape), x.device_mesh, tuple(x.placements)
-    )
+    return _shards(plan, tuple(x.shape), x.device_mesh, tuple(x.placements))
 
 
 @lru_cache(maxsize=4096)
 def _shards(
-    layout: Layout, shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]
+    plan: Plan, shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]
 ) -> tuple[Shard, ...]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     block, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
-    return shards_of(layout, shape, tuple(offset), tuple(block))
+    return shards_of(Layout(plan.axes, plan.groups), shape, tuple(offset), tuple(block))
 
 
-def _iterate(jobs: Sequence[Job], n_iter: int) -> list[Triplet]:
-    """Return the triplet of each job; all weights iterate together, to share messages."""
-    weights = [_local_weight(job.weight, job.plan, job.xp) for job in jobs]
+def _iterate(jobs: Sequence[Job], weights: Sequence[_LocalWeight], n_iter: int) -> list[Triplet]:
+    """Return the triplet of each job, by two messages an iteration, however weights are divided."""
     starts = [job.V + fresh_direction(job.V, job.xp) for job in jobs]
     Vs = [job.V for job in jobs]
     triplets: list[Triplet] = []
@@ -232,44 +304,22 @@ def _iterate(jobs: Sequence[Job], n_iter: int) -> list[Triplet]:
 def _summed(weights: Sequence[_LocalWeight], partials: Sequence[Tensor]) -> list[Tensor]:
     """Sum each of ``partials`` over the processes, those of one mesh in one message."""
     together: dict[Any, list[int]] = {}
-    for i, (weight, partial) in enumerate(zip(weights, partials, strict=True)):
-        together.setdefault((weight.mesh, weight.divided, partial.dtype), []).append(i)
+    for i, (weight, x) in enumerate(zip(weights, partials, strict=True)):
+        together.setdefault((weight.mesh, weight.divided, x.dtype), []).append(i)
     found = list(partials)
     for (mesh, divided, dtype), share in together.items():
         flat = torch.cat([partials[i].reshape(-1) for i in share])
-        for axis in divided:
-            message = torch.view_as_real(flat) if dtype.is_complex else flat
-            dist.all_reduce(message, group=mesh.get_group(axis))
+        _sum_(torch.view_as_real(flat) if dtype.is_complex else flat, mesh=mesh, axes=divided)
         sizes = [partials[i].numel() for i in share]
         for i, piece in zip(share, torch.split_with_sizes(flat, sizes), strict=True):
             found[i] = piece.reshape(partials[i].shape)
     return found
 
 
-def _local_jobs(job: Job, triplet: Triplet) -> list[Job]:
-    """Return a job for each shard of the gradient that this process holds.
-
-    Without an iteration, nobody reads the weight: the gradient stands for it.
-    """
-    grad, plan, (sigma, u, V) = job.grad, job.plan, triplet
-    stack = (*plan.stack, *(1,) * (len(plan.order) - len(plan.stack)))
-    rows = (
-        (_spread(sigma[..., None, None], stack), stack),
-        (_spread(u[..., None, :], plan.left_broadcast), plan.left_broadcast),
-        (_spread(V[..., :1, :], plan.right_broadcast), plan.right_broadcast),
-    )
-    local, jobs = grad.to_local(), []
-    for shard in _shards_of(grad, plan):
-        here, mine = local[shard.inside], shard.plan
-        found = [x[_at(shard, plan, shape)].contiguous() for x, shape in rows]
-        last = Triplet(
-            # An engine may write into sigma, which is the whole weight's where it is not a part.
-            found[0].reshape(mine.stack).clone(),
-            found[1].reshape(mine.left),
-            found[2].reshape(mine.rows(1)),
-        )
-        jobs.append(Job(job.name, here, here, last.V, job.factor, job.rule, mine, job.xp, last))
-    return jobs
+def _sum_(x: Tensor, *, mesh: Any, axes: Sequence[int]) -> None:
+    """Sum a tensor over some axes of a mesh, in place."""
+    for axis in axes:
+        dist.all_reduce(x, group=mesh.get_group(axis))
 
 
 def _adds_here(grad: Any, name: str) -> bool:

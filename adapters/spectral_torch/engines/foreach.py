@@ -48,7 +48,7 @@ _SETS = 16
 _FEW = 2
 
 
-class _Owners(NamedTuple):
+class Owners(NamedTuple):
     """The matrix of each element of all u, and of all v, as indices on the device."""
 
     u: Tensor
@@ -72,7 +72,7 @@ class ForeachEngine:
     def __init__(self) -> None:
         # Cached, because building an index tensor copies it to the device. The key is the set of
         # shapes in this step: a step may cover only some weights.
-        self._owners = lru_cache(_SETS)(_owners)
+        self._owners = lru_cache(_SETS)(owners_of)
 
     def __reduce__(self) -> tuple[type[ForeachEngine], tuple[()]]:
         return ForeachEngine, ()
@@ -114,7 +114,7 @@ class ForeachEngine:
 
 
 def _change_together_(
-    jobs: Sequence[Job], found: tuple[Tensor, Tensor, Tensor] | None, owners: _Owners
+    jobs: Sequence[Job], found: tuple[Tensor, Tensor, Tensor] | None, owners: Owners
 ) -> list[Triplet]:
     """Add all terms or scale all weights, and return the triplets.
 
@@ -198,7 +198,7 @@ def _add_terms_(
     vs: Sequence[Tensor],
     sigma: Tensor,
     u: Tensor,
-    owners: _Owners,
+    owners: Owners,
     m: list[int],
 ) -> None:
     force = _forces(jobs, sigma)
@@ -267,15 +267,16 @@ def _forces(jobs: Sequence[Job], sigma: Tensor) -> Tensor:
     return torch.stack(forces)
 
 
-def _owners(shapes: tuple[tuple[int, ...], ...], device: torch.device) -> _Owners:
+def owners_of(shapes: Sequence[tuple[int, ...]], device: torch.device) -> Owners:
+    """Return the owners of the elements of u and v of matrices of these shapes."""
     places = torch.arange(len(shapes))
-    m, n = torch.tensor(shapes).T
+    m, n = torch.tensor(shapes, dtype=torch.int64).reshape(-1, 2).T
     u, v = (places.repeat_interleave(sizes).to(device) for sizes in (m, n))
-    return _Owners(u, v)
+    return Owners(u, v)
 
 
 def _iterate(
-    jobs: Sequence[Job], fresh: Sequence[Tensor], n_iter: int, owners: _Owners
+    jobs: Sequence[Job], fresh: Sequence[Tensor], n_iter: int, owners: Owners
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return all sigma, all u and all v, each in one tensor; v in the order of `as_matrix`."""
     Ws = list(map(_matrix, jobs))
@@ -290,16 +291,31 @@ def _iterate(
         else:
             pairs = map(blocks.both_products, Ws, torch.split_with_sizes(start, n))
             y, w = map(torch.cat, zip(*pairs, strict=True))
-            u, inverse, _ = _normalized(y, owners.u, m, tiny)
-            w *= inverse.index_select(0, owners.v)
-        unit, inverse, sigma = _normalized(w, owners.v, n, tiny)
-        # As in the core, v stays where sigma is zero or not finite.
-        start = v = torch.where((inverse > 0).index_select(0, owners.v), unit, v)
+            u, w = left_vectors(y, w, owners, m, tiny)
+        sigma, v = right_vectors(w, v, owners, n, tiny)
+        start = v
     if any(job.plan.order != job.plan.memory_order for job in jobs):
         pieces = torch.split_with_sizes(v.view(1, -1), n, dim=1)
         ordered = [from_memory_order(V, j.plan, j.xp) for V, j in zip(pieces, jobs, strict=True)]
         v = torch.cat(ordered, dim=1).view(-1)
     return sigma, u, v
+
+
+def left_vectors(
+    y: Tensor, w: Tensor, owners: Owners, m: list[int], tiny: float
+) -> tuple[Tensor, Tensor]:
+    """Return all u and all Wᵀu from all y = Wv and all w = Wᵀy. ``m`` is the length of each u."""
+    u, inverse, _ = _normalized(y, owners.u, m, tiny)
+    return u, w * inverse.index_select(0, owners.v)
+
+
+def right_vectors(
+    w: Tensor, v: Tensor, owners: Owners, n: list[int], tiny: float
+) -> tuple[Tensor, Tensor]:
+    """Return all sigma and all v from all w = Wᵀu and all v before."""
+    unit, inverse, sigma = _normalized(w, owners.v, n, tiny)
+    # As in the core, v stays where sigma is zero or not finite.
+    return sigma, torch.where((inverse > 0).index_select(0, owners.v), unit, v)
 
 
 def _products(Ws: Sequence[Tensor], x: Tensor, sizes: list[int], out_sizes: list[int]) -> Tensor:
