@@ -476,9 +476,11 @@ class SpectralNormRegularizer(OptimizerHook):
             # What a GradScaler does to the term: an optimizer that unscales within its step gets
             # gradients that are still scaled, so the term is multiplied by the same scale. Where a
             # gradient is not finite, that step changes no weight, so the iteration is undone too.
-            # Both numbers stay on the device: nothing waits for them.
+            # Both numbers stay on their device: nothing waits for them.
             scale = getattr(owner, "grad_scale", None)
             found_inf = getattr(owner, "found_inf", None)
+            if type(found_inf) is Tensor and found_inf.is_cpu and not compiling and not found_inf:
+                found_inf = None  # a CPU can look at once: there is nothing to undo
         before = None if found_inf is None else _flat(self._buffers(names))
         if compiling:
             self._add_compiled_(names, owner, scale)
