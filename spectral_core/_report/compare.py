@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from .._certificate import times_power_of_two
+from .._select import numbered
 from .._validate import check_number
 from ..errors import ArgumentError, check_int
 from .drift import Comparison, Drift
@@ -116,19 +117,21 @@ def compared(
     if not 0 < check_number(similarity, "similarity") <= 1:
         raise ArgumentError(f"similarity must be above 0 and at most 1, not {similarity!r}")
     first, second = listed(before), listed(after)
-    own, other = ({x.name: x for x in with_scales(part.entries)} for part in (first, second))
-    common = [x for name, x in own.items() if name in other]
+    own, other = (_by_name(part) for part in (first, second))
+    common = [name for name in own if name in other]
     if not common:
         raise CheckpointError(
             f"{name_of(before)} and {name_of(after)} have no tensor of the same name: the first "
             f"has {_some(own)}, the second {_some(other)}"
         )
-    check_patterns(layouts or {}, {**own, **other})
+    entries = (*own.values(), *other.values())
+    check_patterns(layouts or {}, {entry.name: entry for entry in entries})
     found = _Found([], {}, {})
     options = _Options(layouts or {}, proven, n_vectors, float(similarity))
-    for entry in progress(common):
-        with blamed(f"{name_of(before)} or {name_of(after)}", entry):
-            _add(entry, other[entry.name], first, options, found)
+    both = f"{name_of(before)} or {name_of(after)}"
+    for name, entry in zip(common, progress([own[name] for name in common]), strict=True):
+        with blamed(both, entry):
+            _add(name, entry, other[name], first, options, found)
     return Comparison(
         (name_of(before), name_of(after)),
         found.rows,
@@ -141,15 +144,26 @@ def compared(
     )
 
 
+def _by_name(part: Checkpoint) -> dict[str, TensorEntry]:
+    """Return the tensors by name. One whose name occurred before gets a number."""
+    entries = with_scales(part.entries)
+    return dict(zip(numbered(entry.name for entry in entries), entries, strict=True))
+
+
 def _some(names: Mapping[str, Any]) -> str:
     return short(next(iter(names))) if names else "none"
 
 
 def _add(
-    before: TensorEntry, after: TensorEntry, base: Checkpoint, options: _Options, found: _Found
+    name: str,
+    before: TensorEntry,
+    after: TensorEntry,
+    base: Checkpoint,
+    options: _Options,
+    found: _Found,
 ) -> None:
     """Compare a tensor: add its rows, or the reason why it has none."""
-    name, shape = before.name, before.shape
+    shape = before.shape
     reason = before.skip or after.skip
     if not reason and shape != after.shape:
         found.shapes[name] = (shape, after.shape)
@@ -160,7 +174,7 @@ def _add(
         reason = "not a matrix: fewer than two axes"
     choice = Choice(None, note=reason)
     if not reason:  # the axes are those of the base: one meaning for both
-        choice = layout_of(name, shape, base.kind, options.layouts, base.layouts)
+        choice = layout_of(before.name, shape, base.kind, options.layouts, base.layouts)
     if choice.layout is None:
         found.skipped[name] = choice.note
         return

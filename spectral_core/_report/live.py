@@ -154,6 +154,8 @@ def _entry(name: str, value: Any) -> TensorEntry:
         check_dense(value, name)
     except DTypeError:
         return skipped(name, shape, dtype, "sparse or masked: make a dense array of it first")
+    if getattr(value, "is_meta", False):
+        return skipped(name, shape, dtype, "on the device 'meta', where it has no values")
     if dtype in _TOO_WIDE or ("complex" in dtype and not is_floating(dtype)):
         return skipped(name, shape, dtype)
     narrow = "float" in dtype and dtype not in ("float16", "float32", "float64")

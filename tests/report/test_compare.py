@@ -396,6 +396,13 @@ def test_no_row_is_lost_where_names_are_equal():
         assert list(found) == [row.name for row in found.values()] == ["w[0]", "w[1]", "w[0] (2)"]
 
 
+def test_tensors_of_one_name_are_compared_in_their_order():
+    before = {"1": np.eye(2), 1: 2 * np.eye(2), "a/b": np.eye(3), "a": {"b": np.eye(2)}}
+    found = sc.compare(before, {"1": np.eye(2), 1: np.eye(2), "a/b": 4 * np.eye(3)})
+    assert {name: row.drift for name, row in found.items()} == {"1": 0.0, "1 (2)": 0.5, "a/b": 3.0}
+    assert found.only_before == ["a/b (2)"]
+
+
 def test_names_cannot_write_to_the_terminal(capsys):
     name = "\x1b[2J\n\u202e"
     found = sc.compare({name: np.eye(2), f"{name}1": np.eye(2)}, {name: np.eye(2)})
