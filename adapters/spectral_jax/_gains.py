@@ -5,7 +5,7 @@ A handler gets the walk, the equation's parameters, the shape of the result, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import isfinite, prod
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from spectral_core.engine import (
     side_by_side,
 )
 
-from ._linear_maps import UNIT, Convolution, Matrix, overlaps, window_sums
+from ._linear_maps import UNIT, Convolution, Images, Matrix, overlaps, window_sums
 from ._walk import Handler, Linear, NoBound, Operand, Walk, slope_gain
 
 HANDLERS: dict[str, Handler] = {}
@@ -304,6 +304,14 @@ def convolve(w: Walk, params: Params, shape: Shape, x: Operand, kernel: Operand)
     """Apply a convolution with a constant kernel."""
     _constant(kernel)
     numbers = params["dimension_numbers"]
+    (n, *axes), (n_out, *output_axes) = numbers.lhs_spec, numbers.out_spec
+    images = Images(
+        tuple(x.shape[axis] for axis in axes[1:]),
+        tuple(shape[axis] for axis in output_axes[1:]),
+        tuple(params["padding"]),
+        _order(axes),
+        _order(output_axes),
+    )
     map = Convolution(
         kernel.exact.transpose(numbers.rhs_spec),
         numbers.out_spec[1],
@@ -312,8 +320,16 @@ def convolve(w: Walk, params: Params, shape: Shape, x: Operand, kernel: Operand)
         # A group of samples meets its own share of the outputs, as a group of features does.
         params["feature_group_count"] * params["batch_group_count"],
         tuple(params["lhs_dilation"]),
+        images,
     )
-    return Linear(w.settled(x), map, w.label, (None, ()))
+    by_sample = n == n_out == 0 and params["batch_group_count"] == 1
+    stages = w.chained(x, shape, dense=map.dense) if by_sample else (None, ())
+    return Linear(w.settled(x), map, w.label, stages)
+
+
+def _order(axes: Sequence[int]) -> tuple[int, ...]:
+    """Return the places of some axes of an array in the order of the array."""
+    return tuple(sorted(range(len(axes)), key=axes.__getitem__))
 
 
 @gain("reduce_window_max reduce_window_min")

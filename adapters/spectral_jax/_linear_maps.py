@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from math import ceil, gcd, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,6 +45,16 @@ class Matrix:
         return Inexact(found, error)
 
 
+class Images(NamedTuple):
+    """What a convolution does to images of one size."""
+
+    sizes: tuple[int, ...]
+    outputs: tuple[int, ...]  # sizes
+    padding: tuple[tuple[int, int], ...]
+    axes: tuple[int, ...]  # of a sample: its channels and sizes, in the array's order
+    output_axes: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Convolution:
     """A convolution with a kernel (outputs, inputs of a group, taps…), or a transposed one."""
@@ -54,6 +65,7 @@ class Convolution:
     dilation: tuple[int, ...]
     groups: int
     spread: tuple[int, ...]  # zeros between the samples: of a transposed convolution
+    images: Images
     kind: str = "conv_general_dilated"
     roundings: int = 0
 
@@ -82,7 +94,42 @@ class Convolution:
         )
 
     def dense(self) -> Inexact:
-        raise AssertionError("a convolution is no part of a chain here")
+        """Return the matrix for one sample: each element is zero or one of the kernel's."""
+        images, groups = self.images, self.groups
+        outputs, inputs, *taps = self.weight.shape
+        found = np.zeros((outputs, prod(images.outputs), inputs * groups, prod(images.sizes)))
+        for place in product(*map(range, taps)):
+            there, here = self._meetings(place)
+            for rows, columns in zip(
+                np.split(np.arange(outputs), groups),
+                np.split(np.arange(inputs * groups), groups),
+                strict=True,
+            ):
+                where: Any = rows, slice(None), *place
+                block = self.weight[where]
+                found[rows[:, None, None], there, columns[:, None], here] = block[..., None]
+        sizes = (outputs, *images.outputs), (inputs * groups, *images.sizes)
+        axes = *images.output_axes, *(len(sizes[0]) + axis for axis in images.axes)
+        found = found.reshape(*sizes[0], *sizes[1]).transpose(axes)
+        found = found.reshape(prod(sizes[0]), prod(sizes[1]))
+        return Inexact(found, self.roundings * UNIT * 1.01 * float(np.linalg.norm(found)))
+
+    def _meetings(self, tap: Sequence[int]) -> tuple[Host, Host]:
+        """Return the outputs to which a tap brings a sample, and these samples, as flat indices."""
+        images, each = self.images, []
+        for axis, t in enumerate(tap):
+            there = np.arange(images.outputs[axis])
+            here = there * self.stride[axis] + t * self.dilation[axis] - images.padding[axis][0]
+            sample, between = np.divmod(here, self.spread[axis])
+            meets = (between == 0) & (sample >= 0) & (sample < images.sizes[axis])
+            each.append((there[meets], sample[meets]))
+        outputs, samples = (
+            tuple(np.meshgrid(*some, indexing="ij")) for some in zip(*each, strict=True)
+        )
+        return (
+            np.ravel_multi_index(outputs, images.outputs).reshape(-1),
+            np.ravel_multi_index(samples, images.sizes).reshape(-1),
+        )
 
 
 Map = Matrix | Convolution

@@ -47,8 +47,8 @@ def lipschitz_bound(
         Lipschitz constants that you know of functions under ``jax.jit``, by the names of the
         functions: the walk does not look into these.
     eclipse : bool
-        Whether to compute the bound by quadratic forms too, for a chain of dense layers of at most
-        2048 elements of a sample: see `spectral_core.chain_bound`.
+        Whether to compute the bound by quadratic forms too, for a chain of layers of at most 2048
+        elements of a sample: see `spectral_core.chain_bound`.
     max_iter : int
         Products with the Jacobian at the example for the lower bound. With 0 there is none.
     tol : float

@@ -170,6 +170,69 @@ def test_transposed_and_dilated_convolutions():
     check(lambda x: lax.conv_general_dilated(x, W, (2, 2), pad, (2, 2), None, numbers), x)
 
 
+SPECS = [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW"), ("NCHW", "HWIO", "NWHC")]
+
+
+@settings(max_examples=25)
+@given(
+    st.tuples(st.integers(2, 6), st.integers(2, 6)),
+    st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    st.tuples(st.tuples(st.integers(-1, 3), st.integers(0, 3)), st.just((2, 2))),
+    st.sampled_from([((1, 1), (1, 1)), ((2, 1), (1, 1)), ((1, 1), (2, 1)), ((2, 3), (1, 2))]),
+    st.sampled_from([1, 2, 3]),
+    st.sampled_from(SPECS),
+    st.integers(0, 99),
+)
+def test_chain_bound_of_one_convolution_is_its_norm(
+    sizes, taps, strides, padding, dilations, groups, spec, seed
+):
+    spread, dilation = dilations
+    shapes = {
+        "NHWC": (1, *sizes, 2 * groups),
+        "NCHW": (1, 2 * groups, *sizes),
+        "HWIO": (*taps, 2, 3 * groups),
+        "OIHW": (3 * groups, 2, *taps),
+    }
+    x, W = normal(seed, *shapes[spec[0]]), normal(seed + 1, *shapes[spec[1]])
+
+    def fn(x):
+        arguments = padding, spread, dilation, spec, groups
+        return lax.conv_general_dilated(x, W, strides, *arguments)
+
+    if 0 in jax.eval_shape(fn, x).shape:
+        return
+    found = check(fn, x, points=1)
+    norm = jacobian_norm(jax.jacfwd(lambda y: fn(y).reshape(-1)), x)
+    if norm > 0:
+        assert found.log10_eclipse == pytest.approx(np.log10(norm), abs=1e-9)
+
+
+def test_network_of_convolutions_is_a_chain():
+    kernels = normal(0, 3, 3, 1, 3) / 3, normal(1, 3, 3, 3, 4) / 5
+    scale, bias, W = normal(2, 3), normal(3, 4), normal(4, 36, 5) / 6
+
+    def fn(x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        x = lax.conv_general_dilated(x, kernels[0], (1, 1), "SAME", dimension_numbers=numbers)
+        x = nn.relu(x * scale)
+        x = lax.conv_general_dilated(x, kernels[1], (2, 2), "SAME", dimension_numbers=numbers)
+        return nn.relu(x + bias).reshape(len(x), -1) @ W
+
+    found = check(fn, normal(5, 1, 6, 6, 1))
+    assert found.log10_eclipse < found.log10_product - 0.1
+
+
+def test_samples_that_a_convolution_mixes_are_no_chain():
+    numbers = ("HWNC", "HWIO", "HWNC")
+    W = normal(0, 2, 2, 1, 1)
+    found = check(
+        lambda x: lax.conv_general_dilated(x, W, (1, 1), "SAME", dimension_numbers=numbers),
+        normal(1, 3, 3, 1, 1),
+    )
+    assert found.log10_eclipse is None
+
+
 def test_scale_of_channels_is_part_of_the_map():
     W, scale = jnp.diag(jnp.array([1.0, 100.0])), jnp.array([1.0, 0.01])
     assert lipschitz_bound(lambda x: (x @ W) * scale, jnp.ones((1, 2))).upper == pytest.approx(1)
