@@ -175,8 +175,11 @@ def scale(w: Walk, params: Params, shape: Shape, x: Operand, y: Operand) -> Valu
     upper = in_series([w.gain(value), _repeats(value, shape), log10_up(largest)])
     if largest != 1:
         w.ledger.layer(w.label, w.name, 0.0, largest)
-    if number.size == 1 and w.name == "mul":
-        return Value(upper, *w.chained(value, shape, slopes=(float(number.reshape(())),) * 2))
+    one = float(number.flat[0]) if number.size else 0.0
+    if (number == one).all() and value.shape == shape:
+        # 1/c is rounded.
+        ends = np.nextafter(one, (-np.inf, np.inf)).tolist() if w.name == "div" else (one, one)
+        return Value(upper, *w.chained(value, shape, slopes=(ends[0], ends[1])))
     return Value(upper)
 
 
@@ -341,8 +344,16 @@ def pool_largest(w: Walk, params: Params, shape: Shape, x: Operand) -> Value:
 
 @gain("reduce_window_sum")
 def pool_sum(w: Walk, params: Params, shape: Shape, x: Operand) -> Value:
-    """Add the samples of each window."""
-    return w.grown(x, shape, window_sums(*_window(params)))
+    """Add the samples of each window: a convolution of one channel with ones."""
+    window, stride, dilation = _window(params)
+    first, *padding = params["padding"]
+    order = tuple(range(len(shape)))
+    images = Images(x.shape[1:], tuple(shape[1:]), tuple(padding), order, order)
+    ones, spread = np.ones((1, 1, *window[1:])), (1,) * len(padding)
+    map = Convolution(ones, None, stride[1:], dilation[1:], 1, spread, images)
+    by_sample = window[0] == stride[0] == 1 and tuple(first) == (0, 0)
+    bounds = window_sums(window, stride, dilation)
+    return w.grown(x, shape, bounds, map.dense if by_sample else None)
 
 
 def _window(params: Params) -> tuple[Any, Any, Any]:

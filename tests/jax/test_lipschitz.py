@@ -216,11 +216,29 @@ def test_network_of_convolutions_is_a_chain():
         numbers = ("NHWC", "HWIO", "NHWC")
         x = lax.conv_general_dilated(x, kernels[0], (1, 1), "SAME", dimension_numbers=numbers)
         x = nn.relu(x * scale)
-        x = lax.conv_general_dilated(x, kernels[1], (2, 2), "SAME", dimension_numbers=numbers)
-        return nn.relu(x + bias).reshape(len(x), -1) @ W
+        x = lax.conv_general_dilated(x, kernels[1], (1, 1), "SAME", dimension_numbers=numbers)
+        x = lax.reduce_window(nn.relu(x + bias), 0.0, lax.add, (1, 3, 2, 1), (1, 2, 2, 1), "SAME")
+        return (x / 6).reshape(len(x), -1) @ W
 
     found = check(fn, normal(5, 1, 6, 6, 1))
     assert found.log10_eclipse < found.log10_product - 0.1
+
+
+@settings(max_examples=15)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 2)),
+    st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 2)),
+    st.integers(1, 2),
+)
+def test_chain_bound_of_sums_over_windows_is_their_norm(window, strides, dilation):
+    def fn(x):
+        pads = [(0, 0), (1, 1), (0, 2), (0, 0)]
+        arguments = (1, *window), (1, *strides), pads, None, (1, dilation, 1, 1)
+        return lax.reduce_window(x, 0.0, lax.add, *arguments)
+
+    x = normal(0, 1, 6, 5, 2)
+    norm = jacobian_norm(jax.jacfwd(lambda y: fn(y).reshape(-1)), x)
+    assert check(fn, x, points=1).log10_eclipse == pytest.approx(np.log10(norm), abs=1e-9)
 
 
 def test_samples_that_a_convolution_mixes_are_no_chain():
