@@ -20,7 +20,7 @@ from .errors import ArgumentError, DTypeError, SpectralWarning, check_int, liste
 FLATTENED, OPERATOR = "flattened", "operator"
 """The norms that ``norm`` can name: of a weight's matrix, and of a convolution as a map."""
 
-WAVES = 12  # waves that are followed for each matrix
+WAVES = 14  # waves that are followed for each matrix
 
 Host: TypeAlias = np.ndarray[Any, Any]
 
