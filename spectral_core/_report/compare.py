@@ -21,10 +21,11 @@ from .files import short
 from .intruders import Similarity, similarity_of, similarity_of_large
 from .layouts import Choice, check_patterns, layout_of
 from .live import blamed, listed, name_of
-from .matrix import MOST_PROVEN, Decode, Numbers, measure
+from .matrix import MOST_PROVEN, Numbers, measure
 from .run import Layouts, Progress
 from .scales import matrices_of, with_scales
 from .texts import finite
+from .tiling import Decode
 
 _MOST_ELEMENTS = 2**28  # of a matrix whose vectors are computed: 1 GB in float32
 _UNIT = 2.0**-53

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spectral_core._report import matrix as module
+from spectral_core._report import tiling
 from spectral_core._report.matrix import measure
 
 
@@ -14,8 +15,8 @@ def any_route(request, monkeypatch):
     """Measure by the factorization, or by Lanczos steps in tiles that are decoded each time."""
     if request.param:
         monkeypatch.setattr(module, "MOST_PROVEN", 0)
-        monkeypatch.setattr(module, "_TILE", 64)
-        monkeypatch.setattr(module, "_KEPT", 0)
+        monkeypatch.setattr(tiling, "_TILE", 64)
+        monkeypatch.setattr(tiling, "_KEPT", 0)
 
 
 @given(
@@ -77,8 +78,8 @@ def test_bounds_of_a_large_matrix_can_be_proven(monkeypatch):
 
 def test_a_large_matrix_is_decoded_in_parts(monkeypatch):
     monkeypatch.setattr(module, "MOST_PROVEN", 0)
-    monkeypatch.setattr(module, "_KEPT", 0)
-    monkeypatch.setattr(module, "_TILE", 1000)
+    monkeypatch.setattr(tiling, "_KEPT", 0)
+    monkeypatch.setattr(tiling, "_TILE", 1000)
     sizes = []
 
     def decode(x):
