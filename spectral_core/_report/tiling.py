@@ -144,12 +144,14 @@ class Tiles:
         for tile in self:
             size = np.abs(tile)
             rows = size.sum(axis=1)
+            top = size.max()
             if not np.isfinite(rows).all():
                 nonfinite += int(size.size - np.isfinite(tile).sum())
+                top = np.fmax.reduce(size, axis=None)  # of the others than NaN
             zeros += int(size.size - np.count_nonzero(size))
             dead += int((rows == 0).sum())
             columns += size.sum(axis=0)
-            longest, largest = max(longest, float(rows.max())), max(largest, float(size.max()))
+            longest, largest = max(longest, float(rows.max())), max(largest, float(top))
             lengths.append(_length(size))
         self.scale(largest)
         return Sums(

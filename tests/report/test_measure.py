@@ -54,7 +54,14 @@ def test_counts(any_route):
     found = measure(W, lambda x: x)
     assert found.nonfinite == 2
     assert np.isnan([found.sigma, found.lower, found.upper]).all()
+    assert found.largest == np.inf
     assert measure(np.zeros((3, 2)), lambda x: x)[:4] == (0.0, 0.0, 0.0, "proven")
+
+
+@pytest.mark.parametrize("W", [[[3.0, -4.0], [np.nan, 2.0]], [[np.nan, -4.0], [np.nan, 2.0]]])
+def test_largest_beside_nan(any_route, W):
+    assert measure(np.array(W), lambda x: x).largest == 4.0
+    assert measure(np.full((2, 2), np.nan), lambda x: x).largest == 0.0
 
 
 @pytest.mark.parametrize("proven", [False, True])
