@@ -15,6 +15,7 @@ import numpy as np
 from .._certificate import times_power_of_two
 from .._validate import check_number
 from ..errors import ArgumentError, check_int
+from .compiled import is_worth
 from .drift import Comparison, Drift
 from .entry import Checkpoint, CheckpointError, Stored, TensorEntry
 from .files import short
@@ -36,6 +37,7 @@ class _Options(NamedTuple):
     proven: bool
     n_vectors: int
     similarity: float
+    compiled: bool
 
 
 class _Found(NamedTuple):
@@ -126,7 +128,7 @@ def compared(
         )
     check_patterns(layouts or {}, {**own, **other})
     found = _Found([], {}, {})
-    options = _Options(layouts or {}, proven, n_vectors, float(similarity))
+    options = _Options(layouts or {}, proven, n_vectors, float(similarity), is_worth(common))
     for entry in progress(common):
         with blamed(f"{name_of(before)} or {name_of(after)}", entry):
             _add(entry, other[entry.name], first, options, found)
@@ -181,7 +183,7 @@ def _add(
 def _row(name: str, entry: TensorEntry, choice: Choice, pair: _Pair, options: _Options) -> Drift:
     """Return the row of a matrix."""
     before, after = (
-        measure(x, decode, proven=options.proven)
+        measure(x, decode, proven=options.proven, compiled=options.compiled)
         for x, decode in zip(pair[:2], pair.decode, strict=True)
     )
     change = _measured(pair, proven=options.proven)

@@ -23,6 +23,7 @@ from .._certificate import (
 from .._density import quadrature, smoothed
 from .._interval import enclosure, ritz_values
 from .._power import start_vector
+from .compiled import tiles_of
 from .entry import Stored
 from .tiling import Decode, Matrix, Sums, Tiles
 
@@ -62,7 +63,12 @@ class Numbers(NamedTuple):
 
 
 def measure(
-    matrix: Matrix, decode: Decode, *, proven: bool = False, spectrum: bool = False
+    matrix: Matrix,
+    decode: Decode,
+    *,
+    proven: bool = False,
+    spectrum: bool = False,
+    compiled: bool = False,
 ) -> Numbers:
     """Measure a matrix of stored numbers.
 
@@ -77,6 +83,9 @@ def measure(
         for the whole matrix in float64.
     spectrum : bool
         True for all singular values, or for the density of those of a large matrix.
+    compiled : bool
+        True to use Numba where it is installed and knows the stored numbers. The last digits may
+        differ.
 
     Returns
     -------
@@ -90,7 +99,7 @@ def measure(
     >>> round(found.sigma, 12), round(found.ratio, 12), found.frobenius, found.dead_rows
     (4.0, 0.75, 5.0, 1)
     """
-    tiles = Tiles(matrix, decode)
+    tiles = tiles_of(matrix, decode, compiled=compiled)
     sums = tiles.sums()
     wide = matrix.shape[0] < matrix.shape[1]
     dead_rows, dead_columns = sums.dead[::-1] if wide else sums.dead

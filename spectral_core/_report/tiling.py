@@ -22,8 +22,8 @@ _TILE = 1 << 17
 _KEPT = 24 * 2**20  # elements that are kept decoded, 192 MB
 # Threads share a product by parts of the rows. Their number is fixed, and their results are added
 # in order, so that the last digits do not depend on the number of cores.
-_PARTS = 16
-_SERIAL = 2**20  # elements up to which threads cost more than they save
+PARTS = 16
+SERIAL = 2**20  # elements up to which threads cost more than they save
 _EPS = 2.0**-52
 _FAR = 200  # exponent of the largest element from which squares could leave float64
 
@@ -95,7 +95,7 @@ class Tiles:
     def _parts(self) -> list[range]:
         """Return the first rows of all tiles, in parts that threads can share."""
         starts = range(0, self.shape[0], self._rows)
-        cuts = [len(starts) * i // _PARTS for i in range(_PARTS + 1)]
+        cuts = [len(starts) * i // PARTS for i in range(PARTS + 1)]
         return [starts[a:b] for a, b in pairwise(cuts)]
 
     def _part(self, starts: range, x: Stored) -> Stored:
@@ -116,15 +116,19 @@ class Tiles:
     def _scaled(self, value: float) -> float:
         return ldexp(value, -self.exponent) if self.exponent else value
 
+    def _product(self, row: float, column: float) -> float:
+        """Return the product of the largest sum over a row and over a column, or a little more."""
+        return self._scaled(row) * self._scaled(column) * (1 + 8 * sum(self.shape) * _EPS)
+
     def whole(self) -> Stored:
         """Return the matrix in memory."""
         return np.concatenate(list(self), axis=0)
 
     def gram(self, x: Stored) -> Stored:
         """Return WᴴW·x, or that of each row of x. NumPy releases the lock of Python in it."""
-        if self._stored.size <= _SERIAL:
+        if self._stored.size <= SERIAL:
             return self._gram(iter(self), x)
-        with ThreadPoolExecutor(_cores()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             found = list(pool.map(lambda starts: self._part(starts, x), self._parts()))
         return np.sum(found, axis=0)
 
@@ -157,21 +161,24 @@ class Tiles:
         return Sums(
             largest,
             nan if nonfinite else _length(np.array(lengths)),
-            self._scaled(longest)
-            * self._scaled(float(columns.max()))
-            * (1 + 8 * sum(self.shape) * _EPS),
+            self._product(longest, float(columns.max())),
             zeros,
             nonfinite,
             (dead, int((columns == 0).sum())),
         )
 
 
-def _cores() -> int:
+def cores() -> int:
     """Return the number of cores that this process may use."""
     try:
-        return min(_PARTS, len(os.sched_getaffinity(0)))
+        return min(PARTS, len(os.sched_getaffinity(0)))
     except AttributeError:  # not on every system
-        return min(_PARTS, os.cpu_count() or 1)
+        return min(PARTS, os.cpu_count() or 1)
+
+
+def squares_fit(largest: float) -> bool:
+    """Return True if the squares of numbers up to the largest stay in the range of float64."""
+    return 2.0**-_FAR < largest < 2.0**_FAR
 
 
 def _length(size: Stored) -> float:
@@ -179,7 +186,7 @@ def _length(size: Stored) -> float:
     largest = float(size.max())
     if not 0 < largest < inf:
         return largest
-    if 2.0**-_FAR < largest < 2.0**_FAR:
+    if squares_fit(largest):
         return _root_of_squares(size)
     return largest * _root_of_squares(size / largest)
 

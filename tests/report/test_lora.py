@@ -39,7 +39,7 @@ def assert_holds(row, exact):
 def test_weight_with_its_update(monkeypatch, large, wide):
     if large:
         monkeypatch.setattr(module, "MOST_PROVEN", 0)
-        for name, value in (("_KEPT", 0), ("_TILE", 64), ("_SERIAL", 0)):
+        for name, value in (("_KEPT", 0), ("_TILE", 64), ("SERIAL", 0)):
             monkeypatch.setattr(tiling, name, value)
     weight, up, down = (W.T, A.T, B.T) if wide else (W, B, A)
     adapter = {f"{Q}.lora_A.weight": down, f"{Q}.lora_B.weight": up}
@@ -160,7 +160,7 @@ def test_a_base_without_an_update_is_an_error(options, flags):
 
 def test_options_reach_weights_with_updates(monkeypatch):
     monkeypatch.setattr(module, "MOST_PROVEN", 0)
-    for name in ("_KEPT", "_SERIAL"):
+    for name in ("_KEPT", "SERIAL"):
         monkeypatch.setattr(tiling, name, 0)
     found = sc.report(ADAPTER, base=BASE, lora_scale=2.0, proven=True, spectrum=True)
     row = found[f"{Q} (W + s·B·A)"]

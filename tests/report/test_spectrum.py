@@ -27,7 +27,7 @@ def test_all_values_of_a_small_matrix(exponent, is_complex):
 @pytest.mark.parametrize("exponent", [0, 900])
 def test_density_of_a_large_matrix(monkeypatch, exponent):
     monkeypatch.setattr(module, "MOST_VALUES", 0)
-    for name in ("_KEPT", "_SERIAL"):  # in threads, decoded in each product
+    for name in ("_KEPT", "SERIAL"):  # in threads, decoded in each product
         monkeypatch.setattr(tiling, name, 0)
     W = np.random.default_rng(3).standard_normal((300, 500)) * 2.0**exponent
     found = measure(W, np.asarray, spectrum=True).spectrum
@@ -44,11 +44,11 @@ def test_threads_do_not_change_a_product(monkeypatch):
     monkeypatch.setattr(tiling, "_TILE", 900)
     X = np.random.default_rng(4).standard_normal((3, 90))
     plain = tiling.Tiles(W, np.asarray).gram(X)
-    monkeypatch.setattr(tiling, "_SERIAL", 0)
+    monkeypatch.setattr(tiling, "SERIAL", 0)
     found = []
     for kept, cores in ((0, 1), (0, 3), (10**6, 3)):
         monkeypatch.setattr(tiling, "_KEPT", kept)
-        monkeypatch.setattr(tiling, "_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(tiling, "cores", lambda cores=cores: cores)
         tiles = tiling.Tiles(W, np.asarray)
         list(tiles)  # which keeps them, where they fit
         found.append(tiles.gram(X))
