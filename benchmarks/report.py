@@ -70,6 +70,7 @@ def write_checkpoint(path: Path, tensors: dict[str, tuple[int, int]]) -> None:
         }
         place += 2 * m * n
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # as the format's own writer does: numbers are aligned
     rng = np.random.default_rng(0)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

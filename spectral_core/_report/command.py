@@ -15,6 +15,7 @@ from pathlib import Path
 from .._layout import Layout
 from ..errors import SpectralError
 from .compare import compared
+from .compiled import advice
 from .drift import Comparison
 from .entry import TensorEntry
 from .hdf5 import needed
@@ -284,7 +285,12 @@ def _one_line(error: object) -> str:
 
 
 def _progress(entries: Sequence[TensorEntry]) -> Iterator[TensorEntry]:
-    """Show a progress bar on the error stream, where that is a terminal and rich is installed."""
+    """Show a progress bar on the error stream, where that is a terminal and rich is installed.
+
+    First say what would be faster: the user can still stop and install it.
+    """
+    if text := advice(entries):
+        print(f"spectral-report: {text}", file=sys.stderr)
     if not sys.stderr.isatty() or find_spec("rich") is None:
         yield from entries
         return

@@ -16,16 +16,18 @@ from .._certificate import times_power_of_two
 from .._select import numbered
 from .._validate import check_number
 from ..errors import ArgumentError, check_int
+from .compiled import is_worth
 from .drift import Comparison, Drift
 from .entry import Checkpoint, CheckpointError, Stored, TensorEntry
 from .files import short
 from .intruders import Similarity, similarity_of, similarity_of_large
 from .layouts import Choice, check_patterns, layout_of
 from .live import blamed, listed, name_of
-from .matrix import MOST_PROVEN, Decode, Numbers, measure
+from .matrix import MOST_PROVEN, Numbers, measure
 from .run import Layouts, Progress
 from .scales import matrices_of, with_scales
 from .texts import finite
+from .tiling import Decode
 
 _MOST_ELEMENTS = 2**28  # of a matrix whose vectors are computed: 1 GB in float32
 _UNIT = 2.0**-53
@@ -36,6 +38,7 @@ class _Options(NamedTuple):
     proven: bool
     n_vectors: int
     similarity: float
+    compiled: bool
 
 
 class _Found(NamedTuple):
@@ -127,9 +130,10 @@ def compared(
     entries = (*own.values(), *other.values())
     check_patterns(layouts or {}, {entry.name: entry for entry in entries})
     found = _Found([], {}, {})
-    options = _Options(layouts or {}, proven, n_vectors, float(similarity))
+    shared = [own[name] for name in common]
+    options = _Options(layouts or {}, proven, n_vectors, float(similarity), is_worth(shared))
     both = f"{name_of(before)} or {name_of(after)}"
-    for name, entry in zip(common, progress([own[name] for name in common]), strict=True):
+    for name, entry in zip(common, progress(shared), strict=True):
         with blamed(both, entry):
             _add(name, entry, other[name], first, options, found)
     return Comparison(
@@ -194,7 +198,7 @@ def _add(
 def _row(name: str, entry: TensorEntry, choice: Choice, pair: _Pair, options: _Options) -> Drift:
     """Return the row of a matrix."""
     before, after = (
-        measure(x, decode, proven=options.proven)
+        measure(x, decode, proven=options.proven, compiled=options.compiled)
         for x, decode in zip(pair[:2], pair.decode, strict=True)
     )
     change = _measured(pair, proven=options.proven)

@@ -21,10 +21,11 @@ from .adapters import read_beside, read_config
 from .entry import CheckpointError, Stored, TensorEntry
 from .layouts import Choice
 from .lora import product_bounds
-from .matrix import Decode, measure
+from .matrix import measure
 from .result import HeadNorms
 from .scales import matrices_of
 from .texts import finite
+from .tiling import Decode
 
 CONFIG = "config.json"
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads")

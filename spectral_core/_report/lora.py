@@ -22,12 +22,13 @@ from .adapters import Pair, Scale
 from .entry import CheckpointError, Stored, TensorEntry
 from .files import short
 from .layouts import Choice
-from .matrix import Decode, Numbers, measure
+from .matrix import Numbers, measure
 from .numbers import stored_dtype, widened
 from .result import Row
 from .rows import row_of
 from .scales import matrices_of
 from .texts import finite
+from .tiling import Decode
 
 # PEFT, and the names of kohya's scripts. The first factor maps inputs to the rank.
 _DOWN = re.compile(r"\.(lora_A|lora_down|lora_embedding_A)(\.\w+)?\.weight$|\.(lora_\w*A)(\.\w+)?$")

@@ -81,12 +81,12 @@ class Widening:
     """
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.name = name
         self._rooms: list[dict[str, Stored]] = []
 
     def __call__(self, stored: Stored) -> Stored:
         """Return the numbers of a tile in new memory."""
-        return widened(stored, self._name)
+        return widened(stored, self.name)
 
     @contextmanager
     def reused(self) -> Iterator[Callable[[Stored], Stored]]:
@@ -99,7 +99,7 @@ class Widening:
         self._rooms.append(room)
 
     def _into(self, stored: Stored, room: dict[str, Stored]) -> Stored:
-        if self._name not in ("bfloat16", "float32", "float16") or stored.ndim != 2:
+        if self.name not in ("bfloat16", "float32", "float16") or stored.ndim != 2:
             return self(stored)
         found = _place(room, "numbers", np.float64, stored)
         with np.errstate(invalid="ignore"):  # signaling NaN

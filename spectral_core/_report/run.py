@@ -14,6 +14,7 @@ from .._convolution import convolution_norm
 from .._layout import Layout
 from .._plan import letters_of
 from .adapters import CONFIG, Scale, read_beside
+from .compiled import is_worth
 from .entry import Checkpoint, TensorEntry
 from .heads import Heads, check_attention, head_norms
 from .layouts import Choice, check_patterns, layout_of
@@ -42,6 +43,7 @@ class Options(NamedTuple):
     proven: bool
     convolutions: bool
     spectrum: bool
+    compiled: bool
 
 
 # What is beyond float64 has None in its row: a warning of NumPy would say no more.
@@ -64,10 +66,10 @@ def report_of(
     rows: list[Row] = []
     skipped: dict[str, str] = {}
     broken: dict[str, int] = {}
-    options = Options(layouts or {}, proven, convolutions, spectrum)
     scale = Scale(lora_scale, read_beside(source, CONFIG))
     attention = Heads.of(source, heads, config)
     entries = with_scales(checkpoint.entries)
+    options = Options(layouts or {}, proven, convolutions, spectrum, is_worth(entries))
     check_attention(entries, attention)
     check_pairs(entries, scale, base)
     others = None if base is None else _base(base, options)
@@ -132,7 +134,11 @@ def _add(
     for index in np.ndindex(*matrices.shape[:-2]):
         name = entry.name + "".join(f"[{i}]" for i in index)
         found[name] = measure(
-            matrices[index], decode, proven=options.proven, spectrum=options.spectrum
+            matrices[index],
+            decode,
+            proven=options.proven,
+            spectrum=options.spectrum,
+            compiled=options.compiled,
         )
     norm = _convolution(entry, layout) if options.convolutions else (None, None, "")
     m, n = matrices.shape[-2:]

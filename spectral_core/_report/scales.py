@@ -17,8 +17,8 @@ import numpy as np
 from .._layout import Layout, as_matrix
 from .entry import CheckpointError, Stored, TensorEntry
 from .files import short
-from .matrix import Decode
 from .numbers import Widening, widened
+from .tiling import Decode
 
 _SUFFIXES = ("_scale_inv", "_scale")
 _BLOCK = 128  # of each axis, where the number of blocks fits it

@@ -9,6 +9,7 @@ def test_checkpoint_is_what_is_measured(tmp_path, monkeypatch):
     tensors = {"a.weight": (700, 20), "b.weight": (20, 30)}
     path = tmp_path / "model.safetensors"
     report.write_checkpoint(path, tensors)
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0  # numbers are aligned
     found = report.of_report(str(path))
     assert found["matrices"] == 2
     assert found["largest_gap"] >= 0

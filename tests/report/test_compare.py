@@ -14,7 +14,7 @@ import spectral_core as sc
 from checkpoints import safetensors
 from spectral_core._density import quadratures
 from spectral_core._report import compare as module
-from spectral_core._report import intruders
+from spectral_core._report import intruders, tiling
 from spectral_core._report import matrix as matrix_module
 from spectral_core._report.command import _show_rich, main
 from spectral_core._report.intruders import similarity_of, similarity_of_large
@@ -29,8 +29,8 @@ def any_route(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(module, "MOST_PROVEN", 0)
         monkeypatch.setattr(matrix_module, "MOST_PROVEN", 0)
-        monkeypatch.setattr(matrix_module, "_TILE", 64)
-        monkeypatch.setattr(matrix_module, "_KEPT", 0)
+        monkeypatch.setattr(tiling, "_TILE", 64)
+        monkeypatch.setattr(tiling, "_KEPT", 0)
     return request.param
 
 

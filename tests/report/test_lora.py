@@ -8,6 +8,7 @@ import pytest
 import spectral_core as sc
 from checkpoints import bfloat16, safetensors
 from spectral_core._report import matrix as module
+from spectral_core._report import tiling
 from spectral_core._report.command import main
 
 rng = np.random.default_rng(13)
@@ -37,8 +38,9 @@ def assert_holds(row, exact):
 @pytest.mark.parametrize("wide", [False, True])
 def test_weight_with_its_update(monkeypatch, large, wide):
     if large:
-        for name, value in (("MOST_PROVEN", 0), ("_KEPT", 0), ("_TILE", 64), ("_SERIAL", 0)):
-            monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(module, "MOST_PROVEN", 0)
+        for name, value in (("_KEPT", 0), ("_TILE", 64), ("SERIAL", 0)):
+            monkeypatch.setattr(tiling, name, value)
     weight, up, down = (W.T, A.T, B.T) if wide else (W, B, A)
     adapter = {f"{Q}.lora_A.weight": down, f"{Q}.lora_B.weight": up}
     base = {"model.layers.0.self_attn.q_proj.weight": weight}
@@ -157,8 +159,9 @@ def test_a_base_without_an_update_is_an_error(options, flags):
 
 
 def test_options_reach_weights_with_updates(monkeypatch):
-    for name in ("MOST_PROVEN", "_KEPT", "_SERIAL"):
-        monkeypatch.setattr(module, name, 0)
+    monkeypatch.setattr(module, "MOST_PROVEN", 0)
+    for name in ("_KEPT", "SERIAL"):
+        monkeypatch.setattr(tiling, name, 0)
     found = sc.report(ADAPTER, base=BASE, lora_scale=2.0, proven=True, spectrum=True)
     row = found[f"{Q} (W + s·B·A)"]
     assert row.method == "proven"

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spectral_core._report import matrix as module
+from spectral_core._report import tiling
 from spectral_core._report.matrix import measure
 
 
@@ -14,8 +15,8 @@ def any_route(request, monkeypatch):
     """Measure by the factorization, or by Lanczos steps in tiles that are decoded each time."""
     if request.param:
         monkeypatch.setattr(module, "MOST_PROVEN", 0)
-        monkeypatch.setattr(module, "_TILE", 64)
-        monkeypatch.setattr(module, "_KEPT", 0)
+        monkeypatch.setattr(tiling, "_TILE", 64)
+        monkeypatch.setattr(tiling, "_KEPT", 0)
 
 
 @given(
@@ -53,7 +54,14 @@ def test_counts(any_route):
     found = measure(W, lambda x: x)
     assert found.nonfinite == 2
     assert np.isnan([found.sigma, found.lower, found.upper]).all()
+    assert found.largest == np.inf
     assert measure(np.zeros((3, 2)), lambda x: x)[:4] == (0.0, 0.0, 0.0, "proven")
+
+
+@pytest.mark.parametrize("W", [[[3.0, -4.0], [np.nan, 2.0]], [[np.nan, -4.0], [np.nan, 2.0]]])
+def test_largest_beside_nan(any_route, W):
+    assert measure(np.array(W), lambda x: x).largest == 4.0
+    assert measure(np.full((2, 2), np.nan), lambda x: x).largest == 0.0
 
 
 @pytest.mark.parametrize("proven", [False, True])
@@ -77,8 +85,8 @@ def test_bounds_of_a_large_matrix_can_be_proven(monkeypatch):
 
 def test_a_large_matrix_is_decoded_in_parts(monkeypatch):
     monkeypatch.setattr(module, "MOST_PROVEN", 0)
-    monkeypatch.setattr(module, "_KEPT", 0)
-    monkeypatch.setattr(module, "_TILE", 1000)
+    monkeypatch.setattr(tiling, "_KEPT", 0)
+    monkeypatch.setattr(tiling, "_TILE", 1000)
     sizes = []
 
     def decode(x):

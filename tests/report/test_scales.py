@@ -5,7 +5,7 @@ import pytest
 
 import spectral_core as sc
 from checkpoints import safetensors
-from spectral_core._report import matrix as module
+from spectral_core._report import tiling as module
 from spectral_core._report.numbers import widened
 
 rng = np.random.default_rng(7)

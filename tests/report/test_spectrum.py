@@ -7,6 +7,7 @@ import pytest
 
 import spectral_core as sc
 from spectral_core._report import matrix as module
+from spectral_core._report import tiling
 from spectral_core._report.command import main
 from spectral_core._report.matrix import measure
 from spectral_core._report.numbers import Widening, stored_dtype
@@ -25,8 +26,9 @@ def test_all_values_of_a_small_matrix(exponent, is_complex):
 
 @pytest.mark.parametrize("exponent", [0, 900])
 def test_density_of_a_large_matrix(monkeypatch, exponent):
-    for name in ("MOST_VALUES", "_KEPT", "_SERIAL"):  # in threads, decoded in each product
-        monkeypatch.setattr(module, name, 0)
+    monkeypatch.setattr(module, "MOST_VALUES", 0)
+    for name in ("_KEPT", "SERIAL"):  # in threads, decoded in each product
+        monkeypatch.setattr(tiling, name, 0)
     W = np.random.default_rng(3).standard_normal((300, 500)) * 2.0**exponent
     found = measure(W, np.asarray, spectrum=True).spectrum
     values, density = (np.array(found[key]) for key in ("values", "density"))
@@ -39,15 +41,15 @@ def test_density_of_a_large_matrix(monkeypatch, exponent):
 
 def test_threads_do_not_change_a_product(monkeypatch):
     W = np.random.default_rng(3).standard_normal((400, 90))
-    monkeypatch.setattr(module, "_TILE", 900)
+    monkeypatch.setattr(tiling, "_TILE", 900)
     X = np.random.default_rng(4).standard_normal((3, 90))
-    plain = module._Tiles(W, np.asarray).gram(X)
-    monkeypatch.setattr(module, "_SERIAL", 0)
+    plain = tiling.Tiles(W, np.asarray).gram(X)
+    monkeypatch.setattr(tiling, "SERIAL", 0)
     found = []
     for kept, cores in ((0, 1), (0, 3), (10**6, 3)):
-        monkeypatch.setattr(module, "_KEPT", kept)
-        monkeypatch.setattr(module, "_cores", lambda cores=cores: cores)
-        tiles = module._Tiles(W, np.asarray)
+        monkeypatch.setattr(tiling, "_KEPT", kept)
+        monkeypatch.setattr(tiling, "cores", lambda cores=cores: cores)
+        tiles = tiling.Tiles(W, np.asarray)
         list(tiles)  # which keeps them, where they fit
         found.append(tiles.gram(X))
     np.testing.assert_array_equal(found[0], found[1])
