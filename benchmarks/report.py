@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -139,9 +141,12 @@ def widened(stored: Any) -> Any:
     return bits.view(np.float32)
 
 
-def alone(action: Any, *arguments: Any) -> Any:
-    """Run a function in a new process."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+def alone(action: Any, *arguments: Any, **environment: str) -> Any:
+    """Run a function in a new process, with some more variables of the environment."""
+    with (
+        patch.dict(os.environ, environment),
+        ProcessPoolExecutor(1, get_context("spawn")) as pool,
+    ):
         return pool.submit(action, *arguments).result()
 
 
@@ -153,9 +158,11 @@ def checkpoint(gigabytes: float) -> dict[str, Any]:
         write_checkpoint(path, tensors)
         size = path.stat().st_size / 1e9
         report = alone(of_report, str(path))
+        by_numpy = alone(of_report, str(path), NUMBA_DISABLE_JIT="1")
         yardstick = alone(of_yardstick, str(path), tensors)
     largest = max(2 * m * n for m, n in tensors.values()) / 1e6
-    return {"gb": size, "largest_mb": largest, "report": report, "yardstick": yardstick}
+    found = {"gb": size, "largest_mb": largest, "numba": find_spec("numba") is not None}
+    return found | {"report": report, "by_numpy": by_numpy, "yardstick": yardstick}
 
 
 # WeightWatcher
@@ -222,11 +229,17 @@ def page(folder: Path = RESULTS) -> str:
     """Return the tables of the time and memory, and of WeightWatcher."""
     result = read_json(folder / FILE)
     found = result["checkpoint"]
-    own, yard = found["report"], found["yardstick"]
+    own, by_numpy, yard = found["report"], found["by_numpy"], found["yardstick"]
     products = yard["times"] + yard["adjoint_times"]
     whole = yard["read"] + yard["decode"] + products
+    reports = {"report, NumPy alone": by_numpy}
+    if found["numba"]:
+        reports = {"report, with Numba": own} | reports
     rows = [
-        ["report", *in_seconds(own["seconds"], own["cpu_seconds"]), f"{own['peak_mb']:.0f} MB"],
+        *(
+            [name, *in_seconds(one["seconds"], one["cpu_seconds"]), f"{one['peak_mb']:.0f} MB"]
+            for name, one in reports.items()
+        ),
         [
             f"reading it, {PRODUCTS} products with W and Wᵀ each",
             *in_seconds(whole, yard["cpu_seconds"]),
