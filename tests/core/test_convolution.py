@@ -389,13 +389,13 @@ def test_float32_needs_no_more_frequencies(monkeypatch):
     """A peak that float32 cannot tell from the best one is climbed all the same."""
     pytest.importorskip("scipy")
     kernel = np.random.default_rng(0).standard_normal((200, 200, 3))
-    estimated, counts = _symbol._estimated_, []
+    tested, counts = _symbol._tested_, []
 
-    def counted(symbol, cells, *rest):
+    def counted(symbol, cells, *rest, **options):
         counts[-1] += len(cells)
-        return estimated(symbol, cells, *rest)
+        return tested(symbol, cells, *rest, **options)
 
-    monkeypatch.setattr(_symbol, "_estimated_", counted)
+    monkeypatch.setattr(_symbol, "_tested_", counted)
     for _ in range(2):
         counts.append(0)
         found = sc.convolution_norm(kernel, "oik", tol=1e-9)
