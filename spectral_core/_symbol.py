@@ -123,6 +123,11 @@ class Symbol:
         self.error = (rate + 4 * gamma(self.rows + 4, absolute)) * sums**0.5
 
     @property
+    def terms(self) -> int:
+        """The number of differences of two taps: terms of a Gram matrix."""
+        return len(self._differences)
+
+    @property
     def half_degrees(self) -> Host:
         """n_j = (k_j − 1)/2 of each axis."""
         return (np.array(self.sizes, float) - 1) / 2
@@ -202,10 +207,10 @@ class Symbol:
         """
         places = self.places - self.places.mean(axis=0)
         terms = np.exp(1j * (places @ frequency))[:, None] * products
-        inner = terms.conj() @ terms.T
-        sums = inner.sum(axis=0)
+        sums = terms @ terms.sum(axis=0).conj()
         slope = -2 * sums.imag @ places
-        curve = 2 * (places.T @ inner.real @ places - (places.T * sums.real) @ places)
+        first = terms.T @ places
+        curve = 2 * ((first.conj().T @ first).real - (places.T * sums.real) @ places)
         values, axes = np.linalg.eigh((curve + curve.T) / 2)
         # Along an axis of the wrong curvature, or of none, a step uphill. Rounding is no curvature.
         least = max(1e-3 * float(np.abs(values).max()), 1e-12 * abs(float(sums.real.sum())), 1e-300)
@@ -493,8 +498,11 @@ def _climbed(
 
 
 def _chunks(symbol: Symbol, cells: Cells) -> Iterator[tuple[int, Host]]:
-    """Yield the places of cells of one group, so many that their Gram matrices fit in memory."""
-    size = max(1, _CHUNK // symbol.rows**2)
+    """Yield the places of cells of one group, as many as fit in memory.
+
+    Each has a Gram matrix, and several numbers for each difference of two taps.
+    """
+    size = max(1, _CHUNK // max(symbol.rows**2, 8 * symbol.terms))
     for group in np.unique(cells.group):
         mine = np.flatnonzero(cells.group == group)
         for start in range(0, len(mine), size):
@@ -553,17 +561,16 @@ def _autocorrelation(taps: Host, places: Host) -> tuple[Host, Host]:
     Of d and −d only one is kept: R_{−d} is the adjoint of R_d.
     """
     groups, count, c, _ = taps.shape
-    span = tuple(int(size) + 1 for size in places.max(axis=0))
+    span = places.max(axis=0).astype(int) + 1
     offsets = np.array([*product(*(range(1 - n, n) for n in span))], int)
-    offsets = offsets[[tuple(one) >= (0,) * len(span) for one in offsets]]
-    index = {tuple(offset): i for i, offset in enumerate(offsets)}
+    offsets = offsets[len(offsets) // 2 :]  # in their order, −d comes before 0 where d comes after
+    digits = np.array([(2 * span[axis + 1 :] - 1).prod() for axis in range(len(span))])
+    ranks = (places @ digits).astype(int)  # of a difference: its place among the offsets
     found = np.zeros((groups, len(offsets), c, c), taps.dtype)
-    for t in range(count):
-        steps = (places - places[t]).astype(int)
-        later = [s for s in range(count) if tuple(steps[s]) in index]
-        targets = [index[tuple(steps[s])] for s in later]
-        found[:, targets] += taps[:, later] @ taps[:, t, None].conj().swapaxes(-1, -2)
-    found[:, index[(0,) * len(span)]] /= 2
+    for t in range(count):  # taps are in the order of their ranks: those from t on come later
+        adjoint = taps[:, t, None].conj().swapaxes(-1, -2)
+        found[:, ranks[t:] - ranks[t]] += taps[:, t:] @ adjoint
+    found[:, 0] /= 2
     return offsets.astype(float), found
 
 
