@@ -387,6 +387,22 @@ def _blas() -> Any:
         return None
 
 
+def last_pair(diagonal: Host, beside: Host, n: int) -> tuple[float, Host]:
+    """Return the largest eigenvalue of a tridiagonal matrix, and a unit eigenvector.
+
+    It belongs to a matrix of n rows. Of a large one, SciPy computes this pair alone. NumPy would
+    compute all, and wake its threads: see `times`.
+    """
+    if n >= _LARGE and _lapack() is not None:
+        solve, last = import_module("scipy.linalg").eigh_tridiagonal, (len(diagonal) - 1,) * 2
+        values, vectors = solve(diagonal, beside, select="i", select_range=last)
+    else:
+        T = np.diag(diagonal)
+        T[range(1, len(T)), range(len(T) - 1)] = beside
+        values, vectors = np.linalg.eigh(T)
+    return float(values[-1]), vectors[:, -1]
+
+
 def _factor_by_numpy(gram: Host, square: float) -> Host | None:
     """Return the same without SciPy.
 

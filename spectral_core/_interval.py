@@ -36,6 +36,7 @@ from ._certificate import (
     Host,
     close_bounds,
     from_norms,
+    last_pair,
     scaled_down,
     scaled_up,
     times,
@@ -333,14 +334,12 @@ def _top(gram: Host, x: Host, tol: float) -> Host:
         length = float(np.linalg.norm(y))
         is_last = k + 1 == most or length <= tol * diagonal[k]
         if is_last or k % _EACH == _EACH - 1:
-            T = np.diag(diagonal[: k + 1])
-            T[range(1, k + 1), range(k)] = beside[1 : k + 1]
-            values, vectors = np.linalg.eigh(T)
-            if is_last or length * abs(vectors[-1, -1]) <= tol * values[-1]:
+            value, vector = last_pair(diagonal[: k + 1], beside[1 : k + 1], len(gram))
+            if is_last or length * abs(vector[-1]) <= tol * value:
                 break
         beside[k + 1] = length
         x = y / y.dtype.type(length)
-    found = times(basis[: k + 1], vectors[:, -1].astype(gram.dtype), transposed=True)
+    found = times(basis[: k + 1], vector.astype(gram.dtype), transposed=True)
     return found / np.linalg.norm(found)
 
 
