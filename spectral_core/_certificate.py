@@ -28,8 +28,10 @@ Host: TypeAlias = np.ndarray[Any, Any]
 _MOST = 10**10
 _ROWS = 1024  # that are multiplied at a time
 _PANEL = 320  # columns of the Gram matrix that are multiplied at a time, not a power of two
+_CACHED = 2**16  # elements that are read several times
 _TILE = 128  # rows that are copied at a time
 _LARGE = 192  # rows from which SciPy's factorization pays
+_LARGE_NARROW = 96  # and in float32, for which it is imported to do many
 _UNIT = 2.0**-53
 
 
@@ -77,14 +79,30 @@ def from_norms(W: Array, estimate: float, xp: Namespace) -> Bounds:
     """
     m, n = W.shape
     unit = 4 * traits(W, xp, "W").eps * (m + n + 8)  # of a sum of sums, and of complex products
-    size = xp.abs(W)
-    if xp is np:  # each row by itself: one sum of all elements would round too often
-        frobenius = float(np.einsum("ij,ij->i", size, size).sum()) ** 0.5
+    if xp is np:
+        square, rows, columns = _sums(W)
     else:  # devices may round what products multiply
-        frobenius = float(xp.sum(xp.sum(size * size, axis=1), axis=0)) ** 0.5
-    rows, columns = (float(xp.max(xp.sum(size, axis=axis))) for axis in (1, 0))
+        size = xp.abs(W)
+        square = float(xp.sum(xp.sum(size * size, axis=1), axis=0))
+        rows, columns = (float(xp.max(xp.sum(size, axis=axis))) for axis in (1, 0))
+    frobenius = square**0.5
     least = min(frobenius, (rows * columns) ** 0.5)
     return Bounds(max(0.0, estimate - unit * frobenius), least * (1 + unit))
+
+
+def _sums(W: Host) -> tuple[float, float, float]:
+    """Return ‖W‖_F², and the largest sums of |W| over a row and over a column.
+
+    Some rows at a time stay in a cache. No element is added to more than m + n others.
+    """
+    square, rows, columns = 0.0, 0.0, np.zeros(W.shape[1], W.real.dtype)
+    step = max(1, _CACHED // W.shape[1])
+    for start in range(0, len(W), step):
+        size = np.abs(W[start : start + step])
+        square += float(np.einsum("ij,ij->i", size, size).sum())
+        rows = max(rows, float(size.sum(axis=1).max()))
+        columns += size.sum(axis=0)
+    return square, rows, float(columns.max())
 
 
 def close_bounds(host: Host, size: float, vectors: Callable[[Host], Iterable[Host]]) -> Bounds:
@@ -110,7 +128,8 @@ def close_bounds(host: Host, size: float, vectors: Callable[[Host], Iterable[Hos
     for v in vectors(gram.matrix):
         x = v.astype(W.dtype)
         lower = max(lower, _lower(W, x, size))
-        upper = _upper(gram, float((x.conj() @ gram.matrix @ x).real / (x.conj() @ x).real))
+        value = float((x.conj() @ times(gram.matrix, x)).real / (x.conj() @ x).real)
+        upper = _upper(gram, value)
         if upper < inf:
             return Bounds(lower - slack, upper + slack)
     upper = _upper(gram, float(np.linalg.eigvalsh(gram.matrix)[-1]))
@@ -134,7 +153,7 @@ def _lower(W: Host, v: Host, size: float) -> float:
     length = float(np.linalg.norm(v))
     if not 0 < length < np.inf:
         return 0.0
-    product = float(np.linalg.norm(W @ v)) * (1 - gamma(m + 2, W))
+    product = float(np.linalg.norm(times(W, v))) * (1 - gamma(m + 2, W))
     error = gamma(n, W) * size * length * (1 + gamma(n + 2, W))
     return max(0.0, (product - error) / length * (1 - gamma(n + 4, W)))
 
@@ -151,13 +170,21 @@ def _gram(W: Host, size: float) -> _Gram:
 
     A sum's rounding grows with its length, and decides how close the bounds are. So the rows are
     multiplied a thousand at a time: the products are added in a sum that is short.
+    """
+    parts = [W[start : start + _ROWS] for start in range(0, len(W), _ROWS)]
+    blas = _blas() if W.shape[1] >= _LARGE else None
+    total = _gram_by_numpy(parts) if blas is None else _gram_by_blas(parts, blas)
+    return _Gram(total, gamma(len(parts[0]) + len(parts), W) * size**2)
+
+
+def _gram_by_numpy(parts: list[Host]) -> Host:
+    """Return the sum of the parts' Gram matrices.
 
     One half of the matrix is multiplied and the other is copied, in panels: NumPy does so itself
     for a product with the adjoint, but one element at a time. Rows are not a power of two apart.
     """
-    n = W.shape[1]
-    parts = [W[start : start + _ROWS] for start in range(0, len(W), _ROWS)]
-    total = np.empty((n, n + 8), W.dtype)[:, :n]
+    n = parts[0].shape[1]
+    total = np.empty((n, n + 8), parts[0].dtype)[:, :n]
     for start in range(0, n, _PANEL):
         stop = min(start + _PANEL, n)
         panel = parts[0][:, start:stop].conj().T @ parts[0][:, :stop]
@@ -165,7 +192,45 @@ def _gram(W: Host, size: float) -> _Gram:
             panel += part[:, start:stop].conj().T @ part[:, :stop]
         total[start:stop, :stop] = panel
         total[:start, start:stop] = panel[:, :start].conj().T
-    return _Gram(total, gamma(len(parts[0]) + len(parts), W) * size**2)
+    return total
+
+
+def _gram_by_blas(parts: list[Host], blas: Any) -> Host:
+    """Return the same by SciPy's BLAS, which multiplies one half. The other one is copied.
+
+    Each part has its own product. A library that adds to what is there may add number by number,
+    and a sum would be as long as all parts together.
+    """
+    product = blas.zherk if np.iscomplexobj(parts[0]) else blas.dsyrk
+    # Columns are contiguous for BLAS: it sees the transpose of a part and of the Gram matrix.
+    found = product(1.0, parts[0].T, lower=1)
+    for part in parts[1:]:
+        found += product(1.0, part.T, lower=1)
+    total: Host = found.T
+    for start in range(0, len(total), _TILE):
+        stop = start + _TILE
+        corner = total[start:stop, start:stop]
+        corner[:] = np.triu(corner) + np.triu(corner, 1).conj().T
+        for next_ in range(stop, len(total), _TILE):
+            tile = slice(next_, next_ + _TILE)
+            total[tile, start:stop] = total[start:stop, tile].conj().T
+    return total
+
+
+def times(A: Host, x: Host, *, transposed: bool = False) -> Host:
+    """Return the product of a matrix, or of its transpose, with a vector.
+
+    A large matrix is multiplied by the library that factors it. NumPy's and SciPy's threads wait
+    in a loop after each product: there they slow down the other library's, for longer than a
+    factorization takes.
+    """
+    is_same = A.dtype == x.dtype and A.dtype.char in "fdFD" and A.flags.c_contiguous
+    blas = _blas() if is_same and A.shape[1] >= _LARGE else None
+    if blas is None:
+        found: Host = x @ A if transposed else A @ x
+        return found
+    gemv = {"f": blas.sgemv, "d": blas.dgemv, "F": blas.cgemv, "D": blas.zgemv}[A.dtype.char]
+    return np.asarray(gemv(1.0, A.T, x, trans=int(not transposed)))  # BLAS has contiguous columns
 
 
 def _upper(gram: _Gram, square: float) -> float:
@@ -202,7 +267,7 @@ class Top(NamedTuple):
 
 def pays_narrow(n: int) -> bool:
     """Return True if matrices are so large that it pays to try float32 first."""
-    return n >= _LARGE and _lapack() is not None
+    return n >= _LARGE_NARROW and _lapack() is not None
 
 
 def hidden_narrow(n: int) -> float:
@@ -279,7 +344,8 @@ def _factor(gram: Host, square: float, taken: tuple[Host, Host] | None = None) -
     The outer product of the vectors in ``taken`` is subtracted from ``gram`` before.
     """
     n = len(gram)
-    lapack = _lapack() if n >= _LARGE else None
+    least = _LARGE_NARROW if gram.dtype.char in "fF" else _LARGE
+    lapack = _lapack() if n >= least else None
     if lapack is None:
         if taken is not None:
             gram = gram - np.outer(*taken)
@@ -310,6 +376,31 @@ def _lapack() -> Any:
         return import_module("scipy.linalg.lapack")
     except ImportError:
         return None
+
+
+@cache
+def _blas() -> Any:
+    """Return SciPy's BLAS, or None where it cannot be imported."""
+    try:
+        return import_module("scipy.linalg.blas")
+    except ImportError:
+        return None
+
+
+def last_pair(diagonal: Host, beside: Host, n: int) -> tuple[float, Host]:
+    """Return the largest eigenvalue of a tridiagonal matrix, and a unit eigenvector.
+
+    It belongs to a matrix of n rows. Of a large one, SciPy computes this pair alone. NumPy would
+    compute all, and wake its threads: see `times`.
+    """
+    if n >= _LARGE and _lapack() is not None:
+        solve, last = import_module("scipy.linalg").eigh_tridiagonal, (len(diagonal) - 1,) * 2
+        values, vectors = solve(diagonal, beside, select="i", select_range=last)
+    else:
+        T = np.diag(diagonal)
+        T[range(1, len(T)), range(len(T) - 1)] = beside
+        values, vectors = np.linalg.eigh(T)
+    return float(values[-1]), vectors[:, -1]
 
 
 def _factor_by_numpy(gram: Host, square: float) -> Host | None:
@@ -344,7 +435,7 @@ def _allowance_of(factor: Host, gram: Host, square: float, enough: float = 0.0) 
     size = np.abs(factor, out=None if np.iscomplexobj(factor) else factor)
     n, x, least, found = len(size), np.ones(len(size), size.dtype), inf, inf
     for _ in range(3):
-        y = size @ (x @ size)
+        y = times(size.T, times(size.T, x), transposed=True)
         least = min(least, float((y / x).max()))
         found = _hidden(least * (1 + 4 * (n + 4) * _unit(size)), gram, square)
         if found <= enough:

@@ -36,11 +36,13 @@ from ._certificate import (
     Host,
     close_bounds,
     from_norms,
+    last_pair,
     scaled_down,
     scaled_up,
+    times,
     times_power_of_two,
 )
-from ._lanczos import as_matrices, top_ritz
+from ._lanczos import as_matrices
 from ._layout import Layout, stack_layout
 from ._power import matvec, rmatvec, start_vector
 from ._validate import check_number
@@ -51,10 +53,11 @@ METHODS = ("factorization", "lanczos", "cheap")
 # Residuals of the vectors from which a factorization starts. The first is enough unless values
 # beside the largest are closer to it than that: an eigenvalue's error is the residual's square.
 _TOLERANCES = (1e-7, 1e-13)
-_MOST_PRODUCTS = 500
+_MOST_PRODUCTS = 300
 _SAFE = 15  # binary orders of magnitude from 1 where no fourth power is close to float32's ends
 _NARROW = 512  # rows from which products in float32 are much faster
-_NARROW_TOL, _NARROW_PRODUCTS = 3e-7, 150
+_NARROW_TOL = 3e-7
+_EACH = 5  # products after which it is asked whether they are enough
 
 
 class SigmaBounds(NamedTuple):
@@ -276,7 +279,9 @@ def _method(method: str | None, probability: float | None) -> str:
 def _factorized(W: Array, seed: int, xp: Namespace) -> tuple[float, float]:
     """Return proven bounds by a factorization in float64 on the host."""
     narrow = traits(W, xp, "W").iteration_dtype
-    host = as_numpy(cast(W, narrow, xp), "W")
+    host = cast(W, narrow, xp)
+    if not isinstance(host, np.ndarray) or not host.dtype.isnative:  # nothing is written into it
+        host = as_numpy(host, "W")
     exponent, value = _exponent(host, np)
     if exponent is None:
         return value, value
@@ -290,7 +295,7 @@ def _factorized(W: Array, seed: int, xp: Namespace) -> tuple[float, float]:
         if len(gram) >= _NARROW:
             v = _narrow_ritz(gram, v)
         for tol in _TOLERANCES:
-            v, _ = top_ritz(lambda x: gram @ x, v, tol, _MOST_PRODUCTS, np)
+            v = _top(gram, v, tol)
             yield v
 
     norms = from_norms(host, 0.0, np)
@@ -306,9 +311,35 @@ def _narrow_ritz(gram: Host, v: Host) -> Host:
     estimate proves nothing, and only a few products in float64 are left to do.
     """
     narrow = np.complex64 if np.iscomplexobj(gram) else np.float32
-    small = gram.astype(narrow)
-    found, _ = top_ritz(lambda x: small @ x, v.astype(narrow), _NARROW_TOL, _NARROW_PRODUCTS, np)
-    found = found.astype(gram.dtype)
+    found = _top(gram.astype(narrow), v.astype(narrow), _NARROW_TOL).astype(gram.dtype)
+    return found / np.linalg.norm(found)
+
+
+def _top(gram: Host, x: Host, tol: float) -> Host:
+    """Return an estimate of the first eigenvector by the Lanczos method, without a restart.
+
+    No vector is made orthogonal to those before the last two. They are no longer so once the first
+    eigenvector is found (Paige 1980), and then nothing more is asked for.
+    """
+    most = min(len(gram), _MOST_PRODUCTS)
+    basis = np.empty((most, len(gram)), gram.dtype)
+    diagonal, beside = np.zeros(most), np.zeros(most + 1)
+    for k in range(most):
+        basis[k] = x
+        y = times(gram, x)
+        if k:
+            y = y - y.dtype.type(beside[k]) * basis[k - 1]
+        diagonal[k] = float(np.vdot(x, y).real)
+        y = y - y.dtype.type(diagonal[k]) * x
+        length = float(np.linalg.norm(y))
+        is_last = k + 1 == most or length <= tol * diagonal[k]
+        if is_last or k % _EACH == _EACH - 1:
+            value, vector = last_pair(diagonal[: k + 1], beside[1 : k + 1], len(gram))
+            if is_last or length * abs(vector[-1]) <= tol * value:
+                break
+        beside[k + 1] = length
+        x = y / y.dtype.type(length)
+    found = times(basis[: k + 1], vector.astype(gram.dtype), transposed=True)
     return found / np.linalg.norm(found)
 
 

@@ -40,6 +40,7 @@ from ._certificate import (
     Host,
     Top,
     gamma,
+    hidden_narrow,
     is_proven_below,
     is_proven_narrow,
     is_vague,
@@ -50,12 +51,14 @@ from ._lanczos import top_ritz
 _UNIT = 2.0**-53
 _CHUNK = 2**21  # elements of the Gram matrices that are tested together
 _SLICE = 2**13  # elements of each of them that are computed together: they fit a cache
+_SAMPLE = 64  # cells at most that tell how small cells have to be
+_HIGHER = 5e-4  # share by which a higher peak changes what limits are proven
 _PEAKS = 4  # cells from which a maximum is searched
 _CLIMB = 10  # steps of such a search at most
-_CLOSE = 5e-3  # relative distance from the limit that is more than the rounding of float32
+_CLOSE = 1e-3  # share of a limit by which an estimate may be too low, beside float32's rounding
 _FRESH = 2  # rounds of an estimate without a parent's vector
 _ROUNDS = 4  # of better vectors before a factorization
-_KRYLOV = 10  # dimensions of the spaces that estimate an eigenvalue
+_KRYLOV = 8  # dimensions of the spaces that estimate an eigenvalue
 _PRODUCTS = 200  # that make the vector of a peak better at most
 
 
@@ -120,6 +123,11 @@ class Symbol:
         self.error = (rate + 4 * gamma(self.rows + 4, absolute)) * sums**0.5
 
     @property
+    def terms(self) -> int:
+        """The number of differences of two taps: terms of a Gram matrix."""
+        return len(self._differences)
+
+    @property
     def half_degrees(self) -> Host:
         """n_j = (k_j − 1)/2 of each axis."""
         return (np.array(self.sizes, float) - 1) / 2
@@ -169,7 +177,8 @@ class Symbol:
         ``error`` bounds the rounding of a product with K̂ᴴ. One with K̂ has at most twice as much:
         its sums are as long as those in ``error`` without the factor that a complex sum has there.
         """
-        vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors = vectors.astype(complex)  # vectors of float32 have no float64 length
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         phases = np.exp(1j * (self.places @ frequencies.T))[:, None, :]
         images = (phases * self.products(group, vectors)).sum(axis=0)
         squares = np.linalg.norm(images, axis=0) ** 2
@@ -198,10 +207,10 @@ class Symbol:
         """
         places = self.places - self.places.mean(axis=0)
         terms = np.exp(1j * (places @ frequency))[:, None] * products
-        inner = terms.conj() @ terms.T
-        sums = inner.sum(axis=0)
+        sums = terms @ terms.sum(axis=0).conj()
         slope = -2 * sums.imag @ places
-        curve = 2 * (places.T @ inner.real @ places - (places.T * sums.real) @ places)
+        first = terms.T @ places
+        curve = 2 * ((first.conj().T @ first).real - (places.T * sums.real) @ places)
         values, axes = np.linalg.eigh((curve + curve.T) / 2)
         # Along an axis of the wrong curvature, or of none, a step uphill. Rounding is no curvature.
         least = max(1e-3 * float(np.abs(values).max()), 1e-12 * abs(float(sums.real.sum())), 1e-300)
@@ -236,39 +245,55 @@ def supremum(
         After so many frequencies, the distance grows fourfold, again and again until the rest of
         the cells is dropped.
     """
-    cells = first_cells(symbol.kind, grid)
-    best: Peak | None = None
-    evaluated, narrowest = 0, [WIDEST / 3, 0.0] if grid is None else []
-    axes = max(1, sum(size > 1 for size in symbol.sizes))
-    affordable = WIDEST * (4 * len(cells) / max_evaluations) ** (1 / axes)
+    cells, best, evaluated = _sampled(symbol, grid, tol, max_evaluations)
     rounds = _FRESH
     while True:
         evaluated += len(cells)
-        limit = 0.0 if best is None else best.lower * (1 + tol)
-        estimates = _estimated_(symbol, cells, _limits(symbol, cells, limit), rounds)
-        before, best = best, _highest(symbol, cells, estimates, best, tol)
-        if narrowest:  # the first cells are a sample, and the next ones may be a better one
-            widest = _widest(estimates, best.lower * (1 + tol), axes)
-            widest = min(max(widest, affordable, narrowest.pop(0)), WIDEST)
-            wanted = first_cells(symbol.kind, widest=widest)
-            if len(wanted) > 1.2 * len(cells):
-                cells = wanted
-                continue
-            narrowest = []
+        before = best
+        best, estimates, kept = _tested_(symbol, cells, best, tol, rounds)
         rounds = 1
-        limits = _limits(symbol, cells, best.lower * (1 + tol))
-        kept = np.flatnonzero(_kept_(symbol, cells, estimates, limits))
-        if not len(kept):
+        if not kept.any():
             break
-        new = cells[kept].split(_parts(symbol, cells[kept], estimates[kept], best))
+        cells, estimates = cells[kept], estimates[kept]
+        parts = _parts(symbol, cells, estimates, best)
+        if before is None or best.lower > before.lower * (1 + _HIGHER):
+            # Some were kept only because the limit was a lower one.
+            parts[estimates <= _limits(symbol, cells, best.lower * (1 + tol))] = 1
+        new = cells.split(parts)
         # Points of a grid cannot be split. They are tested again if the peak is a higher one.
-        stuck = len(new) == len(kept) and before is not None and best.lower == before.lower
+        stuck = len(new) == len(cells) and before is not None and best.lower == before.lower
         if stuck or evaluated > max_evaluations:
             tol = 4 * max(tol, _UNIT)
-            cells = cells[kept]
         else:
             cells = new
     return Supremum(best.lower, best.lower * (1 + tol) * (1 + 8 * _UNIT), best)
+
+
+def _sampled(
+    symbol: Symbol, grid: Sequence[int] | None, tol: float, max_evaluations: int
+) -> tuple[Cells, Peak | None, int]:
+    """Return the first cells, so small that most are dropped, and what a sample of them told.
+
+    That is the highest peak around it, if there was a sample, and its number of frequencies.
+    """
+    cells = first_cells(symbol.kind, grid)
+    if grid is not None:
+        return cells, None, 0
+    axes = max(1, sum(size > 1 for size in symbol.sizes))
+    affordable = WIDEST * (4 * len(cells) / max_evaluations) ** (1 / axes)
+    best: Peak | None = None
+    evaluated = 0
+    for narrowest in (WIDEST / 3, 0.0):  # the next cells may be a better sample
+        sample = cells[:: -(-len(cells) // _SAMPLE)]
+        evaluated += len(sample)
+        best, estimates, _ = _tested_(symbol, sample, best, tol, _FRESH, proofs=False)
+        widest = _widest(estimates, best.lower * (1 + tol), axes)
+        widest = min(max(widest, affordable, narrowest), WIDEST)
+        wanted = first_cells(symbol.kind, widest=widest)
+        if len(wanted) <= 1.2 * len(cells):
+            break
+        cells = wanted
+    return cells, best, evaluated
 
 
 def _limits(symbol: Symbol, cells: Cells, limit: float) -> Host:
@@ -294,65 +319,105 @@ def _widest(estimates: Host, limit: float, axes: int) -> float:
     return float(widths[(work / widths**axes).argmin()])
 
 
-def _estimated_(symbol: Symbol, cells: Cells, limits: Host, rounds: int) -> Host:
-    """Return estimates of the largest eigenvalues from below; the cells' vectors are improved."""
-    found, centres = np.zeros(len(cells)), cells.centres
-    for group, places in _chunks(symbol, cells, np.arange(len(cells))):
-        grams = symbol.gram(group, centres[places], narrow=symbol.is_narrow)
-        found[places], cells.vectors[places] = _ritz(grams, cells.vectors[places], rounds)
-        if symbol.is_narrow:
-            # In float32, an estimate says nothing of what is as close to the limit as its rounding.
-            # A peak that is a little higher than the best would never be climbed.
-            close = np.flatnonzero(found[places] > limits[places] * (1 - _CLOSE))
-            tops = symbol.tops(group, centres[places[close]], cells.vectors[places[close]])
-            found[places[close]] = [top.lower for top in tops]
-    return found
+def _tested_(
+    symbol: Symbol, cells: Cells, best: Peak | None, tol: float, rounds: int, *, proofs: bool = True
+) -> tuple[Peak, Host, Host]:
+    """Return the highest peak, the cells' estimates, and whether their limits are not proven.
 
-
-def _kept_(symbol: Symbol, cells: Cells, estimates: Host, limits: Host) -> Host:
-    """Return whether the limits are not proven. Estimates and the cells' vectors are improved."""
-    # Where a lower bound is too large already, no factorization would run through.
-    kept, centres = estimates > limits, cells.centres
-    for group, places in _chunks(symbol, cells, np.flatnonzero(~kept)):
+    Estimates are those of the largest eigenvalues, from below. The cells' vectors are improved.
+    Gram matrices are made once, for the estimate and for the proof. So a cell's limit is that of
+    the highest peak so far. A later peak is higher, and so is its limit: a proof stays a proof.
+    """
+    estimates, kept = np.zeros(len(cells)), np.ones(len(cells), bool)
+    for group, places in _chunks(symbol, cells):
         some = cells[places]
+        grams = symbol.gram(group, some.centres, narrow=symbol.is_narrow)
+        estimates[places], some.vectors[:] = _ritz(grams, some.vectors, rounds)
+        tops: dict[int, Top] = {}
         if symbol.is_narrow:
-            kept[places], is_open = _kept_narrow_(symbol, some, estimates[places], limits[places])
-            cells.vectors[places] = some.vectors
-            places = places[is_open]
-        for place, gram in zip(places, symbol.gram(group, centres[places]), strict=True):
-            kept[place] = not is_proven_below(gram, limits[place] - symbol.rounding[group])
-    return kept
+            tops = _close_tops(symbol, some, estimates[places], best, tol)
+            estimates[places[[*tops]]] = [top.lower for top in tops.values()]
+        best = _highest(symbol, some, estimates[places], best, tol)
+        if proofs:
+            limits = _limits(symbol, some, best.lower * (1 + tol))
+            test = _kept_narrow_ if symbol.is_narrow else _kept
+            kept[places] = test(symbol, some, grams, estimates[places], limits, tops)
+        cells.vectors[places] = some.vectors
+    assert best is not None
+    return best, estimates, kept
 
 
-def _kept_narrow_(symbol: Symbol, cells: Cells, estimates: Host, limits: Host) -> tuple[Host, Host]:
-    """Return which cells of a group float32 cannot drop, and for which of them float64 may.
+def _close_tops(
+    symbol: Symbol, cells: Cells, estimates: Host, best: Peak | None, tol: float
+) -> dict[int, Top]:
+    """Return the tops of vectors whose values float32 cannot tell from their limit or the peak.
+
+    A peak that is a little higher than the best would never be climbed.
+    """
+    close = np.ones(len(cells), bool)
+    if best is not None:
+        limits = _limits(symbol, cells, best.lower * (1 + tol))
+        vague = hidden_narrow(symbol.rows) + _CLOSE
+        close = np.abs(estimates - limits) <= vague * limits
+        close |= estimates > best.lower**2 * (1 - vague)
+    places = np.flatnonzero(close)
+    return _tops(symbol, cells, places.tolist())
+
+
+def _tops(symbol: Symbol, cells: Cells, places: list[int]) -> dict[int, Top]:
+    """Return how the vectors of some cells of a group lie to their Gram matrices."""
+    if not places:
+        return {}
+    found = symbol.tops(int(cells.group[0]), cells.centres[places], cells.vectors[places])
+    return dict(zip(places, found, strict=True))
+
+
+def _kept(
+    symbol: Symbol, cells: Cells, grams: Host, estimates: Host, limits: Host, _: object = None
+) -> Host:
+    """Return whether the limits of a group's cells are not proven in float64."""
+    # Where a lower bound is too large already, no factorization would run through.
+    rounding = float(symbol.rounding[cells.group[0]])
+    each = zip(grams, estimates, limits, strict=True)
+    return np.array([e > limit or not is_proven_below(g, limit - rounding) for g, e, limit in each])
+
+
+def _kept_narrow_(
+    symbol: Symbol,
+    cells: Cells,
+    grams: Host,
+    estimates: Host,
+    limits: Host,
+    tops: dict[int, Top],
+) -> Host:
+    """Return whether the limits of a group's cells are not proven, in float32 or in float64.
 
     A factorization that fails says that an eigenvalue is larger than the estimate, or that the
     limit is too close. Better vectors tell which, and let it be tried again without the first one.
     """
-    group, centres = int(cells.group[0]), cells.centres
-    grams = symbol.gram(group, centres, narrow=True)
-    errors = symbol.narrow_error(group, centres)
-    kept = np.array(
-        [
-            estimate > limit * (1 - _CLOSE)
-            or not is_proven_narrow(gram, float(error), float(limit))
-            for gram, error, estimate, limit in zip(grams, errors, estimates, limits, strict=True)
-        ]
-    )
-    is_open, vague = kept.copy(), np.flatnonzero(kept).tolist()
-    tops: dict[int, Top] = {}
+    errors = symbol.narrow_error(int(cells.group[0]), cells.centres)
+    kept = estimates > limits
+
+    def is_proven(i: int, top: Top | None = None) -> bool:
+        return is_proven_narrow(grams[i], float(errors[i]), float(limits[i]), top)
+
+    for i in np.flatnonzero(~kept).tolist():
+        kept[i] = i in tops or not is_proven(i)
+    doubtful = np.flatnonzero(kept & (estimates <= limits)).tolist()
+    tops = tops | _tops(symbol, cells, [i for i in doubtful if i not in tops])
+    vague = doubtful
     for _ in range(_ROUNDS):
+        vague = [i for i in vague if is_vague(tops[i], limits[i])]
         if not vague:
             break
         cells.vectors[vague] = _ritz(grams[vague], cells.vectors[vague], 1)[1]
-        tops |= zip(vague, symbol.tops(group, centres[vague], cells.vectors[vague]), strict=True)
-        vague = [i for i in vague if is_vague(tops[i], limits[i])]
-    for i, top in tops.items():
-        is_open[i] = top.lower <= limits[i]
-        if is_open[i] and is_proven_narrow(grams[i], float(errors[i]), float(limits[i]), top):
-            kept[i] = is_open[i] = False
-    return kept, is_open
+        tops |= _tops(symbol, cells, vague)
+    left = [i for i in doubtful if tops[i].lower <= limits[i] and not is_proven(i, tops[i])]
+    kept[doubtful] = [tops[i].lower > limits[i] for i in doubtful]
+    if left:
+        wide = symbol.gram(int(cells.group[0]), cells.centres[left])
+        kept[left] = _kept(symbol, cells[left], wide, estimates[left], limits[left])
+    return kept
 
 
 def _share(symbol: Symbol, cells: Cells, whole: Host) -> Host:
@@ -432,11 +497,14 @@ def _climbed(
     return best
 
 
-def _chunks(symbol: Symbol, cells: Cells, places: Host) -> Iterator[tuple[int, Host]]:
-    """Yield the places of cells of one group, so many that their Gram matrices fit in memory."""
-    size = max(1, _CHUNK // symbol.rows**2)
-    for group in np.unique(cells.group[places]):
-        mine = places[cells.group[places] == group]
+def _chunks(symbol: Symbol, cells: Cells) -> Iterator[tuple[int, Host]]:
+    """Yield the places of cells of one group, as many as fit in memory.
+
+    Each has a Gram matrix, and several numbers for each difference of two taps.
+    """
+    size = max(1, _CHUNK // max(symbol.rows**2, 8 * symbol.terms))
+    for group in np.unique(cells.group):
+        mine = np.flatnonzero(cells.group == group)
         for start in range(0, len(mine), size):
             yield int(group), mine[start : start + size]
 
@@ -456,13 +524,14 @@ def _ritz(grams: Host, x: Host, rounds: int) -> tuple[Host, Host]:
             basis[:, k] = x
             y = (grams @ x[..., None])[..., 0]
             used = basis[:, : k + 1]
-            along = used.conj() @ y[..., None]
-            inside[:, : k + 1, k] = along[..., 0]
+            for turn in range(2):  # rounding leaves a component along the basis the first time
+                along = (used @ y[..., None].conj()).conj()
+                if turn == 0:
+                    inside[:, : k + 1, k] = along[..., 0]
+                if k + 1 < size:
+                    y = y - (along.swapaxes(1, 2) @ used)[:, 0]
             if k + 1 == size:
                 break
-            for _ in range(2):
-                y = y - (along.swapaxes(1, 2) @ used)[:, 0]
-                along = used.conj() @ y[..., None]
             length = np.linalg.norm(y, axis=1, keepdims=True)
             # Where the space is complete, only rounding is left. Zeros add an eigenvalue of zero.
             info = np.finfo(length.dtype)
@@ -492,17 +561,16 @@ def _autocorrelation(taps: Host, places: Host) -> tuple[Host, Host]:
     Of d and −d only one is kept: R_{−d} is the adjoint of R_d.
     """
     groups, count, c, _ = taps.shape
-    span = tuple(int(size) + 1 for size in places.max(axis=0))
+    span = places.max(axis=0).astype(int) + 1
     offsets = np.array([*product(*(range(1 - n, n) for n in span))], int)
-    offsets = offsets[[tuple(one) >= (0,) * len(span) for one in offsets]]
-    index = {tuple(offset): i for i, offset in enumerate(offsets)}
+    offsets = offsets[len(offsets) // 2 :]  # in their order, −d comes before 0 where d comes after
+    digits = np.array([(2 * span[axis + 1 :] - 1).prod() for axis in range(len(span))])
+    ranks = (places @ digits).astype(int)  # of a difference: its place among the offsets
     found = np.zeros((groups, len(offsets), c, c), taps.dtype)
-    for t in range(count):
-        steps = (places - places[t]).astype(int)
-        later = [s for s in range(count) if tuple(steps[s]) in index]
-        targets = [index[tuple(steps[s])] for s in later]
-        found[:, targets] += taps[:, later] @ taps[:, t, None].conj().swapaxes(-1, -2)
-    found[:, index[(0,) * len(span)]] /= 2
+    for t in range(count):  # taps are in the order of their ranks: those from t on come later
+        adjoint = taps[:, t, None].conj().swapaxes(-1, -2)
+        found[:, ranks[t:] - ranks[t]] += taps[:, t:] @ adjoint
+    found[:, 0] /= 2
     return offsets.astype(float), found
 
 

@@ -54,14 +54,36 @@ def test_the_factor_in_place_is_numpy_s(dtype, n):
         assert factor(gram, 0.99 * norm) is None
 
 
+@pytest.mark.parametrize("library", ["numpy", "scipy"])
 @pytest.mark.parametrize("dtype", [np.float64, np.complex128])
 @pytest.mark.parametrize("rows", [200, _certificate._ROWS, 2 * _certificate._ROWS + 5])
-def test_the_gram_matrix_in_panels_is_the_product(dtype, rows):
-    W = matrix(rows, _certificate._PANEL + 7, dtype)
-    for A in (W, np.asfortranarray(W)):
+def test_both_halves_of_the_gram_matrix_are_the_product(monkeypatch, dtype, rows, library):
+    """Of integers, without a rounding."""
+    if library == "scipy":
+        pytest.importorskip("scipy")
+    else:
+        monkeypatch.setattr(_certificate, "_blas", lambda: None)
+    W = np.round(4 * matrix(rows, _certificate._PANEL + 7, dtype))
+    for A in (W, np.asfortranarray(W), np.repeat(W, 2, axis=1)[:, ::2]):
         found = _certificate._gram(A, 1.0).matrix
-        np.testing.assert_allclose(found, W.conj().T @ W, atol=1e-10)
-        np.testing.assert_allclose(found, found.conj().T, atol=1e-10)
+        np.testing.assert_array_equal(found, W.conj().T @ W)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [5, 200])
+def test_a_product_with_a_vector_is_numpy_s(dtype, n):
+    A, x = np.round(9 * matrix(7, n, dtype)), np.round(9 * matrix(n, 1, dtype))[:, 0]
+    y = x[:7] if n > 7 else np.resize(x, 7)
+    for B in (A, np.asfortranarray(A)):
+        np.testing.assert_array_equal(_certificate.times(B, x), A @ x)
+        np.testing.assert_array_equal(_certificate.times(B, y, transposed=True), A.T @ y)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (200, 1000), (70, 1100), (1, 2**17)])
+def test_norms_of_rows_and_columns_are_those_of_all_blocks(shape):
+    W = np.round(9 * matrix(*shape, np.float64))
+    found = _certificate._sums(W)
+    assert found == (float((W * W).sum()), *(abs(W).sum(axis=axis).max() for axis in (1, 0)))
 
 
 @given(
@@ -138,7 +160,8 @@ def test_bounds_without_scipy_are_as_close(monkeypatch, scale):
         lower, upper, _ = sc.bounds(W)
         assert lower <= exact * (1 + 1e-14)
         assert exact * (1 - 1e-14) <= upper <= lower * (1 + 1e-10)
-        monkeypatch.setattr(_certificate, "_lapack", lambda: None)
+        for name in ("_lapack", "_blas"):
+            monkeypatch.setattr(_certificate, name, lambda: None)
 
 
 def test_the_frobenius_norm_allows_for_its_rounding():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from math import cos, pi
 
 import numpy as np
@@ -389,19 +390,34 @@ def test_float32_needs_no_more_frequencies(monkeypatch):
     """A peak that float32 cannot tell from the best one is climbed all the same."""
     pytest.importorskip("scipy")
     kernel = np.random.default_rng(0).standard_normal((200, 200, 3))
-    estimated, counts = _symbol._estimated_, []
+    tested, counts = _symbol._tested_, []
 
-    def counted(symbol, cells, *rest):
+    def counted(symbol, cells, *rest, **options):
         counts[-1] += len(cells)
-        return estimated(symbol, cells, *rest)
+        return tested(symbol, cells, *rest, **options)
 
-    monkeypatch.setattr(_symbol, "_estimated_", counted)
+    monkeypatch.setattr(_symbol, "_tested_", counted)
     for _ in range(2):
         counts.append(0)
         found = sc.convolution_norm(kernel, "oik", tol=1e-9)
         assert found.upper <= found.lower * (1 + 1.01e-9)
         monkeypatch.setattr(_symbol, "pays_narrow", lambda n: False)
     assert counts[0] <= counts[1] + 10
+
+
+def test_a_long_kernel_needs_no_square_of_its_taps():
+    """A step towards a peak, and the angles of many cells, could need gigabytes."""
+    kernel = np.random.default_rng(0).standard_normal((1, 1, 3001))
+    norm = abs(np.fft.fft(kernel[0, 0], 2**16)).max()
+    tracemalloc.start()
+    try:
+        lower, upper, _ = sc.convolution_norm(kernel, "oik", tol=1e-3)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert norm * (1 - 1e-12) <= upper <= lower * (1 + 1.01e-3)
+    assert lower <= norm * (1 + 1e-4)
+    assert most < 3001**2 * 8
 
 
 @pytest.mark.parametrize("gap", [6.8e-6, 2.5e-5])
