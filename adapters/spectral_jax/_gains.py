@@ -306,6 +306,8 @@ def dot(w: Walk, params: Params, shape: Shape, x: Operand, y: Operand) -> Value:
 def convolve(w: Walk, params: Params, shape: Shape, x: Operand, kernel: Operand) -> Value:
     """Apply a convolution with a constant kernel."""
     _constant(kernel)
+    if not params["window_strides"]:
+        raise NoBound("has no axis to move a kernel along: write it as a product of matrices")
     numbers = params["dimension_numbers"]
     (n, *axes), (n_out, *output_axes) = numbers.lhs_spec, numbers.out_spec
     images = Images(

@@ -301,6 +301,7 @@ UNKNOWN = {
     "endless": (lambda x: lax.while_loop(lambda s: s[1], lambda s: s, (x, True))[0], "more than"),
     "branch": (lambda x: lax.cond(x.sum() > 0, lambda y: 9 * y, jnp.negative, x), "a branch"),
     "layer norm": (lambda x: x * lax.rsqrt(x.var(1, keepdims=True)), "LayerNorm"),
+    "no taps": (lambda x: lax.conv_general_dilated(x, jnp.eye(3), (), []), "no axis"),
     "order": (lambda x: lax.sort((x, 2 * x), num_keys=1)[1], "orders one array"),
 }
 
