@@ -24,6 +24,7 @@ from .errors import ArgumentError, DTypeError, ShapeError, check_int, shown
 
 _EVALUATIONS = 20_000  # frequencies, before the tolerance grows
 _ITERATIONS = 200  # through the layer at a size
+_CANCELLED = 2.0**-45  # largest element of taps that cancel, beside one of 1 or more before
 
 Size = int | Sequence[int]
 Padding = int | str | Sequence[int] | Sequence[tuple[int, int]]
@@ -165,8 +166,7 @@ def _bounds(kernel: Host, sizes: tuple[int, ...] | None, options: _Options, tol:
     axes = _axes(taps, sizes, options)
     grid = _grid(axes, sizes, options, free)
     if grid is not None:
-        folded = _folded(_space_to_depth(stretched, options.stride), grid)
-        return supremum(Symbol(folded), grid=grid, tol=tol, max_evaluations=_EVALUATIONS)
+        return _on_grid(_space_to_depth(stretched, options.stride), grid, tol)
     symbol = Symbol(_space_to_depth(stretched, options.stride))
     found = supremum(symbol, tol=tol, max_evaluations=_EVALUATIONS)
     upper = found.upper * prod(map(repeats, axes)) ** 0.5
@@ -397,6 +397,25 @@ def _grid(
         n // gcd(n, d) if is_free else n // s
         for n, s, d, is_free in zip(sizes, options.stride, options.dilation, free, strict=True)
     )
+
+
+def _on_grid(kernel: Host, grid: Sequence[int], tol: float) -> Supremum:
+    """Return the bounds over a grid of frequencies, where taps that meet may cancel."""
+    folded = _folded(kernel, grid)
+    count = prod(-(-k // n) for k, n in zip(kernel.shape[3:], grid, strict=True))
+    hidden = gamma(count, kernel) * _size(kernel) if count > 1 else 0.0
+    if np.abs(folded).max() < _CANCELLED:  # rounding is most of it: no search would end
+        nowhere = Peak(0.0, 0, np.zeros(len(grid)), np.zeros(1))
+        return Supremum(0.0, _size(folded) + hidden, nowhere)
+    found = supremum(Symbol(folded), grid=grid, tol=tol, max_evaluations=_EVALUATIONS)
+    return found._replace(lower=max(0.0, found.lower - hidden), upper=found.upper + hidden)
+
+
+def _size(kernel: Host) -> float:
+    """Return a bound of the norm: the geometric mean of the sums over rows and over columns."""
+    size = np.abs(kernel).sum(axis=tuple(range(3, kernel.ndim)))
+    sums = size.sum(axis=1).max(axis=1) * size.sum(axis=2).max(axis=1)
+    return float(sums.max()) ** 0.5 * (1 + 8 * gamma(kernel.size, size))
 
 
 def _folded(kernel: Host, grid: Sequence[int]) -> Host:

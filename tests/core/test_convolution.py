@@ -147,6 +147,20 @@ def test_one_tap_is_the_matrix():
         assert found.upper == pytest.approx(np.linalg.norm(W, 2), rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("taps", "norm"),
+    [
+        ([1.0, -1.0], 0.0),
+        ([1.0, -1.0, 1e-170], 1e-170),
+        ([0.1, 0.2, -0.3], 2.0**-55),  # in floating point, the sum is twice as much
+    ],
+)
+def test_taps_that_cancel_on_a_grid_have_bounds(taps, norm):
+    kernel = np.array(taps).reshape(1, 1, -1)
+    found = sc.convolution_norm(kernel, "oik", size=1, padding_mode="circular")
+    assert found.lower <= norm <= found.upper < 1e-14
+
+
 def test_stride_of_the_kernel_s_size_is_the_flattened_matrix():
     kernel = np.random.default_rng(0).standard_normal((5, 3, 2, 2))
     found = sc.convolution_norm(kernel, "oihw", stride=2, tol=1e-9)
