@@ -48,7 +48,9 @@ from . import blocks
 from .precision import in_full_float32
 from .shards import Part, Shards, key_of, place_of
 
-_SETS = 64  # sets of weights whose shards are kept: optimizers take turns
+# Sets of weights whose shards are kept. Optimizers take turns. Where they run in the backward pass,
+# there is one for each weight, and each has two sets.
+_SETS = 1024
 
 
 def is_sharded(x: Tensor) -> bool:
