@@ -348,6 +348,8 @@ def pool_largest(w: Walk, params: Params, shape: Shape, x: Operand) -> Value:
 def pool_sum(w: Walk, params: Params, shape: Shape, x: Operand) -> Value:
     """Add the samples of each window: a convolution of one channel with ones."""
     window, stride, dilation = _window(params)
+    if not window:  # of a number
+        return Value(w.gain(x))
     first, *padding = params["padding"]
     order = tuple(range(len(shape)))
     images = Images(x.shape[1:], tuple(shape[1:]), tuple(padding), order, order)

@@ -241,6 +241,13 @@ def test_chain_bound_of_sums_over_windows_is_their_norm(window, strides, dilatio
     assert check(fn, x, points=1).log10_eclipse == pytest.approx(np.log10(norm), abs=1e-9)
 
 
+def test_window_of_a_number_is_the_number():
+    def fn(x):
+        return lax.reduce_window(x.sum(), 0.0, lax.add, (), (), [])
+
+    assert lipschitz_bound(fn, jnp.ones((1, 4))).upper == pytest.approx(2)
+
+
 def test_samples_that_a_convolution_mixes_are_no_chain():
     numbers = ("HWNC", "HWIO", "HWNC")
     W = normal(0, 2, 2, 1, 1)
