@@ -38,9 +38,15 @@ _inlined = partial(_compiled, inline="always")
 
 
 @_compiled
-def _times_2(W, S, Y, i, c):
-    """Multiply four rows of W, from row i on, with two rows of S, from row c on."""
-    W0, W1, W2, W3 = W[i], W[i + 1], W[i + 2], W[i + 3]
+def _four(W, i):
+    """Return four rows of W, from row i on."""
+    return W[i], W[i + 1], W[i + 2], W[i + 3]
+
+
+@_compiled
+def _times_2(four, S, Y, i, c):
+    """Multiply rows i to i + 3 of W, which are ``four``, with two rows of S, from row c on."""
+    W0, W1, W2, W3 = four
     p, q = S[c], S[c + 1]
     p0 = p1 = p2 = p3 = q0 = q1 = q2 = q3 = S.dtype.type(0)
     for j in range(p.size):
@@ -93,9 +99,9 @@ def _times_4(W, S, Y, i, c):
 
 
 @_compiled
-def _add_to_2(W, Y, Z, i, c):
-    """Add four rows of W, weighted by columns i to i + 3 of Y, to two rows of Z."""
-    W0, W1, W2, W3 = W[i], W[i + 1], W[i + 2], W[i + 3]
+def _add_to_2(four, Y, Z, i, c):
+    """Add four rows, weighted by columns i to i + 3 of Y, to two rows of Z."""
+    W0, W1, W2, W3 = four
     p, q = Z[c], Z[c + 1]
     p0, p1, p2, p3 = Y[c, i], Y[c, i + 1], Y[c, i + 2], Y[c, i + 3]
     q0, q1, q2, q3 = Y[c + 1, i], Y[c + 1, i + 1], Y[c + 1, i + 2], Y[c + 1, i + 3]
@@ -159,8 +165,8 @@ def _read(W, S, Y, Z, lo, hi, again):
             _add_to_4(W, Y, Z, i, c)
         if k % 4 > 0:
             if not again:
-                _times_2(W, S, Y, i, k - 2)
-            _add_to_2(W, Y, Z, i, k - 2)
+                _times_2(_four(W, i), S, Y, i, k - 2)
+            _add_to_2(_four(W, i), Y, Z, i, k - 2)
         i += 4
     while i < hi:
         if not again:

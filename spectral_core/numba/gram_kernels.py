@@ -14,6 +14,7 @@ from numba.extending import overload
 
 # What is kept on disk is compiled anew only where this file has changed: who changes one of these
 # touches this file too.
+from .block_kernels import _add_to_2, _times_2
 from .kernels import _compiled, _pointer, _wide
 
 BOTH, FIRST, SECOND = range(3)  # products of a reading
@@ -121,50 +122,17 @@ def multiply(place, stride, lo, hi, X, Y, Z, like, which):
 
 
 @_compiled
-def _times_pair(a, b, c, d, X, Y, i, k):
-    """Store the products of four rows with rows k and k + 1 of X."""
-    x, v = X[k], X[k + 1]
-    p0 = p1 = q0 = q1 = r0 = r1 = s0 = s1 = 0.0
-    for j in range(x.size):
-        p, q = np.float64(_wide(a[j])), np.float64(_wide(b[j]))
-        r, s = np.float64(_wide(c[j])), np.float64(_wide(d[j]))
-        p0 += p * x[j]
-        q0 += q * x[j]
-        r0 += r * x[j]
-        s0 += s * x[j]
-        p1 += p * v[j]
-        q1 += q * v[j]
-        r1 += r * v[j]
-        s1 += s * v[j]
-    Y[k, i], Y[k, i + 1], Y[k, i + 2], Y[k, i + 3] = p0, q0, r0, s0
-    Y[k + 1, i], Y[k + 1, i + 1], Y[k + 1, i + 2], Y[k + 1, i + 3] = p1, q1, r1, s1
-
-
-@_compiled
-def _add_pair(a, b, c, d, Y, i, Z, k):
-    """Add four rows to rows k and k + 1 of Z."""
-    z, w = Z[k], Z[k + 1]
-    p0, q0, r0, s0 = Y[k, i], Y[k, i + 1], Y[k, i + 2], Y[k, i + 3]
-    p1, q1, r1, s1 = Y[k + 1, i], Y[k + 1, i + 1], Y[k + 1, i + 2], Y[k + 1, i + 3]
-    for j in range(z.size):
-        p, q = np.float64(_wide(a[j])), np.float64(_wide(b[j]))
-        r, s = np.float64(_wide(c[j])), np.float64(_wide(d[j]))
-        z[j] += p0 * p + q0 * q + r0 * r + s0 * s
-        w[j] += p1 * p + q1 * q + r1 * r + s1 * s
-
-
-@_compiled
 def multiply_pairs(place, stride, lo, hi, X, Y, Z, like, which):
     """Do the same as `multiply` for an even number of vectors: two share each widened number."""
     n = X.shape[1]
     i = lo
     while i + 4 <= hi:
-        a, b, c, d = _four_rows(place, stride, i, n, like)
+        four = _four_rows(place, stride, i, n, like)
         for k in range(0, X.shape[0], 2):
             if which != SECOND:
-                _times_pair(a, b, c, d, X, Y, i, k)
+                _times_2(four, X, Y, i, k)
             if which != FIRST:
-                _add_pair(a, b, c, d, Y, i, Z, k)
+                _add_to_2(four, Y, Z, i, k)
         i += 4
     while i < hi:
         a = _row(place, stride, i, n, like)

@@ -22,6 +22,7 @@ from .block_kernels import (
     _copy,
     _fill,
     _finish,
+    _four,
     _matrix,
     _orthonormalize,
     _rows_of,
@@ -77,7 +78,7 @@ def _add_times(W, S, Y, lo, hi):
         for c in range(0, k - 3, 4):
             _add_to_4(W, S, Y, i, c)
         if k % 4 > 0:
-            _add_to_2(W, S, Y, i, k - 2)
+            _add_to_2(_four(W, i), S, Y, i, k - 2)
         i += 4
     while i < hi:
         _add_row(W, S, Y, i)
@@ -92,7 +93,7 @@ def _times(W, Y, Z, lo, hi):
         for c in range(0, k - 3, 4):
             _times_4(W, Y, Z, i, c)
         if k % 4 > 0:
-            _times_2(W, Y, Z, i, k - 2)
+            _times_2(_four(W, i), Y, Z, i, k - 2)
         i += 4
     while i < hi:
         _times_row(W, Y, Z, i)
