@@ -16,6 +16,7 @@ from torch import Tensor
 from spectral_core.engine import Engine, Job, JobList, Number, Slope, Triplet
 
 from ._jobs import LISTS, is_cacheable
+from .engines.recent import keep_recent
 
 _NO_TENSORS = Triplet(None, None, None)
 
@@ -83,9 +84,7 @@ class CompiledJobs:
         kept.hold(given)
         yield kept.jobs
         kept.release()
-        if len(self._kept) >= LISTS:
-            self._kept.pop(next(iter(self._kept)), None)
-        self._kept[key] = kept
+        keep_recent(self._kept, key, kept, LISTS)
 
 
 class _Kept:

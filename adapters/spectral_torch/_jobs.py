@@ -30,6 +30,7 @@ from spectral_core.engine import (
 )
 
 from .engines.foreach import write_into
+from .engines.recent import keep_recent
 
 _PLAIN = (Tensor, Parameter)
 LISTS = 64  # lists of an optimizer that are kept: experts and LayerDrop take turns
@@ -187,9 +188,7 @@ class JobCache:
         key = _key(n_iter, names, parameters, penalty)
         lists.pop(key, None)
         if kept.cacheable:
-            if len(lists) >= LISTS:
-                del lists[next(iter(lists))]
-            lists[key] = kept
+            keep_recent(lists, key, kept, LISTS)
         return kept.jobs
 
 

@@ -46,6 +46,7 @@ from spectral_core.engine import (
 
 from . import blocks
 from .precision import in_full_float32
+from .recent import keep_recent
 from .shards import Part, Shards, key_of, place_of
 
 # Sets of weights whose shards are kept. Optimizers take turns. Where they run in the backward pass,
@@ -143,10 +144,8 @@ class DTensorEngine:
     def _shards(self, jobs: Sequence[Job], parts: Sequence[Part], *, iterated: bool) -> Shards:
         """Return the shards of a set of weights: those of the step before, if they fit."""
         key = key_of(jobs, parts, iterated=iterated)
-        found = self._kept.pop(key, None) or Shards(jobs, parts)
-        while len(self._kept) >= _SETS:
-            del self._kept[next(iter(self._kept))]
-        self._kept[key] = found
+        found = self._kept.get(key) or Shards(jobs, parts)
+        keep_recent(self._kept, key, found, _SETS)
         return found
 
 
