@@ -366,23 +366,23 @@ def _factor(gram: Host, square: float, taken: tuple[Host, Host] | None = None) -
     return None if failed else lower
 
 
-@cache
 def _lapack() -> Any:
     """Return SciPy's LAPACK, or None where it cannot be imported.
 
     NumPy copies a matrix to LAPACK and back, which takes longer than the factorization.
     """
-    try:
-        return import_module("scipy.linalg.lapack")
-    except ImportError:
-        return None
+    return _scipy("scipy.linalg.lapack")
+
+
+def _blas() -> Any:
+    """Return SciPy's BLAS, or None where it cannot be imported."""
+    return _scipy("scipy.linalg.blas")
 
 
 @cache
-def _blas() -> Any:
-    """Return SciPy's BLAS, or None where it cannot be imported."""
+def _scipy(name: str) -> Any:
     try:
-        return import_module("scipy.linalg.blas")
+        return import_module(name)
     except ImportError:
         return None
 
@@ -393,9 +393,10 @@ def last_pair(diagonal: Host, beside: Host, n: int) -> tuple[float, Host]:
     It belongs to a matrix of n rows. Of a large one, SciPy computes this pair alone. NumPy would
     compute all, and wake its threads: see `times`.
     """
-    if n >= _LARGE and _lapack() is not None:
-        solve, last = import_module("scipy.linalg").eigh_tridiagonal, (len(diagonal) - 1,) * 2
-        values, vectors = solve(diagonal, beside, select="i", select_range=last)
+    scipy = _scipy("scipy.linalg") if n >= _LARGE else None
+    if scipy is not None:
+        last = (len(diagonal) - 1,) * 2
+        values, vectors = scipy.eigh_tridiagonal(diagonal, beside, select="i", select_range=last)
     else:
         T = np.diag(diagonal)
         T[range(1, len(T)), range(len(T) - 1)] = beside
