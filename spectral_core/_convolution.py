@@ -183,10 +183,8 @@ def _iterated(kernel: Host, axes: Sequence[Axis], peak: Peak, tol: float) -> flo
         return operator.adjoint_times(operator.times(x))
 
     x, _ = top_ritz(gram, start, min(tol, 1e-6), _ITERATIONS, np)
-    # |fl(Kx) − Kx| ≤ γ·|K||x|, and the norm of |K| is at most √(row sums · column sums).
-    absolute = np.abs(kernel).reshape(*kernel.shape[:3], -1).sum(axis=3)
-    sums = float(absolute.sum(axis=2).max() * absolute.sum(axis=1).max())
-    largest = (sums * prod(map(repeats, axes))) ** 0.5
+    # |fl(Kx) − Kx| ≤ γ·|K||x|, and `_size` bounds the norm of |K|.
+    largest = _size(kernel) * prod(map(repeats, axes)) ** 0.5
     rate = gamma(kernel[0, 0].size + 4, kernel)
     length, product = float(np.linalg.norm(x)), float(np.linalg.norm(operator.times(x)))
     rounding = gamma(max(prod(operator.inputs), prod(operator.outputs)) + 8, kernel)
@@ -412,7 +410,7 @@ def _on_grid(kernel: Host, grid: Sequence[int], tol: float) -> Supremum:
 
 
 def _size(kernel: Host) -> float:
-    """Return a bound of the norm: the geometric mean of the sums over rows and over columns."""
+    """Return a bound of the norms of K and |K|: the root of the row sums · the column sums."""
     size = np.abs(kernel).sum(axis=tuple(range(3, kernel.ndim)))
     sums = size.sum(axis=1).max(axis=1) * size.sum(axis=2).max(axis=1)
     return float(sums.max()) ** 0.5 * (1 + 8 * gamma(kernel.size, size))
