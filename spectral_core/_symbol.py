@@ -340,8 +340,8 @@ def _tested_(
         best = _highest(symbol, some, estimates[places], best, tol)
         if proofs:
             limits = _limits(symbol, some, best.lower * (1 + tol))
-            test = _kept_narrow_ if symbol.is_narrow else _kept
-            kept[places] = test(symbol, some, grams, estimates[places], limits, tops)
+            given = symbol, some, grams, estimates[places], limits
+            kept[places] = _kept_narrow_(*given, tops) if symbol.is_narrow else _kept(*given)
         cells.vectors[places] = some.vectors
     assert best is not None
     return best, estimates, kept
@@ -372,9 +372,7 @@ def _tops(symbol: Symbol, cells: Cells, places: list[int]) -> dict[int, Top]:
     return dict(zip(places, found, strict=True))
 
 
-def _kept(
-    symbol: Symbol, cells: Cells, grams: Host, estimates: Host, limits: Host, _: object = None
-) -> Host:
+def _kept(symbol: Symbol, cells: Cells, grams: Host, estimates: Host, limits: Host) -> Host:
     """Return whether the limits of a group's cells are not proven in float64."""
     # Where a lower bound is too large already, no factorization would run through.
     rounding = float(symbol.rounding[cells.group[0]])
